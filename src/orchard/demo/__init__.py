@@ -1,0 +1,1 @@
+"""A small invented world that shows the methods apart in two minutes."""

@@ -1,0 +1,1 @@
+"""Which experts, and new ones."""

@@ -1,0 +1,1 @@
+"""What sits beside nobody's data."""

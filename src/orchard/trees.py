@@ -1,0 +1,89 @@
+"""Arithmetic on named tensors.
+
+A *tree* maps names such as ``layers.3.self_attn.q_proj.lora_A`` to tensors. Trees are plain
+mappings; the functions here never change their arguments and keep the order of names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeAlias
+
+import torch
+
+Tree: TypeAlias = Mapping[str, torch.Tensor]
+
+
+def map_tree(function: Callable[[torch.Tensor], torch.Tensor], tree: Tree) -> dict[str, torch.Tensor]:
+    """Apply ``function`` to every tensor of ``tree``."""
+    return {name: function(tensor) for name, tensor in tree.items()}
+
+
+def subtract(left: Tree, right: Tree) -> dict[str, torch.Tensor]:
+    """Return ``left - right`` for the names of ``left``, in float32.
+
+    Raises:
+        KeyError: A name of ``left`` is missing in ``right``.
+    """
+    return {name: left[name].float() - right[name].float() for name in left}
+
+
+def add(left: Tree, right: Tree, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    """Return ``left + scale * right``; a name that only ``left`` has keeps its value."""
+    return {
+        name: tensor + scale * right[name].to(tensor.dtype) if name in right else tensor.clone()
+        for name, tensor in left.items()
+    }
+
+
+def zeros_like(tree: Tree) -> dict[str, torch.Tensor]:
+    """Return float32 zeros in the shapes of ``tree``."""
+    return {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in tree.items()}
+
+
+def clone(tree: Tree) -> dict[str, torch.Tensor]:
+    """Return a tree with its own memory, detached from any graph."""
+    return {name: tensor.detach().clone() for name, tensor in tree.items()}
+
+
+def select(tree: Tree, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Return the part of ``tree`` with these names, in their order.
+
+    Raises:
+        KeyError: A name is missing in ``tree``.
+    """
+    return {name: tree[name] for name in names}
+
+
+def num_bytes(tree: Tree) -> int:
+    """Return the bytes that the values of ``tree`` take in memory."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tree.values())
+
+
+def squared_norm(tree: Tree) -> float:
+    """Return the squared L2 norm over all values, summed in float64."""
+    return math.fsum(float(tensor.double().square().sum()) for tensor in tree.values())
+
+
+def equal(left: Tree, right: Tree) -> bool:
+    """Say whether two trees have the same names, shapes, dtypes and bits."""
+    return left.keys() == right.keys() and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
+        for name in left
+    )
+
+
+def digest(tree: Tree) -> str:
+    """Return the SHA-256 of names, dtypes, shapes and bits, as 64 hexadecimal digits.
+
+    Independent of the order of names and of the device. A tensor is read as bytes, so two trees
+    with equal digests are bit-identical (NaN payloads and signed zeros included).
+    """
+    sha = hashlib.sha256()
+    for name in sorted(tree):
+        tensor = tree[name].detach().cpu().contiguous()
+        sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        sha.update(tensor.flatten().view(torch.uint8).numpy())
+    return sha.hexdigest()
