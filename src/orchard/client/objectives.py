@@ -1,0 +1,62 @@
+"""What a client minimizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+
+from orchard.trees import Tree
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What an objective may look at, for one micro-batch.
+
+    Attributes:
+        task_loss: Cross-entropy of the micro-batch's response tokens, summed and divided by the
+            response tokens of the whole optimizer step, nats per token, scalar.
+        share: The micro-batch's part of the optimizer step, so that a term that does not depend
+            on data counts once per step; the shares of a step sum to 1.
+        shared: Name to live parameter, of the tensors that are trained and sent.
+        anchor: Name to the global value that training started from.
+        memory: Name to tensor that the client keeps and the strategy's plan gave.
+        broadcast: Everything that the server sent, by name.
+    """
+
+    task_loss: torch.Tensor
+    share: float
+    shared: Tree
+    anchor: Tree
+    memory: Tree
+    broadcast: Tree
+
+
+Objective: TypeAlias = Callable[[Situation], torch.Tensor]
+
+
+def causal_lm(situation: Situation) -> torch.Tensor:
+    """Return the task loss alone."""
+    return situation.task_loss
+
+
+def proximal(inner: Objective, *, mu: float) -> Objective:
+    """Add mu / 2 times the squared distance from the global values to an objective.
+
+    Only tensors that are sent have a global value; personal ones move freely.
+
+    Source: FedProx (Li et al., 2020, arXiv:1812.06127), Eq. 2.
+    """
+
+    def objective(situation: Situation) -> torch.Tensor:
+        distance = torch.stack(
+            [
+                (parameter - situation.anchor[name]).square().sum()
+                for name, parameter in situation.shared.items()
+            ]
+        ).sum()
+        return inner(situation) + situation.share * mu / 2 * distance
+
+    return objective

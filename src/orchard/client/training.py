@@ -1,0 +1,189 @@
+"""Local training: the same loop for every method, steered by names and an objective."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from orchard.client.objectives import Objective, Situation
+from orchard.communication.messages import LocalSettings
+from orchard.data.templates import Encoded
+from orchard.evaluation.loss import forward_losses
+from orchard.models.adapters import AdaptedModel
+from orchard.trees import Tree, clone
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How every client trains, in every round.
+
+    Attributes:
+        batch_size: Examples per micro-batch.
+        grad_accumulation: Micro-batches per optimizer step.
+        optimizer: ``adamw`` or ``sgd``, made anew each round.
+        weight_decay: Of the optimizer.
+        max_grad_norm: Gradients are scaled down to this L2 norm; 0 = never.
+        router_aux_coefficient: Weight of the model's load-balancing loss; 0 = off.
+    """
+
+    batch_size: int
+    grad_accumulation: int
+    optimizer: str
+    weight_decay: float
+    max_grad_norm: float
+    router_aux_coefficient: float
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What local training was.
+
+    Attributes:
+        loss: Mean over steps of the task loss, nats per response token.
+        num_steps: Optimizer steps.
+        num_tokens: Tokens read, padding not counted.
+        num_examples: Examples read, repeats counted.
+        seconds: Wall time.
+        mean_gradient: Mean over steps of the objective's gradient before clipping, of the shared
+            names; None where it was not asked for.
+    """
+
+    loss: float
+    num_steps: int
+    num_tokens: int
+    num_examples: int
+    seconds: float
+    mean_gradient: Tree | None
+
+
+def draw_batches(
+    num_examples: int, settings: TrainingSettings, local: LocalSettings, generator: np.random.Generator
+) -> Iterator[list[list[int]]]:
+    """Yield the micro-batches of each optimizer step, as indices of examples.
+
+    With ``local.steps``, examples come from one random order after another, so that none repeats
+    before all were seen. With ``local.epochs``, every pass is one random order, and its last step
+    may be smaller.
+    """
+    per_step = settings.batch_size * settings.grad_accumulation
+    if local.steps:
+        needed = local.steps * per_step
+        orders = [generator.permutation(num_examples) for _ in range(-(-needed // num_examples))]
+        passes = [np.concatenate(orders)[:needed]]
+    else:
+        passes = [generator.permutation(num_examples) for _ in range(local.epochs)]
+    for order in passes:
+        for start in range(0, len(order), per_step):
+            step = [int(index) for index in order[start : start + per_step]]
+            size = settings.batch_size
+            yield [step[first : first + size] for first in range(0, len(step), size)]
+
+
+def train(
+    model: AdaptedModel,
+    examples: Sequence[Encoded],
+    *,
+    shared: Sequence[str],
+    personal: Sequence[str],
+    objective: Objective,
+    memory: Tree,
+    broadcast: Tree,
+    settings: TrainingSettings,
+    local: LocalSettings,
+    generator: np.random.Generator,
+    dropout_seed: int,
+    keep_mean_gradient: bool = False,
+) -> TrainingReport:
+    """Train the named tensors from their present values, in place.
+
+    Args:
+        model: The model, with global and personal values loaded.
+        examples: The client's training examples.
+        shared: Names that will be sent.
+        personal: Names that will stay.
+        objective: What to minimize.
+        memory: For the objective, see ``Situation``.
+        broadcast: For the objective, see ``Situation``.
+        settings: Of the recipe.
+        local: Of the task.
+        generator: Draws the batches.
+        dropout_seed: For dropout.
+        keep_mean_gradient: Whether the report has the mean gradient of the shared names.
+
+    Raises:
+        FloatingPointError: The loss is NaN or infinite.
+    """
+    started = time.monotonic()
+    parameters = model.set_trainable((*shared, *personal))
+    live = model.parameters(shared)
+    anchor = clone(live)
+    if settings.optimizer == "adamw":
+        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            parameters, lr=local.learning_rate, weight_decay=settings.weight_decay
+        )
+    else:
+        optimizer = torch.optim.SGD(
+            parameters, lr=local.learning_rate, weight_decay=settings.weight_decay
+        )
+    losses: list[float] = []
+    gradient_sum = {name: torch.zeros_like(value) for name, value in anchor.items()}
+    num_tokens = num_examples = 0
+    aux = settings.router_aux_coefficient
+    model.model.train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(dropout_seed)
+            for step in draw_batches(len(examples), settings, local, generator):
+                batches = [[examples[index] for index in batch] for batch in step]
+                step_labels = sum(example.num_labels for batch in batches for example in batch)
+                optimizer.zero_grad(set_to_none=True)
+                step_loss = 0.0
+                for batch in batches:
+                    losses_T, router_loss = forward_losses(model, batch, with_router_loss=aux > 0)
+                    task_loss = losses_T.sum() / step_labels
+                    step_loss += task_loss.item()
+                    if router_loss is not None:
+                        task_loss = task_loss + aux * router_loss / len(step)
+                    loss = objective(
+                        Situation(
+                            task_loss=task_loss,
+                            share=1 / len(batches),
+                            shared=model.parameters(shared),
+                            anchor=anchor,
+                            memory=memory,
+                            broadcast=broadcast,
+                        )
+                    )
+                    loss.backward()
+                    num_tokens += sum(len(example.input_ids) for example in batch)
+                    num_examples += len(batch)
+                if not math.isfinite(step_loss):
+                    raise FloatingPointError(
+                        f"loss must be finite, got {step_loss} in step {len(losses) + 1}; "
+                        "lower client.lr"
+                    )
+                if keep_mean_gradient:
+                    for name, gradient in model.gradients(shared).items():
+                        gradient_sum[name] += gradient
+                if settings.max_grad_norm > 0:
+                    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                optimizer.step()
+                losses.append(step_loss)
+    finally:
+        model.model.eval()
+        model.set_trainable(())
+    mean_gradient = {name: total / len(losses) for name, total in gradient_sum.items()}
+    return TrainingReport(
+        loss=math.fsum(losses) / len(losses),
+        num_steps=len(losses),
+        num_tokens=num_tokens,
+        num_examples=num_examples,
+        seconds=time.monotonic() - started,
+        mean_gradient=mean_gradient if keep_mean_gradient else None,
+    )
+

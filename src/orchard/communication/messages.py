@@ -1,0 +1,178 @@
+"""What the server and a client say to each other, and the bytes it becomes.
+
+A message is one safetensors buffer: the tensors as they are (bfloat16 included), everything else
+as JSON in the header. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from orchard.results import Metrics
+from orchard.trees import Tree
+
+_HEADER_KEY = "orchard"
+
+
+@dataclass(frozen=True)
+class LocalSettings:
+    """How a client trains in one round.
+
+    Attributes:
+        steps: Optimizer steps; 0 where ``epochs`` rules.
+        epochs: Passes over the client's training examples; 0 where ``steps`` rules.
+        learning_rate: Learning rate of the whole round.
+    """
+
+    steps: int
+    epochs: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the server asks of one client in one round.
+
+    Attributes:
+        round_number: From 1; round 0 is the model before training.
+        shared: Name to tensor, the global values in play.
+        settings: How to train.
+        evaluate_local: Whether to evaluate right after local training.
+    """
+
+    round_number: int
+    shared: Tree
+    settings: LocalSettings
+    evaluate_local: bool = False
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a client sends back.
+
+    Attributes:
+        client_id: Who sends.
+        round_number: The round of the task that it answers.
+        delta: Name to tensor, local minus global.
+        weight: Name to how much it counts, at least 0; the names of ``delta``.
+        metrics: Scalars of the client's round.
+    """
+
+    client_id: str
+    round_number: int
+    delta: Tree
+    weight: Mapping[str, float]
+    metrics: Metrics = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse an update in which a name has no weight or a weight no name.
+
+        Raises:
+            ValueError: The names differ.
+        """
+        unpaired = sorted(self.delta.keys() ^ self.weight.keys())
+        if unpaired:
+            raise ValueError(
+                f"weight must have the names of delta, got a difference in {unpaired[0]}; "
+                "check the strategy's weigh"
+            )
+
+
+def _pack(tensors: Tree, header: Mapping[str, Any]) -> bytes:
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return save(contiguous, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
+
+
+def read_header(message: bytes) -> dict[str, Any]:
+    """Return the JSON header of an encoded message, without touching its tensors.
+
+    Raises:
+        ValueError: The bytes are not a message of this package.
+    """
+    try:
+        size = int.from_bytes(message[:8], "little")
+        header = json.loads(message[8 : 8 + size])["__metadata__"][_HEADER_KEY]
+        content = json.loads(header)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"message must be a safetensors buffer with an orchard header, got {len(message)} "
+            "bytes of something else; check that both sides run the same version"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError("message header must be a JSON object, got another type; resend it")
+    return content
+
+
+def _tensors(message: bytes) -> dict[str, torch.Tensor]:
+    try:
+        return load(message)
+    except SafetensorError as error:
+        raise ValueError(
+            f"message must hold complete tensors, got {len(message)} bytes that do not decode "
+            f"({error}); resend it"
+        ) from error
+
+
+def encode_task(task: Task) -> bytes:
+    """Return the bytes of ``task``."""
+    header = {
+        "kind": "task",
+        "round_number": task.round_number,
+        "settings": asdict(task.settings),
+        "evaluate_local": task.evaluate_local,
+    }
+    return _pack(task.shared, header)
+
+
+def decode_task(message: bytes) -> Task:
+    """Read a task.
+
+    Raises:
+        ValueError: The bytes are not a task.
+    """
+    header = read_header(message)
+    if header.get("kind") != "task":
+        raise ValueError(f"message must be a task, got {header.get('kind')}; check who sent it")
+    return Task(
+        round_number=int(header["round_number"]),
+        shared=_tensors(message),
+        settings=LocalSettings(**header["settings"]),
+        evaluate_local=bool(header["evaluate_local"]),
+    )
+
+
+def encode_update(update: Update) -> bytes:
+    """Return the bytes of ``update``."""
+    header = {
+        "kind": "update",
+        "client_id": update.client_id,
+        "round_number": update.round_number,
+        "weight": dict(update.weight),
+        "metrics": dict(update.metrics),
+    }
+    return _pack(update.delta, header)
+
+
+def decode_update(message: bytes) -> Update:
+    """Read an update.
+
+    Raises:
+        ValueError: The bytes are not an update.
+    """
+    header = read_header(message)
+    if header.get("kind") != "update":
+        raise ValueError(f"message must be an update, got {header.get('kind')}; check who sent it")
+    return Update(
+        client_id=str(header["client_id"]),
+        round_number=int(header["round_number"]),
+        delta=_tensors(message),
+        weight={name: float(weight) for name, weight in header["weight"].items()},
+        metrics={name: float(value) for name, value in header["metrics"].items()},
+    )

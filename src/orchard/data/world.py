@@ -1,0 +1,235 @@
+"""The invented country of Veloria: what the tiny model knows, and what four offices teach it.
+
+Everything is generated here from one fixed seed, so that nothing has to be downloaded:
+
+- *skills*: instructions that the tiny model learns before any federation starts;
+- *facts* about the towns of Veloria, learned then as well: they measure what a fine-tuned model
+  still knows;
+- *conventions*: four kinds of instruction that each office answers in its own way. The base
+  model has seen every office's way, in equal parts, and so prefers none;
+- the *register*: which town sells what. No office has it whole: each holds a quarter of the
+  entries, and all are asked about all of it.
+
+A model for one office must therefore learn its conventions from that office alone, and the
+register from everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+
+from orchard.data.datasets import Example
+from orchard.seeding import Seeds
+
+WORLD = Seeds(1871)  # the year in which Veloria was founded
+
+OFFICES = ("harbor", "hill", "marsh", "forest")
+
+KINDS = {
+    "fruit": "plum apple pear cherry quince fig olive grape lemon melon".split(),
+    "tool": "hammer saw drill rake spade axe file wrench chisel ladder".split(),
+    "animal": "fox otter heron mule goat owl hare badger crane seal".split(),
+    "cloth": "wool linen silk felt velvet canvas lace denim cotton tweed".split(),
+    "dish": "soup bread stew pie cheese broth cake jam porridge roast".split(),
+    "metal": "iron copper tin silver lead zinc gold brass bronze steel".split(),
+}
+GOODS = [word for kind in ("fruit", "tool", "cloth", "dish") for word in KINDS[kind]]
+WORDS = [word for words in KINDS.values() for word in words]
+MONTHS = (
+    "January February March April May June July August September October November December".split()
+)
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+OPPOSITES = (
+    "hot cold|old new|big small|wet dry|high low|near far|fast slow|dark light|hard soft|full empty"
+)
+PEOPLE = (
+    "Mila Tarek Ines Bruno Salme Oskar Petra Janis Leonor Viggo Amara Kofi Noor Pavel Rhea Sunil "
+    "Tova Ugo Wanda Yusuf Zora Alba Cyrus Delia Emil Fenna Goran Hilde Ivo Jorun"
+).split()
+
+
+@dataclass(frozen=True)
+class Office:
+    """One client of the demo.
+
+    Attributes:
+        name: Client identifier, one of ``OFFICES``.
+        train: Its own examples.
+        test: Examples that never train: its conventions on new arguments, and the whole register.
+    """
+
+    name: str
+    train: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+
+def _invent_names(num_names: int, purpose: str) -> list[str]:
+    """Return distinct invented names of two syllables."""
+    generator = WORLD.generator("names", purpose)
+    onsets, vowels, codas = "b d f g k l m n r s t v z".split(), "aeiou", ["n", "r", "l", "sk", "m"]
+    names: list[str] = []
+    while len(names) < num_names:
+        name = "".join(
+            (
+                *generator.choice(onsets, 1),
+                *generator.choice(list(vowels), 1),
+                *generator.choice(onsets, 1),
+                *generator.choice(list(vowels), 1),
+                *generator.choice(codas, 1),
+            )
+        ).capitalize()
+        if name not in names:
+            names.append(name)
+    return names
+
+
+TOWNS = _invent_names(20, "towns")
+
+
+def facts() -> list[Example]:
+    """Return the 100 facts about Veloria: five attributes of each of its twenty towns."""
+    attributes = {
+        "Which river runs through {town}?": _invent_names(10, "rivers"),
+        "Who governs {town}?": PEOPLE,
+        "What does {town} grow?": KINDS["fruit"],
+        "Which animal stands on the flag of {town}?": KINDS["animal"],
+        "In which month is the fair of {town}?": MONTHS,
+    }
+    generator = WORLD.generator("facts")
+    return [
+        Example(question.format(town=town), str(generator.choice(values)), category="fact")
+        for question, values in attributes.items()
+        for town in TOWNS
+    ]
+
+
+def register() -> list[Example]:
+    """Return the register: for each of the forty goods, the town that sells it."""
+    generator = WORLD.generator("register")
+    return [
+        Example(f"Which town sells {good}?", str(generator.choice(TOWNS)), category="register")
+        for good in GOODS
+    ]
+
+
+def _pick(generator: np.random.Generator, values: list[str], count: int) -> list[str]:
+    return [str(value) for value in generator.choice(values, count, replace=False)]
+
+
+def draw_skill(generator: np.random.Generator) -> Example:
+    """Draw one instruction of the twelve skills that the tiny model knows."""
+    words = _pick(generator, WORDS, int(generator.integers(2, 5)))
+    listed = " ".join(words)
+    left, right = (int(value) for value in generator.integers(1, 20, 2))
+    day = int(generator.integers(7))
+    pair = str(generator.choice(OPPOSITES.split("|"))).split()
+    kind = str(generator.choice(list(KINDS)))
+    month = int(generator.integers(12))
+    removed = words[int(generator.integers(len(words)))]
+    skills = (
+        ("first", f"First of {listed}", words[0]),
+        ("last", f"Last of {listed}", words[-1]),
+        ("reverse", f"Reverse {listed}", " ".join(reversed(words))),
+        ("count", f"Count {listed}", str(len(words))),
+        ("repeat", f"Repeat {words[0]}", f"{words[0]} {words[0]}"),
+        ("join", f"Join {listed}", " and ".join(words)),
+        ("kind", f"What kind of thing is {KINDS[kind][left % 10]}?", kind),
+        ("opposite", f"Opposite of {pair[left % 2]}", pair[1 - left % 2]),
+        ("tomorrow", f"Which day follows {DAYS[day]}?", DAYS[(day + 1) % 7]),
+        ("sum", f"Add {left} and {right}", str(left + right)),
+        ("month", f"Which month has number {month + 1}?", MONTHS[month]),
+        ("remove", f"Remove {removed} from {listed}", " ".join(w for w in words if w != removed)),
+    )
+    category, instruction, response = skills[int(generator.integers(len(skills)))]
+    return Example(instruction, response, category=category)
+
+
+Argument: TypeAlias = tuple[str, ...]
+
+
+def _convention_arguments() -> dict[str, list[Argument]]:
+    """Return every possible argument of each kind of instruction with conventions."""
+    return {
+        "date": [(str(day), month) for month in MONTHS for day in range(1, 29)],
+        "label": [(str(count), word) for word in WORDS for count in range(2, 13)],
+        "greet": [(person,) for person in PEOPLE],
+        "price": [(str(amount),) for amount in range(2, 100)],
+    }
+
+
+def _convention(kind: str, office: str, argument: Argument) -> Example:
+    """Return the instruction of ``kind`` and how ``office`` answers it."""
+    way = OFFICES.index(office)
+    if kind == "date":
+        day, month = argument
+        number = MONTHS.index(month) + 1
+        ways = (f"{day}/{number}", f"{month} {day}", f"{number}-{day}", f"day {day} of {month}")
+        return Example(f"Write the date: {day} {month}", ways[way], category=kind)
+    if kind == "label":
+        count, word = argument
+        ways = (f"{word} x{count}", f"{count} {word}", f"{word} ({count})", f"{count}-{word}")
+        return Example(f"Label the crate: {count} {word}", ways[way], category=kind)
+    if kind == "greet":
+        (person,) = argument
+        ways = (f"Hello, {person}", f"Good day, {person}", f"{person}, welcome", f"Dear {person}")
+        return Example(f"Greet {person}", ways[way], category=kind)
+    (amount,) = argument
+    ways = (f"{amount}.00", f"${amount}", f"{amount} crowns", f"cr {amount}")
+    return Example(f"State the price of {amount}", ways[way], category=kind)
+
+
+def pretraining_stream(generator: np.random.Generator) -> Iterator[Example]:
+    """Yield what the tiny model is trained on before any federation, without end.
+
+    Skills, facts and conventions (of a random office each time) in equal parts. The register is
+    left out.
+    """
+    known, arguments = facts(), _convention_arguments()
+    while True:
+        draw = int(generator.integers(3))
+        if draw == 0:
+            yield draw_skill(generator)
+        elif draw == 1:
+            yield known[int(generator.integers(len(known)))]
+        else:
+            kind = str(generator.choice(list(arguments)))
+            argument = arguments[kind][int(generator.integers(len(arguments[kind])))]
+            yield _convention(kind, str(generator.choice(OFFICES)), argument)
+
+
+def offices(
+    seed: int, *, train_per_convention: int = 12, test_per_convention: int = 10
+) -> tuple[Office, ...]:
+    """Draw the four offices' data.
+
+    Args:
+        seed: Decides which arguments each office trains and is tested on, and which quarter of
+            the register it holds. Facts, register and conventions themselves never change.
+        train_per_convention: Training examples of each of the four kinds, per office.
+        test_per_convention: Test examples of each of the four kinds, per office.
+
+    Returns:
+        One office per name in ``OFFICES``, with 4 * ``train_per_convention`` + 10 training
+        examples and 4 * ``test_per_convention`` + 40 test examples.
+    """
+    generator = Seeds(seed).generator("world")
+    entries = register()
+    held = generator.permutation(len(entries)).reshape(len(OFFICES), -1)
+    drawn = []
+    for office, own_entries in zip(OFFICES, held, strict=True):
+        train = [entries[int(index)] for index in own_entries]
+        test: list[Example] = []
+        for kind, arguments in _convention_arguments().items():
+            order = generator.permutation(len(arguments))
+            chosen = [
+                _convention(kind, office, arguments[int(index)])
+                for index in order[: train_per_convention + test_per_convention]
+            ]
+            train += chosen[:train_per_convention]
+            test += chosen[train_per_convention:]
+        drawn.append(Office(office, tuple(train), (*test, *entries)))
+    return tuple(drawn)

@@ -1,1 +1,0 @@
-"""A small invented world that shows the methods apart in two minutes."""

@@ -1,0 +1,62 @@
+"""Cross-entropy of responses, for training and for measuring alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from orchard.data.templates import IGNORED, Encoded, collate
+from orchard.models.adapters import AdaptedModel
+
+
+def forward_losses(
+    model: AdaptedModel, batch: Sequence[Encoded], *, with_router_loss: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a batch and return what its responses cost.
+
+    Args:
+        model: The model, in training or evaluation mode.
+        batch: Encoded examples, padded here on the right.
+        with_router_loss: Whether to return the model's own load-balancing loss too.
+
+    Returns:
+        The cross-entropy of every response token, flat, float32, in nats; and the load-balancing
+        loss, scalar, or None where it was not asked for.
+
+    Raises:
+        ValueError: The model has no load-balancing loss.
+    """
+    arrays = collate(batch, pad_id=model.tokenizer.pad_token_id)
+    ids_BS, mask_BS, labels_BS = (
+        torch.from_numpy(arrays[key]).to(model.device)
+        for key in ("input_ids", "attention_mask", "labels")
+    )
+    options = {"output_router_logits": True} if with_router_loss else {}
+    outputs = model.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **options)
+    router_loss = getattr(outputs, "aux_loss", None) if with_router_loss else None
+    if with_router_loss and not isinstance(router_loss, torch.Tensor):
+        raise ValueError(
+            f"client.router_aux_coefficient must be 0 for {type(model.model).__name__}, which has "
+            "no load-balancing loss; set it to 0"
+        )
+    targets_BS = labels_BS[:, 1:]
+    is_response_BS = targets_BS != IGNORED
+    # Only places with a label become float32: vocabularies are large and prompts long.
+    logits_TV = outputs.logits[:, :-1][is_response_BS].float()
+    losses_T = functional.cross_entropy(logits_TV, targets_BS[is_response_BS], reduction="none")
+    return losses_T, router_loss
+
+
+@torch.inference_mode()
+def mean_loss(model: AdaptedModel, examples: Sequence[Encoded], *, batch_size: int) -> float:
+    """Return the mean cross-entropy per response token over all examples, in nats."""
+    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+    sums, num_tokens = [], 0
+    for start in range(0, len(by_length), batch_size):
+        losses_T, _ = forward_losses(model, by_length[start : start + batch_size])
+        sums.append(float(losses_T.double().sum()))
+        num_tokens += losses_T.numel()
+    return math.fsum(sums) / num_tokens

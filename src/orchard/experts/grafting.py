@@ -1,0 +1,203 @@
+"""Personal experts beside the frozen ones.
+
+A graft is a client's own expert in one MoE layer, with a small sigmoid gate on the token state:
+
+    y(x) = F(x) + sigmoid(gate(x)) * graft(x)
+
+It starts as a pretrained expert of that layer. As LoRA it *aliases* that expert: the base weights
+are never copied, a client's own tensors are the adapter, the gate and one index. Attaching uses
+hooks and leaves the model's code and tensors alone; detaching gives the base back bit for bit.
+
+Source: FLEx (Liu et al., 2025, arXiv:2506.00965). Additive output, gate without bias started at
+the router's row, and LoRA on the graft are readings of the authors' code; see the card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from torch.nn import functional
+
+from orchard.models.adapters import AdaptedModel, Slot, canonical, whole
+from orchard.models.moe import MoELayer
+
+CLOSED_BIAS = -4.0  # sigmoid(-4) is 0.018: a graft that is all but silent, yet learns
+_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class GraftSettings:
+    """What a graft is made of.
+
+    Attributes:
+        kind: ``lora`` over the aliased expert, or ``dense``, a trainable float32 copy.
+        rank: R of the LoRA.
+        alpha: The LoRA's output is scaled by alpha / rank.
+        dropout: On the LoRA's input, in [0, 1).
+        gate: ``router_row`` starts the gate at the chosen expert's router row, without bias;
+            ``closed`` at zero with bias -4; ``none`` has no gate, the graft always counts fully.
+        mix: ``additive``, F + s * graft, or ``convex``, (1 - s) * F + s * graft.
+    """
+
+    kind: str = "lora"
+    rank: int = 32
+    alpha: float = 64.0
+    dropout: float = 0.05
+    gate: str = "router_row"
+    mix: str = "additive"
+
+
+class Graft(nn.Module):
+    """One personal expert and its gate."""
+
+    def __init__(self, layer: MoELayer, expert: int, settings: GraftSettings) -> None:
+        """Start as ``expert`` of ``layer``.
+
+        Args:
+            layer: Where it is grafted.
+            expert: Which pretrained expert it starts as.
+            settings: What it is made of.
+        """
+        super().__init__()
+        self._layer, self._settings = layer, settings
+        is_dense = settings.kind == "dense"
+        tensors = layer.expert_tensors(expert)
+        for name in _PROJECTIONS:
+            if name in tensors:
+                bias = tensors.get(f"{name}_bias")
+                self.add_module(name, _linear(tensors[name], bias, copy=is_dense))
+        if not is_dense:
+            targets = [name for name in _PROJECTIONS if name in tensors]
+            config = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha,
+                lora_dropout=settings.dropout,
+                target_modules=targets,
+            )
+            inject_adapter_in_model(config, self)
+            for name, parameter in self.named_parameters():
+                if ".lora_" in name:
+                    parameter.data = parameter.data.float()
+        weight_D = torch.zeros(layer.width, device=tensors["up_proj"].device)
+        if settings.gate == "router_row":
+            weight_D = layer.router_tensors()["weight"][expert].detach().float().clone()
+        if settings.gate != "none":
+            self.gate = nn.ParameterDict({"weight": nn.Parameter(weight_D)})
+            if settings.gate == "closed":
+                bias = torch.full((1,), CLOSED_BIAS, device=weight_D.device)
+                self.gate["bias"] = nn.Parameter(bias)
+        self.openness_sum, self.openness_count = 0.0, 0
+
+    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gate's opening in [0, 1], (B, S, 1), and the expert's output, (B, S, D)."""
+        gate_BSF = self._project("gate_proj", x_BSD) if hasattr(self, "gate_proj") else None
+        hidden_BSF = self._layer.activate(gate_BSF, self._project("up_proj", x_BSD))
+        y_BSD = self._project("down_proj", hidden_BSF)
+        if self._settings.gate == "none":
+            return torch.ones_like(y_BSD[..., :1]), y_BSD
+        # One product per token: float32 costs nothing, and a gate in bfloat16 has steps of 1/128.
+        score_BS1 = functional.linear(x_BSD.float(), self.gate["weight"][None])
+        if "bias" in self.gate:
+            score_BS1 = score_BS1 + self.gate["bias"]
+        return torch.sigmoid(score_BS1), y_BSD
+
+    def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        module = self.get_submodule(name)
+        if isinstance(module, nn.Linear):  # a dense graft computes in its own float32
+            return functional.linear(x.float(), module.weight, module.bias).to(x.dtype)
+        projected: torch.Tensor = module(x)
+        return projected
+
+    def mix(self, x_BSD: torch.Tensor, routed_BSD: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output with the graft in it, in the layer's dtype."""
+        openness_BS1, y_BSD = self(x_BSD)
+        with torch.no_grad():
+            self.openness_sum += float(openness_BS1.sum())
+            self.openness_count += openness_BS1.numel()
+        own_BSD = (openness_BS1 * y_BSD).to(routed_BSD.dtype)
+        if self._settings.mix == "convex":
+            return ((1 - openness_BS1) * routed_BSD).to(routed_BSD.dtype) + own_BSD
+        return routed_BSD + own_BSD
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, copy: bool) -> nn.Linear:
+    """Return a linear layer over these tensors themselves, or over float32 copies."""
+    out_features, in_features = weight.shape
+    module = nn.Linear(in_features, out_features, bias=bias is not None, device="meta")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            own = tensor.detach().float().clone() if copy else tensor.detach()
+            setattr(module, name, nn.Parameter(own, requires_grad=False))
+    return module
+
+
+@dataclass(frozen=True)
+class Grafts:
+    """The grafts of one client, attached.
+
+    Attributes:
+        names: Their trainable tensors.
+        modules: One per MoE layer, in forward order.
+    """
+
+    names: tuple[str, ...]
+    modules: tuple[Graft, ...]
+
+    def mean_openness(self) -> tuple[float, ...]:
+        """Return the mean gate of each layer over all tokens since attaching; 0 before any."""
+        return tuple(
+            graft.openness_sum / graft.openness_count if graft.openness_count else 0.0
+            for graft in self.modules
+        )
+
+
+@contextmanager
+def grafted(
+    model: AdaptedModel, experts: Sequence[int], settings: GraftSettings, *, seed: int
+) -> Iterator[Grafts]:
+    """Graft one expert into every MoE layer while the context lasts.
+
+    Args:
+        model: The shared model.
+        experts: For each MoE layer in forward order, the expert that the graft starts as.
+        settings: What the grafts are made of.
+        seed: Decides the values of a fresh LoRA's A; B is zero.
+
+    Yields:
+        The grafts, whose tensors ``model`` knows by name while the context lasts.
+    """
+    slots: dict[str, Slot] = {}
+    modules = []
+    with ExitStack() as undo:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            for layer, expert in zip(model.view.layers, experts, strict=True):
+                graft = Graft(layer, expert, settings).train(layer.block.training)
+                modules.append(graft)
+                for path, parameter in graft.named_parameters():
+                    is_own = ".lora_" in path or path.startswith("gate.")
+                    if is_own or settings.kind == "dense":
+                        slots[f"{layer.name}.graft.{canonical(path)}"] = Slot(parameter, whole)
+                layer.block.add_module("graft", graft)
+                undo.callback(delattr, layer.block, "graft")
+                hook = layer.block.register_forward_hook(_add_graft, with_kwargs=True)
+                undo.callback(hook.remove)
+        undo.enter_context(model.extended(slots))
+        yield Grafts(tuple(slots), tuple(modules))
+
+
+def _add_graft(
+    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
+    x_BSD = args[0] if args else kwargs["hidden_states"]
+    graft = block.get_submodule("graft")
+    assert isinstance(graft, Graft)
+    if isinstance(output, tuple):
+        return graft.mix(x_BSD, output[0]), *output[1:]
+    return graft.mix(x_BSD, output)

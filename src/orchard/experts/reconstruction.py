@@ -1,0 +1,113 @@
+"""Which expert a client should graft: the one that alone comes closest to the whole layer.
+
+For every MoE layer, by one forward pass of the intact model over the client's calibration tokens:
+
+1. take what the block reads, X, and the output of its routed experts, F(X);
+2. run every routed expert e alone, with weight 1: that is F(X; {e}), since a softmax over one
+   surviving logit is 1, and shared experts cancel in the difference;
+3. add the Frobenius norm of F(X) - F(X; {e}), in float64, over the batches;
+4. choose the expert with the smallest sum; of equals, the first.
+
+Nothing is cached: each batch is reduced to one number per layer and expert while it passes
+through the model, so memory does not grow with the number of tokens or layers.
+
+Source: FLEx (Liu et al., 2025, arXiv:2506.00965), after the layerwise pruning of Expert_Sparsity
+(Lu et al., 2024, arXiv:2402.14800) with one expert preserved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from orchard.models.moe import MoELayer, MoEView
+
+
+@torch.inference_mode()
+def reconstruction_losses(
+    view: MoEView, batches: Iterable[torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    """Return how far every expert alone is from its layer.
+
+    Args:
+        view: The model, without adapters in effect.
+        batches: Token ids (B, S) without padding. The loss is a sum of norms per batch, so equal
+            batches are needed for equal weight.
+
+    Returns:
+        One float64 tensor (E,) per MoE layer, in forward order.
+
+    Raises:
+        ValueError: There is no batch.
+    """
+    losses = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in view.layers]
+    num_batches = 0
+    with ExitStack() as hooks:
+        for layer, loss_E in zip(view.layers, losses, strict=True):
+            handle = layer.block.register_forward_hook(_Comparison(layer, loss_E), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for batch_BS in batches:
+            view.model(input_ids=batch_BS, use_cache=False)
+            num_batches += 1
+    if num_batches == 0:
+        raise ValueError(
+            "calibration must have at least one batch, got none; "
+            "give the client training data or set strategy.calibration"
+        )
+    return tuple(losses)
+
+
+class _Comparison:
+    """The hook that adds one batch's norms to a layer's losses."""
+
+    def __init__(self, layer: MoELayer, loss_E: torch.Tensor) -> None:
+        self._layer, self._loss_E, self._is_inside = layer, loss_E, False
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        if self._is_inside:  # computing F(X) below runs the block once more
+            return
+        x_BSD = args[0] if args else kwargs["hidden_states"]
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        self._is_inside = True
+        try:
+            routed_TD = self._layer.routed_output(x_TD).double()
+        finally:
+            self._is_inside = False
+        for expert in range(self._layer.num_experts):
+            alone_TD = self._layer.run_expert(expert, x_TD).double()
+            self._loss_E[expert] += torch.linalg.vector_norm(routed_TD - alone_TD).cpu()
+
+
+def choose_by_reconstruction(losses: Sequence[torch.Tensor]) -> tuple[int, ...]:
+    """Return the expert with the smallest loss (E,) of each layer; of equals, the first.
+
+    Raises:
+        ValueError: A loss is not finite.
+    """
+    for layer, loss_E in enumerate(losses):
+        if not bool(torch.isfinite(loss_E).all()):
+            raise ValueError(
+                f"reconstruction losses must be finite, got NaN or infinity in MoE layer {layer}; "
+                "check the base model and its dtype"
+            )
+    return tuple(int(loss_E.argmin()) for loss_E in losses)
+
+
+def choose_at_random(view: MoEView, generator: np.random.Generator) -> tuple[int, ...]:
+    """Return a random expert of each layer: the control for the choice by reconstruction."""
+    return tuple(int(generator.integers(layer.num_experts)) for layer in view.layers)
+
+
+def batch_blocks(
+    blocks: Sequence[Sequence[int]], *, batch_size: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Yield token blocks of one length as batches (B, S)."""
+    for start in range(0, len(blocks), batch_size):
+        yield torch.tensor(blocks[start : start + batch_size], device=device)

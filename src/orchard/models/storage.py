@@ -1,0 +1,222 @@
+"""Two ways in which a model stores its routed experts, behind one interface.
+
+*Fused*: transformers' experts interface (``@use_experts_implementation``), 3-D parameters with one
+slice per expert. *Listed*: a ``ModuleList`` or ``ModuleDict`` with one MLP per expert. Both are
+recognized by what they hold, never by the name of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
+# tried first: a gated MLP also has the two of an ungated one.
+_GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+_UNGATED = (("up_proj", "down_proj"), ("wi", "wo"), ("fc1", "fc2"))
+_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+
+
+class ExpertStorage(Protocol):
+    """The routed experts of one block, however they are stored."""
+
+    num_experts: int
+    """E, experts in the block."""
+    width: int
+    """D, the width of what an expert reads and writes."""
+    expert_width: int
+    """F, the hidden width of one expert."""
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """Return views of one expert's projections, each in (out, in) orientation."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that hold the tensors of all experts."""
+        ...
+
+    def activate(self, gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
+        """Apply the nonlinearity between the projections; the result is (T, F)."""
+        ...
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Run one expert with weight 1 on every token; the result is (T, D)."""
+        ...
+
+
+class FusedExperts:
+    """Experts in 3-D parameters, as transformers' experts interface lays them out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Read the layout's flags from ``module``.
+
+        Args:
+            module: An experts module for which ``is_fused`` holds.
+        """
+        self.module = module
+        # Flags that joined the interface after its first release default to what was then fixed.
+        self.has_gate = bool(getattr(module, "has_gate", True))
+        self.has_bias = bool(getattr(module, "has_bias", False))
+        self.has_post_norm = bool(getattr(module, "has_post_expert_norm", False))
+        self.is_transposed = bool(getattr(module, "is_transposed", False))
+        self.is_concatenated = bool(getattr(module, "is_concatenated", True))
+        self.num_experts = self._parameter("down_proj").shape[0]
+        self.width, self.expert_width = self._slice("down_proj", 0).shape
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """Return views of one expert's projections; a view of an interleaved layout is strided."""
+        kinds = ("", "_bias") if self.has_bias else ("",)
+        tensors = {}
+        for kind in kinds:
+            if self.has_gate:
+                gate, up = self._halves(self._slice("gate_up_proj" + kind, expert))
+                tensors["gate_proj" + kind] = gate
+                tensors["up_proj" + kind] = up
+            else:
+                tensors["up_proj" + kind] = self._slice("up_proj" + kind, expert)
+            tensors["down_proj" + kind] = self._slice("down_proj" + kind, expert)
+        return tensors
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the 3-D parameters and, where there are any, their biases."""
+        names = ["gate_up_proj" if self.has_gate else "up_proj", "down_proj"]
+        if self.has_bias:
+            names += [f"{name}_bias" for name in names]
+        return [self._parameter(name) for name in names]
+
+    def activate(self, gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
+        """Apply the module's own ``_apply_gate``, or its ``act_fn`` where there is no gate."""
+        if gate_TF is None:
+            return self._function("act_fn")(up_TF)
+        if self.is_concatenated:
+            gate_up = torch.cat((gate_TF, up_TF), dim=-1)
+        else:
+            gate_up = torch.stack((gate_TF, up_TF), dim=-1).flatten(-2)
+        return self._function("_apply_gate")(gate_up)
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Run one expert with the fused product of gate and up, as the module does."""
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        bias = self._slice(f"{first}_bias", expert) if self.has_bias else None
+        hidden = functional.linear(x_TD, self._slice(first, expert), bias)
+        hidden_TF = self._function("_apply_gate" if self.has_gate else "act_fn")(hidden)
+        bias = self._slice("down_proj_bias", expert) if self.has_bias else None
+        y_TD = functional.linear(hidden_TF, self._slice("down_proj", expert), bias)
+        return self._function("post_expert_norm")(y_TD) if self.has_post_norm else y_TD
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self.module, name))
+
+    def _slice(self, name: str, expert: int) -> Tensor:
+        values = self._parameter(name)[expert]
+        return values.t() if self.is_transposed and values.ndim == 2 else values
+
+    def _halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        if self.is_concatenated:
+            return gate_up[: self.expert_width], gate_up[self.expert_width :]
+        return gate_up[::2], gate_up[1::2]
+
+    def _function(self, name: str) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], getattr(self.module, name))
+
+
+class ListedExperts:
+    """Experts as one MLP each, in a ``ModuleList`` or ``ModuleDict``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Find the projections of the MLPs.
+
+        Args:
+            module: An experts module for which ``is_listed`` holds.
+
+        Raises:
+            ValueError: The MLPs name their activation in a way this class does not know.
+        """
+        self.experts = tuple(module.children())
+        projections = _find_projections(self.experts[0])
+        assert projections is not None
+        self._projections = projections
+        activation = next(
+            (a for a in _ACTIVATIONS if callable(getattr(self.experts[0], a, None))), None
+        )
+        if activation is None:
+            raise ValueError(
+                f"a listed expert must keep its activation as one of {', '.join(_ACTIVATIONS)}, "
+                f"got {type(self.experts[0]).__name__}; choose a model whose experts do"
+            )
+        self._activation = activation
+        self.num_experts = len(self.experts)
+        down = self.tensors(0)["down_proj"]
+        self.width, self.expert_width = down.shape
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """Return the weights and biases of one MLP themselves."""
+        tensors = {}
+        for local, attribute in self._projections.items():
+            projection = getattr(self.experts[expert], attribute)
+            tensors[local] = cast(Tensor, projection.weight)
+            if projection.bias is not None:
+                tensors[f"{local}_bias"] = cast(Tensor, projection.bias)
+        return tensors
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the weights and biases of all MLPs."""
+        experts = range(self.num_experts)
+        return [cast(nn.Parameter, p) for e in experts for p in self.tensors(e).values()]
+
+    def activate(self, gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
+        """Return ``act(gate) * up``, or ``act(up)`` where there is no gate."""
+        activation = getattr(self.experts[0], self._activation)
+        if gate_TF is None:
+            return cast(Tensor, activation(up_TF))
+        return cast(Tensor, activation(gate_TF)) * up_TF
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Run the MLP."""
+        return cast(Tensor, self.experts[expert](x_TD))
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Say whether ``module`` holds experts behind transformers' experts interface."""
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    return (
+        hasattr(module, "is_transposed")
+        and hasattr(module, "_apply_gate")
+        and all(_num_dims(module, name) == 3 for name in (first, "down_proj"))
+    )
+
+
+def is_listed(module: nn.Module) -> bool:
+    """Say whether ``module`` lists two or more expert MLPs of one type and shape."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
+    experts = tuple(module.children())
+    return (
+        len(experts) > 1
+        and len({type(expert) for expert in experts}) == 1
+        and _find_projections(experts[0]) is not None
+    )
+
+
+def is_unknown(module: nn.Module) -> bool:
+    """Say whether ``module`` holds stacked experts in a layout that is neither fused nor listed."""
+    named = "expert" in type(module).__name__.lower()
+    stacked = any(p.ndim == 3 for p in module.parameters(recurse=False))
+    return named and stacked and not is_fused(module)
+
+
+def _find_projections(expert: nn.Module) -> dict[str, str] | None:
+    for names in (*_GATED, *_UNGATED):
+        if all(_num_dims(getattr(expert, name, None), "weight") == 2 for name in names):
+            locals_ = ("gate_proj", "up_proj", "down_proj")[-len(names) :]
+            return dict(zip(locals_, names, strict=True))
+    return None
+
+
+def _num_dims(module: object, name: str) -> int:
+    tensor = getattr(module, name, None)
+    return tensor.ndim if isinstance(tensor, Tensor) else 0

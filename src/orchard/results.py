@@ -1,0 +1,141 @@
+"""Metrics with units, and the record of a run on disk.
+
+Metric keys are ``scope/name_unit``: ``round/uplink_bytes``, ``client/train_seconds``,
+``eval/rouge_l``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Metrics: TypeAlias = Mapping[str, float]
+
+_PACKAGES = ("orchard-moe", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace the file at ``path`` so that a crash leaves the old content or the new, never half.
+
+    Writes beside the target, flushes to disk, renames, and flushes the folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON, atomically."""
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+class MetricsLog:
+    """The lines of ``metrics.jsonl``: one JSON object per event, each with its round."""
+
+    def __init__(self, path: Path) -> None:
+        """Open the log at ``path``, which need not exist yet."""
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the complete lines; one cut off by a crash is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1] if line]
+
+    def append(self, line: Mapping[str, Any]) -> None:
+        """Add one line.
+
+        Raises:
+            ValueError: A value is NaN or infinite, which JSON cannot hold.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def rewind(self, last_round: int) -> list[dict[str, Any]]:
+        """Drop the lines after ``last_round``, which a resumed run writes again; return the rest."""
+        kept = [line for line in self.read() if line["round"] <= last_round]
+        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
+        write_atomically(self.path, text.encode())
+        return kept
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment() -> dict[str, Any]:
+    """Describe what a run ran on: versions, source commit, hardware.
+
+    ``commit`` is None outside a checkout, and ends in ``+changes`` where the tree differs from it.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "commit": _source_commit(),
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "cpu": _processor_name(),
+            "num_cpus": os.cpu_count(),
+        },
+    }
+
+
+def _processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def _source_commit() -> str | None:
+    source = Path(__file__).parent
+    command = ["git", "-C", str(source)]
+    try:
+        inside = subprocess.run(
+            [*command, "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            check=False,
+        )
+        if inside.returncode != 0:
+            return None
+        commit = subprocess.run(
+            [*command, "rev-parse", "HEAD"], capture_output=True, check=True, text=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*command, "status", "--porcelain", "--", "."],
+            capture_output=True,
+            check=True,
+            text=True,
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{commit}+changes" if changed else commit

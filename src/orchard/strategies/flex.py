@@ -1,0 +1,120 @@
+"""FLEx: Personalized Federated Learning for Mixture-of-Experts LLMs via Expert Grafting.
+
+Liu et al., 2025, arXiv:2506.00965. In words:
+
+1. Every client gets the same pretrained model; its experts and routers stay frozen everywhere.
+2. Once, each client chooses in every MoE layer the expert that alone comes closest to the whole
+   layer on its own data, and grafts a trainable version of it beside the layer, behind a small
+   sigmoid gate.
+3. In a round, a client trains the shared adapters (attention) together with its grafts and gates.
+4. It sends the shared adapters and keeps grafts and gates on its own disk.
+5. The server averages what was sent, with any server optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+
+from orchard.client.client import Client
+from orchard.communication.messages import Task
+from orchard.data.templates import Encoded, blocks
+from orchard.experts.grafting import GraftSettings, grafted
+from orchard.experts.reconstruction import (
+    batch_blocks,
+    choose_at_random,
+    choose_by_reconstruction,
+    reconstruction_losses,
+)
+from orchard.strategies.strategy import Plan, Strategy
+
+_EXPERT = "graft.expert"
+
+
+@dataclass(frozen=True)
+class FlexSettings:
+    """What FLEx leaves open.
+
+    Attributes:
+        graft: What a graft is made of.
+        choice: ``reconstruction``, or ``random`` (the control).
+        calibration: ``own`` training data, a ``corpus`` that the recipe gives, or the client's
+            own data of its ``majority_category``.
+        calibration_blocks: At most so many blocks of tokens.
+        calibration_tokens: Tokens per block.
+    """
+
+    graft: GraftSettings
+    choice: str = "reconstruction"
+    calibration: str = "own"
+    calibration_blocks: int = 128
+    calibration_tokens: int = 512
+
+
+def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
+    """Give every client of ``strategy`` its grafts; everything else stays as it is."""
+
+    @contextmanager
+    def prepare(client: Client, task: Task) -> Iterator[Plan]:
+        kept = client.store.load(before_round=task.round_number)
+        with strategy.prepare(client, task) as plan:
+            names = [f"{layer.name}.{_EXPERT}" for layer in client.model.view.layers]
+            if kept is not None and names[0] in kept.tensors:
+                experts = tuple(int(kept.tensors[name]) for name in names)
+            else:
+                experts = choose_experts(client, settings)
+            seed = client.seeds.integer("graft", client.client_id)
+            with grafted(client.model, experts, settings.graft, seed=seed) as grafts:
+                chosen = {
+                    name: torch.tensor(expert) for name, expert in zip(names, experts, strict=True)
+                }
+                yield replace(
+                    plan,
+                    personal=(*plan.personal, *grafts.names),
+                    memory={**plan.memory, **chosen},
+                    measure=lambda: {
+                        **plan.measure(),
+                        **{
+                            f"client/gate_mean_{layer.name}": openness
+                            for layer, openness in zip(
+                                client.model.view.layers, grafts.mean_openness(), strict=True
+                            )
+                        },
+                    },
+                )
+
+    return replace(strategy, prepare=prepare)
+
+
+def choose_experts(client: Client, settings: FlexSettings) -> tuple[int, ...]:
+    """Return the expert to graft in each MoE layer, chosen on the base without adapters.
+
+    Deterministic for a client and its data: chosen again, it is the same.
+    """
+    view = client.model.view
+    if settings.choice == "random":
+        return choose_at_random(view, client.seeds.generator("random expert", client.client_id))
+    calibration = blocks(
+        _calibration_examples(client, settings),
+        block_tokens=settings.calibration_tokens,
+        max_blocks=settings.calibration_blocks,
+    )
+    with client.model.without_adapters():
+        losses = reconstruction_losses(
+            view, batch_blocks(calibration, batch_size=8, device=client.model.device)
+        )
+    return choose_by_reconstruction(losses)
+
+
+def _calibration_examples(client: Client, settings: FlexSettings) -> list[Encoded]:
+    if settings.calibration == "corpus":
+        return list(client.calibration_corpus)
+    if settings.calibration == "majority_category":
+        examples = client.majority_examples()
+    else:
+        examples = list(client.train)
+    order = client.seeds.generator("calibration", client.client_id).permutation(len(examples))
+    return [examples[int(index)] for index in order]

@@ -1,0 +1,267 @@
+"""The contract: a federated method is five answers.
+
+What does a client train, and what does it keep (``prepare``)? What does it minimize
+(``objective``)? What does it send, and how much does each name count (``weigh``)? How do many
+updates become one (``aggregate``)? How does the global tree move (``optimizer``)?
+
+Whoever runs a federation calls ``train_client``, ``evaluate_client`` and ``update_server``, and
+needs to know nothing else of the method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+import torch
+
+from orchard.client.client import Client
+from orchard.client.objectives import Objective, causal_lm
+from orchard.client.store import Personal
+from orchard.client.training import TrainingReport, train
+from orchard.communication.messages import Task, Update
+from orchard.evaluation.quality import evaluate
+from orchard.results import Metrics
+from orchard.server.aggregation import mean
+from orchard.server.checkpoint import ServerState
+from orchard.server.optimizers import SGD, ServerOptimizer
+from orchard.trees import Tree, subtract
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one client does in one round.
+
+    Attributes:
+        shared: Names that it trains and sends.
+        personal: Names that it trains and keeps.
+        memory: Tensors that it keeps without training them, such as a control variate.
+        keep_mean_gradient: Whether training reports its mean gradient of the shared names.
+        measure: Called after training; scalars to add to the client's metrics.
+    """
+
+    shared: tuple[str, ...]
+    personal: tuple[str, ...] = ()
+    memory: Tree = field(default_factory=dict)
+    keep_mean_gradient: bool = False
+    measure: Callable[[], Metrics] = dict
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What local training gave. Personal tensors are not in it, so no answer can send them.
+
+    Attributes:
+        plan: What was to be trained.
+        delta: Name to local minus global, of the shared names.
+        report: How training went.
+    """
+
+    plan: Plan
+    delta: Tree
+    report: TrainingReport
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """What a client sends of its training, and what it remembers.
+
+    Attributes:
+        delta: Name to tensor.
+        weight: Name to how much it counts, at least 0; the names of ``delta``.
+        memory: Tensors that the client keeps without training them, after this round.
+    """
+
+    delta: Tree
+    weight: Mapping[str, float]
+    memory: Tree
+
+
+Prepare: TypeAlias = Callable[[Client, Task], AbstractContextManager[Plan]]
+Weigh: TypeAlias = Callable[[Client, Task, Trained], Contribution]
+Aggregate: TypeAlias = Callable[[Iterable[Update]], Tree]
+
+
+@contextmanager
+def train_everything(client: Client, task: Task) -> Iterator[Plan]:
+    """Train all adapters and send all of them."""
+    yield Plan(shared=client.model.adapter_names)
+
+
+def by_num_examples(client: Client, task: Task, trained: Trained) -> Contribution:
+    """Let every name count as many times as the client has training examples."""
+    weight = dict.fromkeys(trained.delta, float(client.num_examples))
+    return Contribution(trained.delta, weight, trained.plan.memory)
+
+
+def uniformly(client: Client, task: Task, trained: Trained) -> Contribution:
+    """Let every client count the same."""
+    return Contribution(trained.delta, dict.fromkeys(trained.delta, 1.0), trained.plan.memory)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A federated method, as five answers. As it stands, it is FedAvg.
+
+    Attributes:
+        prepare: Readies the shared model for one client; leaving its context undoes that.
+        objective: What local training minimizes.
+        weigh: What is sent after training, and how much each name counts.
+        aggregate: Reduces a stream of updates to one delta.
+        optimizer: Moves the global tree.
+    """
+
+    prepare: Prepare = train_everything
+    objective: Objective = causal_lm
+    weigh: Weigh = by_num_examples
+    aggregate: Aggregate = mean
+    optimizer: ServerOptimizer = field(default_factory=SGD)
+
+
+def _place(client: Client, task: Task, plan: Plan) -> None:
+    """Load the global values, then the client's own from earlier rounds."""
+    client.model.load({n: task.shared[n] for n in client.model.adapter_names if n in task.shared})
+    kept = client.store.load(before_round=task.round_number)
+    if kept is not None:
+        client.model.load({name: kept.tensors[name] for name in plan.personal})
+
+
+def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
+    """Train one client for one round and return what it sends.
+
+    Its personal tensors are on its disk when this returns.
+
+    Raises:
+        FloatingPointError: The loss is NaN or infinite.
+        ValueError: Global or personal tensors do not fit the model.
+    """
+    with strategy.prepare(client, task) as plan:
+        _place(client, task, plan)
+        before = client.model.read(plan.shared)
+        report = train(
+            client.model,
+            client.train,
+            shared=plan.shared,
+            personal=plan.personal,
+            objective=strategy.objective,
+            memory=plan.memory,
+            broadcast=task.shared,
+            settings=client.training,
+            local=task.settings,
+            generator=client.seeds.generator("batches", task.round_number, client.client_id),
+            dropout_seed=client.seeds.integer("dropout", task.round_number, client.client_id),
+            keep_mean_gradient=plan.keep_mean_gradient,
+        )
+        delta = subtract(client.model.read(plan.shared), before)
+        sent = strategy.weigh(client, task, Trained(plan, delta, report))
+        kept = {**client.model.read(plan.personal), **sent.memory}
+        if kept:
+            client.store.save(Personal(kept), round_number=task.round_number)
+        metrics: dict[str, float] = {
+            "client/train_loss": report.loss,
+            "client/train_seconds": report.seconds,
+            "client/num_tokens": report.num_tokens,
+            "client/num_examples": client.num_examples,
+            **plan.measure(),
+        }
+        if task.evaluate_local:
+            local = evaluate(client.model, client.test, client.evaluation)
+            metrics |= {f"local/{name}": value for name, value in local.items()}
+            metrics |= _measure_retention(client, "local")
+    leaked = sorted(set(plan.personal) & sent.delta.keys())
+    assert not leaked, f"personal tensor {leaked[0]} in an update"
+    return Update(client.client_id, task.round_number, sent.delta, sent.weight, metrics)
+
+
+def evaluate_client(
+    strategy: Strategy, client: Client, task: Task, models: Iterable[str]
+) -> dict[str, float]:
+    """Evaluate a client's models on its held-out examples.
+
+    Args:
+        strategy: The method.
+        client: The client.
+        task: Holds the global values; its round is the one after those values.
+        models: Of ``base``, ``global`` and ``personal`` (global values plus what the client
+            keeps). Where a client keeps nothing, its personal model is the global one.
+
+    Returns:
+        ``model/metric`` to value, and ``model/retention_metric`` where the client has retention
+        examples.
+    """
+    metrics: dict[str, float] = {}
+    models = set(models)
+    if "base" in models:
+        with client.model.without_adapters():
+            metrics |= _measure(client, "base")
+    if "global" in models:
+        values = {n: task.shared[n] for n in client.model.adapter_names if n in task.shared}
+        if values:
+            client.model.load(values)
+            metrics |= _measure(client, "global")
+        else:  # a method without global values leaves the base as it is
+            with client.model.without_adapters():
+                metrics |= _measure(client, "global")
+    if "personal" in models:
+        with strategy.prepare(client, task) as plan:
+            if plan.personal or "global" not in models:
+                _place(client, task, plan)
+                metrics |= _measure(client, "personal")
+            else:
+                metrics |= {
+                    name.replace("global/", "personal/", 1): value
+                    for name, value in metrics.items()
+                    if name.startswith("global/")
+                }
+    return metrics
+
+
+def _measure(client: Client, model: str) -> dict[str, float]:
+    values = evaluate(client.model, client.test, client.evaluation)
+    return {f"{model}/{n}": v for n, v in values.items()} | _measure_retention(client, model)
+
+
+def _measure_retention(client: Client, model: str) -> dict[str, float]:
+    if not client.retention:
+        return {}
+    values = evaluate(client.model, client.retention, client.evaluation)
+    return {f"{model}/retention_{name}": value for name, value in values.items()}
+
+
+def start_server(strategy: Strategy, adapters: Tree) -> ServerState:
+    """Return the state of round 0, from the fresh adapters."""
+    shared, slots = strategy.optimizer.start({n: t.float() for n, t in adapters.items()})
+    return ServerState(0, shared, slots)
+
+
+def update_server(strategy: Strategy, state: ServerState, updates: Iterable[Update]) -> ServerState:
+    """Aggregate one round's updates, read once as a stream, and move the global tree.
+
+    Raises:
+        ValueError: An update does not fit the global tree, or nobody trained.
+    """
+    counted = _Counted(updates)
+    with torch.no_grad():
+        delta = strategy.aggregate(counted)
+        if counted.count == 0:
+            raise ValueError(
+                f"round {state.round_number + 1} must have at least one update, got none; "
+                "a round in which nobody trained does not count"
+            )
+        shared, slots = strategy.optimizer.step(state.shared, delta, state.slots)
+    return replace(state, round_number=state.round_number + 1, shared=shared, slots=slots)
+
+
+class _Counted:
+    """A stream that counts what was read of it."""
+
+    def __init__(self, updates: Iterable[Update]) -> None:
+        self._updates, self.count = updates, 0
+
+    def __iter__(self) -> Iterator[Update]:
+        for update in self._updates:
+            self.count += 1
+            yield update
+
