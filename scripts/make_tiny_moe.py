@@ -1,10 +1,10 @@
 """Make the tiny Mixture-of-Experts model that ships with the package.
 
 Trains a byte-level BPE tokenizer and a Qwen2-MoE of about two million parameters on the invented
-country of ``orchard.demo.world``, then writes both in bfloat16 where the demo looks for them.
+country of ``orchard.data.world``, then writes both in bfloat16 where the demo looks for them.
 About ten minutes on two cores; the seed is fixed, so the same machine makes the same model.
 
-    python scripts/make_tiny_moe.py [--steps 3000] [--out src/orchard/demo/tiny_moe]
+    python scripts/make_tiny_moe.py [--steps 3000] [--out src/orchard/models/tiny_moe]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from orchard.data.datasets import Example
-from orchard.demo import world
+from orchard.data import world
 
 END, PAD = "<|end|>", "<|pad|>"
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, default=Path("src/orchard/demo/tiny_moe"))
+    parser.add_argument("--out", type=Path, default=Path("src/orchard/models/tiny_moe"))
     arguments = parser.parse_args()
 
     tokenizer = train_tokenizer(vocab_size=768)

@@ -34,9 +34,12 @@ def write(path: Path, *rows: object) -> Path:
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the hub library off the network and its cache out of the home folder."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+    import huggingface_hub
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     datasets.disable_progress_bars()
 
 

@@ -81,8 +81,6 @@ def dirichlet(
     for _ in range(_MAX_DRAWS):
         shares = generator.dirichlet(np.full(num_clients, alpha), size=len(names))
         bounds = np.rint(np.cumsum(shares, axis=1) * num_per_label[:, None]).astype(np.int64)
-        # The shares sum to 1 up to rounding only, and no example may be lost to that.
-        bounds[:, -1] = num_per_label
         counts = np.diff(bounds, axis=1, prepend=0)
         if counts.sum(axis=0).min() >= min_examples:
             break

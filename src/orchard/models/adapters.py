@@ -159,6 +159,7 @@ class AdaptedModel:
             self._slots[name] = slot
         self.adapter_names = tuple(self._slots)
         self.set_trainable(())
+        self.fresh = self.read(self.adapter_names)
 
     @property
     def device(self) -> torch.device:

@@ -10,12 +10,11 @@ needs to know nothing else of the method.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
-
-import torch
 
 from orchard.client.client import Client
 from orchard.client.objectives import Objective, causal_lm
@@ -121,11 +120,17 @@ class Strategy:
 
 
 def _place(client: Client, task: Task, plan: Plan) -> None:
-    """Load the global values, then the client's own from earlier rounds."""
-    client.model.load({n: task.shared[n] for n in client.model.adapter_names if n in task.shared})
+    """Load fresh adapters, over them the global values, over them the client's own."""
+    _place_global(client, task)
     kept = client.store.load(before_round=task.round_number)
     if kept is not None:
         client.model.load({name: kept.tensors[name] for name in plan.personal})
+
+
+def _place_global(client: Client, task: Task) -> None:
+    """Load the global values; an adapter that has none is fresh and changes nothing."""
+    model = client.model
+    model.load({name: task.shared.get(name, model.fresh[name]) for name in model.adapter_names})
 
 
 def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
@@ -167,9 +172,9 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
             **plan.measure(),
         }
         if task.evaluate_local:
-            local = evaluate(client.model, client.test, client.evaluation)
-            metrics |= {f"local/{name}": value for name, value in local.items()}
-            metrics |= _measure_retention(client, "local")
+            started = time.monotonic()
+            metrics |= _measure(client, "local")
+            metrics["client/evaluation_seconds"] = time.monotonic() - started
     leaked = sorted(set(plan.personal) & sent.delta.keys())
     assert not leaked, f"personal tensor {leaked[0]} in an update"
     return Update(client.client_id, task.round_number, sent.delta, sent.weight, metrics)
@@ -197,13 +202,8 @@ def evaluate_client(
         with client.model.without_adapters():
             metrics |= _measure(client, "base")
     if "global" in models:
-        values = {n: task.shared[n] for n in client.model.adapter_names if n in task.shared}
-        if values:
-            client.model.load(values)
-            metrics |= _measure(client, "global")
-        else:  # a method without global values leaves the base as it is
-            with client.model.without_adapters():
-                metrics |= _measure(client, "global")
+        _place_global(client, task)
+        metrics |= _measure(client, "global")
     if "personal" in models:
         with strategy.prepare(client, task) as plan:
             if plan.personal or "global" not in models:
@@ -219,15 +219,13 @@ def evaluate_client(
 
 
 def _measure(client: Client, model: str) -> dict[str, float]:
-    values = evaluate(client.model, client.test, client.evaluation)
-    return {f"{model}/{n}": v for n, v in values.items()} | _measure_retention(client, model)
-
-
-def _measure_retention(client: Client, model: str) -> dict[str, float]:
-    if not client.retention:
-        return {}
-    values = evaluate(client.model, client.retention, client.evaluation)
-    return {f"{model}/retention_{name}": value for name, value in values.items()}
+    """Evaluate the model as it stands, on what the client tests and on what it must retain."""
+    own = evaluate(client.model, client.test, client.evaluation)
+    values = {f"{model}/{name}": value for name, value in own.items()}
+    if client.retention:
+        old = evaluate(client.model, client.retention, client.evaluation)
+        values |= {f"{model}/retention_{name}": value for name, value in old.items()}
+    return values
 
 
 def start_server(strategy: Strategy, adapters: Tree) -> ServerState:
@@ -243,14 +241,13 @@ def update_server(strategy: Strategy, state: ServerState, updates: Iterable[Upda
         ValueError: An update does not fit the global tree, or nobody trained.
     """
     counted = _Counted(updates)
-    with torch.no_grad():
-        delta = strategy.aggregate(counted)
-        if counted.count == 0:
-            raise ValueError(
-                f"round {state.round_number + 1} must have at least one update, got none; "
-                "a round in which nobody trained does not count"
-            )
-        shared, slots = strategy.optimizer.step(state.shared, delta, state.slots)
+    delta = strategy.aggregate(counted)
+    if counted.count == 0:
+        raise ValueError(
+            f"round {state.round_number + 1} must have at least one update, got none; "
+            "a round in which nobody trained does not count"
+        )
+    shared, slots = strategy.optimizer.step(state.shared, delta, state.slots)
     return replace(state, round_number=state.round_number + 1, shared=shared, slots=slots)
 
 

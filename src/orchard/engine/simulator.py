@@ -1,0 +1,238 @@
+"""The in-process engine: every client in turn on one shared model, no network.
+
+A round is committed by its checkpoint. Whatever a crash interrupts is run again from the last
+checkpoint, with the same draws and the same personal tensors, so a resumed run ends with the
+tensors of an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchard.client.client import Client
+from orchard.communication.channel import Channel
+from orchard.communication.messages import LocalSettings, Task, Update
+from orchard.engine.progress import Reporter
+from orchard.results import MetricsLog, peak_memory_bytes
+from orchard.seeding import Seeds
+from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
+from orchard.strategies.strategy import Strategy, evaluate_client, train_client, update_server
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What happens in which round.
+
+    Attributes:
+        num_rounds: Rounds of the run.
+        clients_per_round: Size of the cohort; 0 = all clients.
+        steps: Optimizer steps per client and round; 0 where epochs rules.
+        epochs: Passes over the data per client and round; 0 where steps rules.
+        lr: Learning rate of the first round.
+        lr_min: Where the cosine ends.
+        is_cosine: Whether the learning rate follows a cosine over rounds, or stays.
+        evaluate_every: Rounds between evaluations; 0 = only after the last.
+        models: Which models are evaluated.
+    """
+
+    num_rounds: int
+    clients_per_round: int
+    steps: int
+    epochs: int
+    lr: float
+    lr_min: float
+    is_cosine: bool
+    evaluate_every: int
+    models: tuple[str, ...]
+
+    def local(self, round_number: int) -> LocalSettings:
+        """Return how clients train in a round.
+
+        Source: FLEx (Liu et al., 2025, arXiv:2506.00965): the learning rate follows a cosine over
+        rounds and is constant within one; the first round has ``lr`` itself.
+        """
+        lr = self.lr
+        if self.is_cosine:
+            angle = math.pi * (round_number - 1) / self.num_rounds
+            lr = self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(angle))
+        return LocalSettings(steps=self.steps, epochs=self.epochs, learning_rate=lr)
+
+    def has_evaluation(self, round_number: int) -> bool:
+        """Say whether models are evaluated after this round."""
+        is_due = self.evaluate_every > 0 and round_number % self.evaluate_every == 0
+        return round_number == self.num_rounds or is_due
+
+
+def sample_clients(clients: Sequence[Client], schedule: Schedule, seeds: Seeds, round_number: int) -> list[Client]:
+    """Draw the cohort of a round, in the order of ``clients``."""
+    size = schedule.clients_per_round or len(clients)
+    drawn = seeds.generator("cohort", round_number).choice(len(clients), size, replace=False)
+    return [clients[index] for index in sorted(int(i) for i in drawn)]
+
+
+def simulate(
+    strategy: Strategy,
+    clients: Sequence[Client],
+    state: ServerState,
+    *,
+    schedule: Schedule,
+    channel: Channel,
+    seeds: Seeds,
+    folder: Path,
+    about: Mapping[str, Any],
+    reporter: Reporter,
+    title: str,
+) -> ServerState:
+    """Run all rounds that are not yet checkpointed in ``folder``, and the last evaluation.
+
+    Args:
+        strategy: The method.
+        clients: All clients; their models may be one and the same object.
+        state: The state of round 0, used where there is no checkpoint.
+        schedule: What happens in which round.
+        channel: The way between server and clients.
+        seeds: The run's randomness.
+        folder: The run's folder: ``metrics.jsonl`` and ``checkpoints`` are written here.
+        about: What must be the same to resume.
+        reporter: Shows progress.
+        title: How the run is called there.
+
+    Returns:
+        The state after the last round.
+
+    Raises:
+        ValueError: The checkpoint belongs to another run.
+        Exception: Whatever a client raises, with a note of round, client and stage.
+    """
+    checkpoints = folder / "checkpoints"
+    log = MetricsLog(folder / "metrics.jsonl")
+    state = load_checkpoint(checkpoints, about=about) or state
+    log.rewind(state.round_number)
+    reporter.begin(title=title, num_rounds=schedule.num_rounds, round_number=state.round_number)
+    try:
+        if "base" in schedule.models and not _has_evaluation(log, 0):
+            log.append(_evaluate(strategy, clients, state, {"base"}, reporter))
+        after_aggregation = set(schedule.models) & {"global", "personal"}
+        mark = time.monotonic()
+        for round_number in range(state.round_number + 1, schedule.num_rounds + 1):
+            channel.reset()
+            is_evaluated = schedule.has_evaluation(round_number)
+            task = Task(
+                round_number=round_number,
+                shared=state.shared,
+                settings=schedule.local(round_number),
+                evaluate_local="local" in schedule.models and is_evaluated,
+            )
+            cohort = sample_clients(clients, schedule, seeds, round_number)
+            lines: list[dict[str, Any]] = []
+            updates = _train_cohort(strategy, cohort, task, channel, lines, reporter)
+            state = update_server(strategy, state, updates)
+            if is_evaluated and after_aggregation:
+                lines.append(_evaluate(strategy, clients, state, after_aggregation, reporter))
+            # A round's time runs from line to line, so it has the checkpoint before it in it.
+            now = time.monotonic()
+            summary = _summarize_round(lines, channel, seconds=now - mark)
+            mark = now
+            for line in (*lines, {"kind": "round", "round": round_number, **summary}):
+                log.append(line)
+            save_checkpoint(checkpoints, state, about=about)
+            reporter.completed(
+                round_number,
+                loss=summary["round/train_loss"],
+                uplink_bytes=int(summary["round/uplink_bytes"]),
+            )
+    finally:
+        reporter.end()
+    return state
+
+
+def _train_cohort(
+    strategy: Strategy,
+    cohort: Sequence[Client],
+    task: Task,
+    channel: Channel,
+    lines: list[dict[str, Any]],
+    reporter: Reporter,
+) -> Iterator[Update]:
+    """Yield the cohort's updates, each trained when it is asked for, and note their metrics."""
+    for position, client in enumerate(cohort):
+        reporter.working(f"{client.client_id} trains", share=position / len(cohort))
+        try:
+            sent = train_client(strategy, client, channel.send_task(task))
+            received = channel.send_update(sent)
+        except Exception as error:
+            error.add_note(
+                f"in round {task.round_number}, client {client.client_id}, local training"
+            )
+            raise
+        lines.append(
+            {
+                "kind": "client",
+                "round": task.round_number,
+                "client": client.client_id,
+                **received.metrics,
+            }
+        )
+        yield received
+
+
+def _evaluate(
+    strategy: Strategy,
+    clients: Sequence[Client],
+    state: ServerState,
+    models: set[str],
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Evaluate models for all clients and return the line for the log."""
+    started = time.monotonic()
+    # The round after this state: personal tensors of this round are the newest before it.
+    task = Task(state.round_number + 1, state.shared, LocalSettings(0, 0, 0.0))
+    measured = {}
+    for position, client in enumerate(clients):
+        reporter.working(f"{client.client_id} is evaluated", share=position / len(clients))
+        try:
+            measured[client.client_id] = evaluate_client(strategy, client, task, models)
+        except Exception as error:
+            error.add_note(
+                f"after round {state.round_number}, client {client.client_id}, evaluation"
+            )
+            raise
+    return {
+        "kind": "evaluation",
+        "round": state.round_number,
+        "seconds": time.monotonic() - started,
+        "clients": measured,
+    }
+
+
+def _has_evaluation(log: MetricsLog, round_number: int) -> bool:
+    return any(
+        line["kind"] == "evaluation" and line["round"] == round_number for line in log.read()
+    )
+
+
+def _summarize_round(
+    lines: Sequence[Mapping[str, Any]], channel: Channel, *, seconds: float
+) -> dict[str, float]:
+    """Return one round's numbers; its overhead is what is neither training nor evaluation."""
+    trained = [line for line in lines if line["kind"] == "client"]
+    train_seconds = math.fsum(line["client/train_seconds"] for line in trained)
+    evaluation_seconds = math.fsum(
+        line["seconds"] for line in lines if line["kind"] == "evaluation"
+    ) + math.fsum(line.get("client/evaluation_seconds", 0.0) for line in trained)
+    return {
+        "round/train_loss": math.fsum(line["client/train_loss"] for line in trained) / len(trained),
+        "round/num_clients": len(trained),
+        "round/seconds": seconds,
+        "round/train_seconds": train_seconds,
+        "round/evaluation_seconds": evaluation_seconds,
+        "round/overhead_seconds": seconds - train_seconds - evaluation_seconds,
+        "round/uplink_bytes": channel.uplink_bytes,
+        "round/downlink_bytes": channel.downlink_bytes,
+        "round/peak_memory_bytes": peak_memory_bytes(),
+    }

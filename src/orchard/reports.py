@@ -1,0 +1,172 @@
+"""Tables from saved results, never from live objects."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from orchard.evaluation.quality import METRICS
+from orchard.evaluation.rouge import summarize
+from orchard.results import MetricsLog
+
+MODELS = ("base", "global", "local", "personal")
+
+
+def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Build the content of ``result.json`` from ``metrics.jsonl``.
+
+    Args:
+        folder: The run's folder.
+        facts: What the log does not have: versions, hardware, seed, clients.
+
+    Returns:
+        JSON values: ``facts``; ``rounds`` (bytes and seconds of each); ``seconds`` and
+        ``overhead_share``; ``metrics``, by model, metric and client; ``summary``, by model and
+        metric, with the mean over clients, the worst client, and the spread (the standard
+        deviation over clients).
+    """
+    lines = MetricsLog(folder / "metrics.jsonl").read()
+    rounds = [line for line in lines if line["kind"] == "round"]
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    seconds = math.fsum(line["round/seconds"] for line in rounds)
+    overhead = math.fsum(line["round/overhead_seconds"] for line in rounds)
+    metrics = _latest_metrics(lines)
+    return {
+        **facts,
+        "num_rounds": len(rounds),
+        "seconds": {
+            "rounds": seconds,
+            "training": math.fsum(line["round/train_seconds"] for line in rounds),
+            "evaluation": math.fsum(line["seconds"] for line in evaluations)
+            + math.fsum(line.get("client/evaluation_seconds", 0.0) for line in lines),
+            "overhead": overhead,
+        },
+        "overhead_share": overhead / seconds if seconds else 0.0,
+        "peak_memory_bytes": max((line["round/peak_memory_bytes"] for line in rounds), default=0),
+        "uplink_bytes_per_round": [line["round/uplink_bytes"] for line in rounds],
+        "downlink_bytes_per_round": [line["round/downlink_bytes"] for line in rounds],
+        "train_loss_per_round": [line["round/train_loss"] for line in rounds],
+        "metrics": metrics,
+        "summary": _summarize(metrics),
+    }
+
+
+def _latest_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return model, metric, client to the value of the last evaluation."""
+    latest: dict[str, dict[str, dict[str, float]]] = {}
+    for line in lines:
+        if line["kind"] == "evaluation":
+            per_client = line["clients"]
+        elif line["kind"] == "client":
+            per_client = {line["client"]: line}
+        else:
+            continue
+        for client, values in per_client.items():
+            for key, value in values.items():
+                model, _, metric = key.partition("/")
+                if model in MODELS:
+                    latest.setdefault(model, {}).setdefault(metric, {})[client] = value
+    return {model: latest[model] for model in MODELS if model in latest}
+
+
+def _summarize(
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
+) -> dict[str, dict[str, dict[str, float]]]:
+    summary: dict[str, dict[str, dict[str, float]]] = {}
+    for model, by_metric in metrics.items():
+        for metric, values in by_metric.items():
+            better = METRICS[metric.removeprefix("retention_")]
+            found = summarize(values, higher_is_better=better)
+            summary.setdefault(model, {})[metric] = {
+                "mean": found.mean,
+                "worst": found.worst,
+                "spread": found.spread,
+            }
+    return summary
+
+
+def read_result(folder: str | Path) -> dict[str, Any]:
+    """Read a run's result.
+
+    Raises:
+        FileNotFoundError: The run has none (yet).
+        ValueError: It does not parse.
+    """
+    path = Path(folder) / "result.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"run must be a folder with a result.json, got {folder}; "
+            "finish the run first: orchard run RECIPE --out DIR --resume"
+        )
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"result.json must be valid JSON, got {path} with: {error}") from error
+    return result
+
+
+def result_table(result: Mapping[str, Any]) -> Table:
+    """Return one run as a table: a row per model, a column per client, then mean, worst, spread."""
+    clients = list(result["clients"])
+    table = Table(title=f"{result['strategy']}, seed {result['seed']}", title_justify="left")
+    table.add_column("metric")
+    table.add_column("model")
+    for client in clients:
+        table.add_column(client, justify="right")
+    for name in ("mean", "worst", "spread"):
+        table.add_column(name, justify="right")
+    metrics = result["metrics"]
+    names = list(dict.fromkeys(metric for by_metric in metrics.values() for metric in by_metric))
+    for metric in names:
+        for position, model in enumerate(model for model in metrics if metric in metrics[model]):
+            values = metrics[model][metric]
+            summary = result["summary"][model][metric]
+            table.add_row(
+                metric if position == 0 else "",
+                model,
+                *(_format(values[client], metric) if client in values else "" for client in clients),
+                *(_format(summary[name], metric) for name in ("mean", "worst", "spread")),
+            )
+        table.add_section()
+    return table
+
+
+def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return several runs as a table: a row per run and model, means over clients."""
+    table = Table(title="mean over clients (worst client)", title_justify="left")
+    table.add_column("run")
+    table.add_column("method")
+    table.add_column("model")
+    names = list(
+        dict.fromkeys(m for r in results.values() for by in r["summary"].values() for m in by)
+    )
+    for name in names:
+        table.add_column(name, justify="right")
+    table.add_column("uplink per round", justify="right")
+    for run, result in results.items():
+        uplink = result["uplink_bytes_per_round"]
+        for position, (model, by_metric) in enumerate(result["summary"].items()):
+            cells = [
+                f"{_format(by_metric[n]['mean'], n)} ({_format(by_metric[n]['worst'], n)})"
+                if n in by_metric
+                else ""
+                for n in names
+            ]
+            table.add_row(
+                run if position == 0 else "",
+                f"{result['strategy']}, seed {result['seed']}" if position == 0 else "",
+                model,
+                *cells,
+                f"{sum(uplink) / len(uplink):,.0f} B" if position == 0 and uplink else "",
+            )
+        table.add_section()
+    return table
+
+
+def _format(value: float, metric: str) -> str:
+    return f"{value:.3f}" if metric.endswith("loss") else f"{100 * value:.1f}"
