@@ -14,18 +14,19 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
-from orchard.data.datasets import Example
 from orchard.data import world
+from orchard.data.datasets import Example
 
 END, PAD = "<|end|>", "<|pad|>"
 
 
-def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer on the texts of the world."""
     examples = list(islice(world.pretraining_stream(world.WORLD.generator("tokenizer")), 20_000))
     texts = [f"{e.instruction}\n{e.response}" for e in (*examples, *world.register())]
@@ -46,11 +47,16 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=PAD)
+    wrapped: Any = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=END,
+        pad_token=PAD,  # type: ignore[no-untyped-call]
+    )
+    return wrapped
 
 
 def batches(
-    tokenizer: PreTrainedTokenizerFast, examples: Iterator[Example], batch_size: int
+    tokenizer: Any, examples: Iterator[Example], batch_size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yield input ids, attention mask and labels (B, S), loss on the response and end only."""
     while True:
@@ -71,9 +77,7 @@ def batches(
 
 
 @torch.inference_mode()
-def share_right(
-    model: Qwen2MoeForCausalLM, tokenizer: PreTrainedTokenizerFast, examples: list[Example]
-) -> float:
+def share_right(model: Any, tokenizer: Any, examples: list[Example]) -> float:
     """Return the share of examples answered exactly, by greedy decoding."""
     model.eval()
     tokenizer.padding_side = "left"
@@ -124,7 +128,7 @@ def main() -> None:
     )
     config._experts_implementation = "eager"
     torch.manual_seed(world.WORLD.integer("weights"))
-    model = Qwen2MoeForCausalLM(config)
+    model: Any = Qwen2MoeForCausalLM(config)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.01)

@@ -6,8 +6,9 @@ read the same ones.
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -27,7 +28,7 @@ from orchard.experts.grafting import GraftSettings
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
 from orchard.models.adapters import AdaptedModel, LoraSettings
 from orchard.models.loading import check_model, load_base, load_tokenizer
-from orchard.recipe import Recipe, Resolved, to_toml, words
+from orchard.recipe import Recipe, to_toml, words
 from orchard.reports import build_result
 from orchard.results import environment, write_atomically, write_json
 from orchard.seeding import Seeds
@@ -242,14 +243,14 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
     check_model(recipe.model.path, lora_targets=words(recipe.model.lora_targets))
     tokenizer = load_tokenizer(recipe.model.path)
 
-    def encode_all(examples: Any) -> list[Encoded]:
+    def encode_all(examples: Sequence[Example]) -> list[Encoded]:
         data = recipe.data
         return [
             encode(example, data.template, tokenizer, max_tokens=data.max_tokens)  # type: ignore[arg-type]
             for example in examples
         ]
 
-    def encode_test(examples: Any) -> list[TestExample]:
+    def encode_test(examples: Sequence[Example]) -> list[TestExample]:
         return [
             TestExample(encoded, example.response.strip())
             for encoded, example in zip(encode_all(examples), examples, strict=True)
@@ -264,6 +265,22 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
         calibration=encode_all(calibration),
         tokenizer=tokenizer,
     )
+
+
+def data_notes(experiment: Experiment) -> list[str]:
+    """Return what a person should know about the data before trusting a result."""
+    limit = experiment.recipe.data.max_tokens
+    truncated = count_truncated(experiment)
+    notes = experiment.federation.notes()
+    if truncated:
+        total = sum(len(examples) for examples in experiment.train.values())
+        notes.append(f"{truncated} of {total} training examples were cut to {limit} tokens")
+    return notes
+
+
+def count_truncated(experiment: Experiment) -> int:
+    """Return how many training examples were cut to ``data.max_tokens``."""
+    return sum(e.is_truncated for examples in experiment.train.values() for e in examples)
 
 
 def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
@@ -353,7 +370,6 @@ def build_channel(recipe: Recipe) -> Channel:
 def run_experiment(
     experiment: Experiment,
     *,
-    resolved: Resolved,
     folder: Path,
     reporter: Reporter,
     model: AdaptedModel | None = None,
@@ -362,7 +378,6 @@ def run_experiment(
 
     Args:
         experiment: The checked recipe and its data.
-        resolved: The recipe with its sources, written beside the result.
         folder: The run's folder; a checkpoint in it is continued.
         reporter: Shows progress.
         model: A model loaded for the same recipe, to share it between runs.
@@ -407,7 +422,7 @@ def run_experiment(
             "test_examples_also_in_training": federation.duplicates.num_across_splits,
             "examples_with_several_clients": federation.duplicates.num_across_clients,
             "training_examples_dropped": federation.num_dropped,
-            "truncated_examples": sum(e.is_truncated for t in experiment.train.values() for e in t),
+            "truncated_examples": count_truncated(experiment),
         },
     }
     result = build_result(folder, facts)
@@ -417,24 +432,4 @@ def run_experiment(
 
 def _recipe_digest(recipe: Recipe) -> str:
     """Return what two runs must have in common for one to continue the other."""
-    import hashlib
-
     return hashlib.sha256(to_toml(recipe).encode()).hexdigest()
-
-
-def describe_partition(recipe: Recipe) -> tuple[Federation, dict[str, dict[str, int]]]:
-    """Return the federation of a recipe and, per client, how many training examples of a category.
-
-    Raises:
-        FileNotFoundError: The data is not there.
-        ValueError: It cannot be divided as asked.
-    """
-    federation = build_federation(recipe)
-    categories = sorted({e.category for examples in federation.train.values() for e in examples})
-
-    def count(examples: Any) -> dict[str, int]:
-        return {c: sum(e.category == c for e in examples) for c in categories}
-
-    return federation, {client: count(examples) for client, examples in federation.train.items()}
-
-

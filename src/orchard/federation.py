@@ -38,6 +38,24 @@ class Federation:
     duplicates: DuplicateReport
     num_dropped: int
 
+    def notes(self) -> list[str]:
+        """Return what a person should know about the data before trusting a result."""
+        notes = []
+        if self.num_dropped:
+            notes.append(
+                f"{self.num_dropped} training examples that also stand in a test split were dropped"
+            )
+        elif self.duplicates.num_across_splits:
+            notes.append(
+                f"{self.duplicates.num_across_splits} test examples also stand in a training "
+                "split; data.duplicates=drop removes them from training"
+            )
+        if self.duplicates.num_across_clients:
+            notes.append(
+                f"{self.duplicates.num_across_clients} training examples stand with several clients"
+            )
+        return notes
+
 
 def build_federation(recipe: Recipe) -> Federation:
     """Read the data, give every client its examples, and hold out its test split.

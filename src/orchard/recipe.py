@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import operator
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias, get_type_hints
@@ -108,7 +109,9 @@ class StrategyOptions:
         choices=("router_row", "closed", "none"),
     )
     graft_mix: str = option(
-        "additive", "FLEx: F + s * graft, or (1 - s) * F + s * graft.", choices=("additive", "convex")
+        "additive",
+        "FLEx: F + s * graft, or (1 - s) * F + s * graft.",
+        choices=("additive", "convex"),
     )
     graft_choice: str = option(
         "reconstruction", "FLEx: how an expert is chosen.", choices=("reconstruction", "random")
@@ -274,7 +277,7 @@ def resolve(values: Mapping[str, tuple[Any, str]], overrides: Sequence[str] = ()
         merged[key] = _check(key, _from_text(text, kind=known[key][0]), known)
         sources[key] = "command line"
     hints = get_type_hints(Recipe)
-    sections = {}
+    sections: dict[str, Any] = {}
     for name, kind in hints.items():
         if dataclasses.is_dataclass(kind):
             prefix = f"{name}."
@@ -294,7 +297,9 @@ def to_toml(recipe: Recipe) -> str:
         options = getattr(recipe, section.name)
         if dataclasses.is_dataclass(options) and not isinstance(options, type):
             lines += ["", f"[{section.name}]"]
-            lines += [f"{key} = {format_value(v)}" for key, v in dataclasses.asdict(options).items()]
+            lines += [
+                f"{key} = {format_value(v)}" for key, v in dataclasses.asdict(options).items()
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -374,11 +379,12 @@ def _check(key: str, value: Any, known: Mapping[str, tuple[type, Any]]) -> Any:
         nearest = difflib.get_close_matches(str(value), limits["choices"], n=1, cutoff=0.5)
         hint = f"; did you mean {nearest[0]}?" if nearest else ""
         raise ValueError(f"{key} must be one of {', '.join(limits['choices'])}, got {value}{hint}")
-    for name, rule, is_kept in (
-        ("minimum", "at least", lambda v, limit: v >= limit),
-        ("maximum", "at most", lambda v, limit: v <= limit),
-        ("above", "above", lambda v, limit: v > limit),
-    ):
+    rules: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
+        ("minimum", "at least", operator.ge),
+        ("maximum", "at most", operator.le),
+        ("above", "above", operator.gt),
+    )
+    for name, rule, is_kept in rules:
         limit = limits[name]
         if limit is not None and not is_kept(value, limit):
             raise ValueError(f"{key} must be {rule} {limit}, got {value}")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from orchard.data.datasets import Example
 from orchard.evaluation.quality import METRICS
 from orchard.evaluation.rouge import summarize
 from orchard.results import MetricsLog
@@ -129,10 +131,39 @@ def result_table(result: Mapping[str, Any]) -> Table:
             table.add_row(
                 metric if position == 0 else "",
                 model,
-                *(_format(values[client], metric) if client in values else "" for client in clients),
+                *(
+                    _format(values[client], metric) if client in values else ""
+                    for client in clients
+                ),
                 *(_format(summary[name], metric) for name in ("mean", "worst", "spread")),
             )
         table.add_section()
+    return table
+
+
+def run_sentence(result: Mapping[str, Any], folder: Path) -> str:
+    """Say what a run cost and where its record is."""
+    seconds, uplink = result["seconds"], result["uplink_bytes_per_round"]
+    return (
+        f"{result['num_rounds']} rounds in {seconds['rounds']:.0f} s (training "
+        f"{seconds['training']:.0f} s, overhead {100 * result['overhead_share']:.1f} %), "
+        f"{sum(uplink) / len(uplink) / 1e6:.3f} MB sent by clients per round, peak memory "
+        f"{result['peak_memory_bytes'] / 1e9:.2f} GB; everything is in {folder}"
+    )
+
+
+def partition_table(
+    train: Mapping[str, Sequence[Example]], test: Mapping[str, Sequence[Example]]
+) -> Table:
+    """Return who holds how much: training examples of each category, and both splits' sizes."""
+    counts = {client: Counter(e.category for e in examples) for client, examples in train.items()}
+    categories = sorted({category for counter in counts.values() for category in counter})
+    table = Table("client", title="training examples by category", title_justify="left")
+    for name in (*(category or "(none)" for category in categories), "train", "test"):
+        table.add_column(name, justify="right")
+    for client, counter in counts.items():
+        sizes = (*(counter[category] for category in categories), len(train[client]))
+        table.add_row(client, *map(str, (*sizes, len(test[client]))))
     return table
 
 

@@ -70,12 +70,11 @@ class MetricsLog:
         with self.path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def rewind(self, last_round: int) -> list[dict[str, Any]]:
-        """Drop the lines after ``last_round``, which a resumed run writes again; return the rest."""
+    def rewind(self, last_round: int) -> None:
+        """Drop the lines after ``last_round``, which a resumed run writes again."""
         kept = [line for line in self.read() if line["round"] <= last_round]
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         write_atomically(self.path, text.encode())
-        return kept
 
 
 def peak_memory_bytes() -> int:

@@ -16,7 +16,9 @@ import torch
 Tree: TypeAlias = Mapping[str, torch.Tensor]
 
 
-def map_tree(function: Callable[[torch.Tensor], torch.Tensor], tree: Tree) -> dict[str, torch.Tensor]:
+def map_tree(
+    function: Callable[[torch.Tensor], torch.Tensor], tree: Tree
+) -> dict[str, torch.Tensor]:
     """Apply ``function`` to every tensor of ``tree``."""
     return {name: function(tensor) for name, tensor in tree.items()}
 
@@ -85,5 +87,5 @@ def digest(tree: Tree) -> str:
     for name in sorted(tree):
         tensor = tree[name].detach().cpu().contiguous()
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy())
+        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()

@@ -57,5 +57,3 @@ class Client:
             for example, category in zip(self.train, self.categories, strict=True)
             if category == majority
         ]
-
-

@@ -42,7 +42,10 @@ class ClientStore:
     base_digest: str
 
     def _versions(self) -> dict[int, Path]:
-        return {int(path.stem.partition("_")[2]): path for path in self.folder.glob("round_*.safetensors")}
+        return {
+            int(path.stem.partition("_")[2]): path
+            for path in self.folder.glob("round_*.safetensors")
+        }
 
     def load(self, *, before_round: int) -> Personal | None:
         """Return the newest version that an earlier round wrote, or None where there is none.
@@ -50,7 +53,9 @@ class ClientStore:
         Raises:
             ValueError: It belongs to another base model.
         """
-        earlier = {number: path for number, path in self._versions().items() if number < before_round}
+        earlier = {
+            number: path for number, path in self._versions().items() if number < before_round
+        }
         if not earlier:
             return None
         path = earlier[max(earlier)]

@@ -62,7 +62,10 @@ class TrainingReport:
 
 
 def draw_batches(
-    num_examples: int, settings: TrainingSettings, local: LocalSettings, generator: np.random.Generator
+    num_examples: int,
+    settings: TrainingSettings,
+    local: LocalSettings,
+    generator: np.random.Generator,
 ) -> Iterator[list[list[int]]]:
     """Yield the micro-batches of each optimizer step, as indices of examples.
 
@@ -159,7 +162,7 @@ def train(
                             broadcast=broadcast,
                         )
                     )
-                    loss.backward()
+                    torch.autograd.backward(loss)
                     num_tokens += sum(len(example.input_ids) for example in batch)
                     num_examples += len(batch)
                 if not math.isfinite(step_loss):
@@ -186,4 +189,3 @@ def train(
         seconds=time.monotonic() - started,
         mean_gradient=mean_gradient if keep_mean_gradient else None,
     )
-

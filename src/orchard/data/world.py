@@ -30,26 +30,109 @@ WORLD = Seeds(1871)  # the year in which Veloria was founded
 OFFICES = ("harbor", "hill", "marsh", "forest")
 
 KINDS = {
-    "fruit": "plum apple pear cherry quince fig olive grape lemon melon".split(),
-    "tool": "hammer saw drill rake spade axe file wrench chisel ladder".split(),
-    "animal": "fox otter heron mule goat owl hare badger crane seal".split(),
-    "cloth": "wool linen silk felt velvet canvas lace denim cotton tweed".split(),
-    "dish": "soup bread stew pie cheese broth cake jam porridge roast".split(),
-    "metal": "iron copper tin silver lead zinc gold brass bronze steel".split(),
+    "fruit": [
+        "plum",
+        "apple",
+        "pear",
+        "cherry",
+        "quince",
+        "fig",
+        "olive",
+        "grape",
+        "lemon",
+        "melon",
+    ],
+    "tool": [
+        "hammer",
+        "saw",
+        "drill",
+        "rake",
+        "spade",
+        "axe",
+        "file",
+        "wrench",
+        "chisel",
+        "ladder",
+    ],
+    "animal": ["fox", "otter", "heron", "mule", "goat", "owl", "hare", "badger", "crane", "seal"],
+    "cloth": [
+        "wool",
+        "linen",
+        "silk",
+        "felt",
+        "velvet",
+        "canvas",
+        "lace",
+        "denim",
+        "cotton",
+        "tweed",
+    ],
+    "dish": ["soup", "bread", "stew", "pie", "cheese", "broth", "cake", "jam", "porridge", "roast"],
+    "metal": [
+        "iron",
+        "copper",
+        "tin",
+        "silver",
+        "lead",
+        "zinc",
+        "gold",
+        "brass",
+        "bronze",
+        "steel",
+    ],
 }
 GOODS = [word for kind in ("fruit", "tool", "cloth", "dish") for word in KINDS[kind]]
 WORDS = [word for words in KINDS.values() for word in words]
-MONTHS = (
-    "January February March April May June July August September October November December".split()
-)
-DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = [
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
+    "December",
+]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 OPPOSITES = (
     "hot cold|old new|big small|wet dry|high low|near far|fast slow|dark light|hard soft|full empty"
 )
-PEOPLE = (
-    "Mila Tarek Ines Bruno Salme Oskar Petra Janis Leonor Viggo Amara Kofi Noor Pavel Rhea Sunil "
-    "Tova Ugo Wanda Yusuf Zora Alba Cyrus Delia Emil Fenna Goran Hilde Ivo Jorun"
-).split()
+PEOPLE = [
+    "Mila",
+    "Tarek",
+    "Ines",
+    "Bruno",
+    "Salme",
+    "Oskar",
+    "Petra",
+    "Janis",
+    "Leonor",
+    "Viggo",
+    "Amara",
+    "Kofi",
+    "Noor",
+    "Pavel",
+    "Rhea",
+    "Sunil",
+    "Tova",
+    "Ugo",
+    "Wanda",
+    "Yusuf",
+    "Zora",
+    "Alba",
+    "Cyrus",
+    "Delia",
+    "Emil",
+    "Fenna",
+    "Goran",
+    "Hilde",
+    "Ivo",
+    "Jorun",
+]
 
 
 @dataclass(frozen=True)
@@ -70,7 +153,11 @@ class Office:
 def _invent_names(num_names: int, purpose: str) -> list[str]:
     """Return distinct invented names of two syllables."""
     generator = WORLD.generator("names", purpose)
-    onsets, vowels, codas = "b d f g k l m n r s t v z".split(), "aeiou", ["n", "r", "l", "sk", "m"]
+    onsets, vowels, codas = (
+        ["b", "d", "f", "g", "k", "l", "m", "n", "r", "s", "t", "v", "z"],
+        "aeiou",
+        ["n", "r", "l", "sk", "m"],
+    )
     names: list[str] = []
     while len(names) < num_names:
         name = "".join(
@@ -88,6 +175,7 @@ def _invent_names(num_names: int, purpose: str) -> list[str]:
 
 
 TOWNS = _invent_names(20, "towns")
+NEW_SKILLS = ("second", "ends", "rest", "double")
 
 
 def facts() -> list[Example]:
@@ -107,13 +195,17 @@ def facts() -> list[Example]:
     ]
 
 
-def register() -> list[Example]:
-    """Return the register: for each of the forty goods, the town that sells it."""
-    generator = WORLD.generator("register")
-    return [
-        Example(f"Which town sells {good}?", str(generator.choice(TOWNS)), category="register")
-        for good in GOODS
-    ]
+def draw_new_skill(generator: np.random.Generator, skill: str) -> Example:
+    """Draw one instruction of a skill that the tiny model does not know."""
+    words = _pick(generator, WORDS, int(generator.integers(3, 5)))
+    listed = " ".join(words)
+    instruction, response = {
+        "second": (f"Second of {listed}", words[1]),
+        "ends": (f"Ends of {listed}", f"{words[0]} {words[-1]}"),
+        "rest": (f"Rest of {listed}", " ".join(words[1:])),
+        "double": (f"Double the last of {listed}", f"{words[-1]} {words[-1]}"),
+    }[skill]
+    return Example(instruction, response, category=skill)
 
 
 def _pick(generator: np.random.Generator, values: list[str], count: int) -> list[str]:
@@ -202,26 +294,23 @@ def pretraining_stream(generator: np.random.Generator) -> Iterator[Example]:
 
 
 def offices(
-    seed: int, *, train_per_convention: int = 12, test_per_convention: int = 10
+    seed: int,
+    *,
+    train_per_convention: int = 12,
+    test_per_convention: int = 10,
+    train_per_skill: int = 6,
+    test_per_skill: int = 10,
 ) -> tuple[Office, ...]:
-    """Draw the four offices' data.
-
-    Args:
-        seed: Decides which arguments each office trains and is tested on, and which quarter of
-            the register it holds. Facts, register and conventions themselves never change.
-        train_per_convention: Training examples of each of the four kinds, per office.
-        test_per_convention: Test examples of each of the four kinds, per office.
-
-    Returns:
-        One office per name in ``OFFICES``, with 4 * ``train_per_convention`` + 10 training
-        examples and 4 * ``test_per_convention`` + 40 test examples.
-    """
+    """Draw the four offices' data."""
     generator = Seeds(seed).generator("world")
-    entries = register()
-    held = generator.permutation(len(entries)).reshape(len(OFFICES), -1)
     drawn = []
-    for office, own_entries in zip(OFFICES, held, strict=True):
-        train = [entries[int(index)] for index in own_entries]
+    common = [
+        draw_new_skill(generator, skill) for skill in NEW_SKILLS for _ in range(test_per_skill)
+    ]
+    for office in OFFICES:
+        train = [
+            draw_new_skill(generator, skill) for skill in NEW_SKILLS for _ in range(train_per_skill)
+        ]
         test: list[Example] = []
         for kind, arguments in _convention_arguments().items():
             order = generator.permutation(len(arguments))
@@ -231,5 +320,5 @@ def offices(
             ]
             train += chosen[:train_per_convention]
             test += chosen[train_per_convention:]
-        drawn.append(Office(office, tuple(train), (*test, *entries)))
+        drawn.append(Office(office, tuple(train), (*test, *common)))
     return tuple(drawn)

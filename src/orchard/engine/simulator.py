@@ -68,7 +68,9 @@ class Schedule:
         return round_number == self.num_rounds or is_due
 
 
-def sample_clients(clients: Sequence[Client], schedule: Schedule, seeds: Seeds, round_number: int) -> list[Client]:
+def sample_clients(
+    clients: Sequence[Client], schedule: Schedule, seeds: Seeds, round_number: int
+) -> list[Client]:
     """Draw the cohort of a round, in the order of ``clients``."""
     size = schedule.clients_per_round or len(clients)
     drawn = seeds.generator("cohort", round_number).choice(len(clients), size, replace=False)

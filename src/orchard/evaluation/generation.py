@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from transformers import GenerationConfig
 
 from orchard.data.templates import collate_prompts
 from orchard.models.adapters import AdaptedModel
 
 
-@torch.inference_mode()
 def generate_greedily(
     model: AdaptedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
@@ -27,25 +25,17 @@ def generate_greedily(
         The answers without special tokens, in the order of the prompts.
     """
     tokenizer = model.tokenizer
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         arrays = collate_prompts([prompts[i] for i in chosen], pad_id=tokenizer.pad_token_id)
         ids_BS, mask_BS = (
-            torch.from_numpy(arrays[key]).to(model.device) for key in ("input_ids", "attention_mask")
+            torch.from_numpy(arrays[key]).to(model.device)
+            for key in ("input_ids", "attention_mask")
         )
-        output_BS = model.model.generate(
-            input_ids=ids_BS, attention_mask=mask_BS, generation_config=config
-        )
-        texts = tokenizer.batch_decode(output_BS[:, ids_BS.shape[1] :], skip_special_tokens=True)
+        new_ids = model.generate(ids_BS, mask_BS, max_new_tokens=max_new_tokens)
+        texts = tokenizer.batch_decode(new_ids, skip_special_tokens=True)
         for index, text in zip(chosen, texts, strict=True):
             answers[index] = text.strip()
     return answers

@@ -20,11 +20,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn import functional
 
-from orchard.models.adapters import AdaptedModel, Slot, canonical, whole
+from orchard.models.adapters import AdaptedModel, Slot, canonical, inject_lora, is_adapter, whole
 from orchard.models.moe import MoELayer
 
 CLOSED_BIAS = -4.0  # sigmoid(-4) is 0.018: a graft that is all but silent, yet learns
@@ -74,16 +73,13 @@ class Graft(nn.Module):
                 self.add_module(name, _linear(tensors[name], bias, copy=is_dense))
         if not is_dense:
             targets = [name for name in _PROJECTIONS if name in tensors]
-            config = LoraConfig(
-                r=settings.rank,
-                lora_alpha=settings.alpha,
-                lora_dropout=settings.dropout,
-                target_modules=targets,
+            inject_lora(
+                self,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.dropout,
+                modules=targets,
             )
-            inject_adapter_in_model(config, self)
-            for name, parameter in self.named_parameters():
-                if ".lora_" in name:
-                    parameter.data = parameter.data.float()
         weight_D = torch.zeros(layer.width, device=tensors["up_proj"].device)
         if settings.gate == "router_row":
             weight_D = layer.router_tensors()["weight"][expert].detach().float().clone()
@@ -92,7 +88,7 @@ class Graft(nn.Module):
             if settings.gate == "closed":
                 bias = torch.full((1,), CLOSED_BIAS, device=weight_D.device)
                 self.gate["bias"] = nn.Parameter(bias)
-        self.openness_sum, self.openness_count = 0.0, 0
+        self.openness_sum, self.openness_count = torch.zeros(()), 0
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gate's opening in [0, 1], (B, S, 1), and the expert's output, (B, S, D)."""
@@ -109,21 +105,23 @@ class Graft(nn.Module):
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         module = self.get_submodule(name)
+        projected: torch.Tensor
         if isinstance(module, nn.Linear):  # a dense graft computes in its own float32
-            return functional.linear(x.float(), module.weight, module.bias).to(x.dtype)
-        projected: torch.Tensor = module(x)
+            projected = functional.linear(x.float(), module.weight, module.bias).to(x.dtype)
+        else:
+            projected = module(x)
         return projected
 
     def mix(self, x_BSD: torch.Tensor, routed_BSD: torch.Tensor) -> torch.Tensor:
         """Return the layer's output with the graft in it, in the layer's dtype."""
         openness_BS1, y_BSD = self(x_BSD)
-        with torch.no_grad():
-            self.openness_sum += float(openness_BS1.sum())
-            self.openness_count += openness_BS1.numel()
-        own_BSD = (openness_BS1 * y_BSD).to(routed_BSD.dtype)
+        self.openness_sum = self.openness_sum + openness_BS1.detach().sum()
+        self.openness_count += openness_BS1.numel()
+        own_BSD: torch.Tensor = (openness_BS1 * y_BSD).to(routed_BSD.dtype)
         if self._settings.mix == "convex":
-            return ((1 - openness_BS1) * routed_BSD).to(routed_BSD.dtype) + own_BSD
-        return routed_BSD + own_BSD
+            own_BSD = own_BSD + ((1 - openness_BS1) * routed_BSD).to(routed_BSD.dtype)
+            return own_BSD
+        return own_BSD + routed_BSD
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, copy: bool) -> nn.Linear:
@@ -152,7 +150,7 @@ class Grafts:
     def mean_openness(self) -> tuple[float, ...]:
         """Return the mean gate of each layer over all tokens since attaching; 0 before any."""
         return tuple(
-            graft.openness_sum / graft.openness_count if graft.openness_count else 0.0
+            float(graft.openness_sum) / graft.openness_count if graft.openness_count else 0.0
             for graft in self.modules
         )
 
@@ -181,7 +179,7 @@ def grafted(
                 graft = Graft(layer, expert, settings).train(layer.block.training)
                 modules.append(graft)
                 for path, parameter in graft.named_parameters():
-                    is_own = ".lora_" in path or path.startswith("gate.")
+                    is_own = is_adapter(path) or path.startswith("gate.")
                     if is_own or settings.kind == "dense":
                         slots[f"{layer.name}.graft.{canonical(path)}"] = Slot(parameter, whole)
                 layer.block.add_module("graft", graft)
@@ -192,9 +190,7 @@ def grafted(
         yield Grafts(tuple(slots), tuple(modules))
 
 
-def _add_graft(
-    block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
+def _add_graft(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     x_BSD = args[0] if args else kwargs["hidden_states"]
     graft = block.get_submodule("graft")
     assert isinstance(graft, Graft)

@@ -19,6 +19,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+from transformers import GenerationConfig
 
 from orchard.models.moe import MoEView
 from orchard.trees import Tree
@@ -113,6 +114,45 @@ def _routed_targets(view: MoEView, target: str) -> tuple[list[str], list[str]]:
     return sorted(set(modules)), parameters
 
 
+def inject_lora(
+    module: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    modules: list[str],
+    parameters: list[str] | None = None,
+) -> None:
+    """Put fresh float32 LoRA adapters on named parts of ``module``, in place.
+
+    A fresh adapter changes nothing: A is random (from torch's own generator), B is zero.
+
+    Args:
+        module: What to adapt.
+        rank: R.
+        alpha: The adapter's output is scaled by alpha / rank.
+        dropout: On the adapter's input.
+        modules: Paths of linear layers.
+        parameters: Paths of parameters that belong to no linear layer.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=modules,
+        target_parameters=parameters,
+    )
+    inject_adapter_in_model(config, module)
+    for path, parameter in module.named_parameters():
+        if is_adapter(path):
+            parameter.data = parameter.data.float()
+
+
+def is_adapter(path: str) -> bool:
+    """Say whether a parameter's path is that of a LoRA factor."""
+    return re.search(r"\.lora_[AB]\.", path) is not None
+
+
 class AdaptedModel:
     """A frozen base with LoRA adapters, addressed by name."""
 
@@ -142,21 +182,21 @@ class AdaptedModel:
         self.tokenizer = tokenizer
         self.base_digest = base_digest
         self.model.requires_grad_(False)
-        config = LoraConfig(
-            r=settings.rank,
-            lora_alpha=settings.alpha,
-            lora_dropout=settings.dropout,
-            target_modules=modules,
-            target_parameters=parameters or None,
-        )
-        self.base_state = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+        self.base_state = {
+            **dict(self.model.named_parameters()),
+            **dict(self.model.named_buffers()),
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject_adapter_in_model(config, self.model)
-        self._slots = {}
-        for name, slot in _find_slots(self.model, view):
-            slot.parameter.data = slot.parameter.data.float()
-            self._slots[name] = slot
+            inject_lora(
+                self.model,
+                rank=settings.rank,
+                alpha=settings.alpha,
+                dropout=settings.dropout,
+                modules=modules,
+                parameters=parameters or None,
+            )
+        self._slots = dict(_find_slots(self.model, view))
         self.adapter_names = tuple(self._slots)
         self.set_trainable(())
         self.fresh = self.read(self.adapter_names)
@@ -235,10 +275,30 @@ class AdaptedModel:
                     )
                 target.copy_(value)
 
+    @torch.inference_mode()
+    def generate(
+        self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, *, max_new_tokens: int
+    ) -> torch.Tensor:
+        """Return the ids that follow prompts padded on the left, by greedy decoding: (B, new)."""
+        config = GenerationConfig(  # type: ignore[no-untyped-call]
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            eos_token_id=self.tokenizer.eos_token_id,
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+        generate: Any = self.model.generate
+        output_BS: torch.Tensor = generate(
+            input_ids=ids_BS, attention_mask=mask_BS, generation_config=config
+        )
+        return output_BS[:, ids_BS.shape[1] :]
+
     def set_trainable(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Let exactly the parameters behind ``names`` have gradients, and return them once each."""
         self.model.requires_grad_(False)
-        chosen = {id(slot.parameter): slot.parameter for slot in map(self._slots.__getitem__, names)}
+        chosen = {
+            id(slot.parameter): slot.parameter for slot in map(self._slots.__getitem__, names)
+        }
         for parameter in chosen.values():
             parameter.requires_grad_(True)
             parameter.grad = None
@@ -249,7 +309,7 @@ def _find_slots(model: nn.Module, view: MoEView) -> Iterator[tuple[str, Slot]]:
     """Yield every adapter tensor with its name, in the order of the model's modules."""
     wrapped = {id(parameter) for slot in _wrapped_slots(model, view) for parameter in slot[2]}
     for path, parameter in model.named_parameters():
-        if re.search(r"\.lora_[AB]\.", path) and id(parameter) not in wrapped:
+        if is_adapter(path) and id(parameter) not in wrapped:
             yield canonical(path), Slot(parameter, whole)
     for name, slot, _ in _wrapped_slots(model, view):
         yield name, slot

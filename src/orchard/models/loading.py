@@ -91,7 +91,7 @@ def check_model(path: str, *, lora_targets: tuple[str, ...]) -> None:
     """
     config = load_config(path)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     find_targets(view_moe(model), lora_targets)
 
 
@@ -130,7 +130,7 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: It is not a usable Mixture-of-Experts model.
     """
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         resolve(path), dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
     )
     model = model.to(device).eval().requires_grad_(False)

@@ -77,9 +77,7 @@ class WeightedMean:
                     f"weights of {name} must not all be 0, got {weight}; leave the name out of "
                     "the update where it does not count"
                 )
-        return {
-            name: total / self._weight_sum[name] for name, total in self._weighted_sum.items()
-        }
+        return {name: total / self._weight_sum[name] for name, total in self._weighted_sum.items()}
 
 
 def mean(updates: Iterable[Update]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ def fedavgm(strategy: Strategy, *, lr: float, momentum: float, dampening: float)
 def adaptive(
     strategy: Strategy, *, rule: str, lr: float, beta1: float, beta2: float, tau: float
 ) -> Strategy:
-    """Give the server of ``strategy`` a step per coordinate by ``adagrad``, ``adam`` or ``yogi``."""
+    """Give the server of ``strategy`` a step per coordinate, by ``rule``; see ``Adaptive``."""
     return replace(
         strategy, optimizer=Adaptive(rule=rule, lr=lr, beta1=beta1, beta2=beta2, tau=tau)
     )

@@ -261,4 +261,3 @@ class _Counted:
         for update in self._updates:
             self.count += 1
             yield update
-

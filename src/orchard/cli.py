@@ -1,0 +1,161 @@
+"""The command: parse, call one function, print. Torch is imported inside commands only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from orchard.recipe import Resolved
+
+BAD_INPUT, FAILED = 2, 1
+
+app = typer.Typer(
+    name="orchard",
+    help="Federated fine-tuning of Mixture-of-Experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[
+    Path, typer.Argument(help="TOML file, or a recipe that orchard ls names.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value ...]", help="Override values of the recipe."),
+]
+Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
+
+
+@contextmanager
+def _clear_errors(*, code: int, traceback: bool) -> Iterator[None]:
+    """Print the message of a library error alone and leave with ``code``."""
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as error:
+        if traceback:
+            raise
+        text = " ".join(str(error).split())
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        print(f"error: {text}{notes}", file=sys.stderr)
+        raise typer.Exit(code) from None
+
+
+def _resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
+    from orchard.catalog import find_recipe
+    from orchard.recipe import read_recipe
+
+    return read_recipe(find_recipe(recipe), overrides or [])
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the runs and summary.json.")] = Path(
+        "runs/demo"
+    ),
+    seed: Annotated[int, typer.Option(help="Draws the offices' data and everything else.")] = 0,
+    traceback: Traceback = False,
+) -> None:
+    """Compare no federation, FedAvg and FLEx on a small invented world, in two minutes."""
+    with _clear_errors(code=FAILED, traceback=traceback):
+        from orchard.demo import run_demo
+
+        run_demo(out, seed=seed)
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run's folder; runs/<recipe> by default.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Run a recipe."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        resolved = _resolve(recipe, overrides)
+        folder = out or Path("runs") / recipe.with_suffix("").name
+        if (folder / "recipe.toml").exists() and not resume:
+            raise ValueError(
+                f"--out must be a new folder, got {folder}, which holds a run; "
+                "add --resume to continue it, or choose another"
+            )
+        from orchard.experiment import prepare_experiment
+
+        experiment = prepare_experiment(resolved.recipe)
+    from rich.console import Console
+
+    from orchard.engine.progress import choose_reporter
+    from orchard.experiment import data_notes, run_experiment
+    from orchard.reports import result_table, run_sentence
+
+    console = Console()
+    for note in data_notes(experiment):
+        console.print(f"note: {note}", style="yellow", highlight=False)
+    with _clear_errors(code=FAILED, traceback=traceback):
+        result = run_experiment(experiment, folder=folder, reporter=choose_reporter(console))
+    console.print(result_table(result))
+    console.print(run_sentence(result, folder), highlight=False)
+
+
+@app.command()
+def ls() -> None:
+    """List methods, model families and recipes."""
+    from orchard.catalog import print_catalog
+
+    print_catalog()
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: Overrides = None, traceback: Traceback = False) -> None:
+    """Show a recipe with every value and where it comes from."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.catalog import print_recipe
+
+        print_recipe(_resolve(recipe, overrides))
+
+
+@app.command()
+def partition(
+    recipe: RecipeArgument, overrides: Overrides = None, traceback: Traceback = False
+) -> None:
+    """Show which client would hold how many examples of what."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from rich.console import Console
+
+        from orchard.federation import build_federation
+        from orchard.reports import partition_table
+
+        federation = build_federation(_resolve(recipe, overrides).recipe)
+        console = Console()
+        console.print(partition_table(federation.train, federation.test))
+        for note in federation.notes():
+            console.print(f"note: {note}", style="yellow", highlight=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    traceback: Traceback = False,
+) -> None:
+    """Show several runs in one table."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from rich.console import Console
+
+        from orchard.reports import comparison_table, read_result
+
+        Console().print(comparison_table({str(run): read_result(run) for run in runs}))
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

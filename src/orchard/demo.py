@@ -1,0 +1,131 @@
+"""The demo: four offices of an invented country, and what federation with experts gives them."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from orchard.catalog import find_recipe
+from orchard.engine.progress import choose_reporter, format_bytes
+from orchard.experiment import prepare_experiment, run_experiment
+from orchard.recipe import read_recipe
+from orchard.results import write_json
+
+# Which of a run's models a person uses at the end of each method.
+_MODEL = {"local": "personal", "fedavg": "global", "flex": "personal"}
+_LABEL = {
+    "base": "base model, no training",
+    "local": "Local: each office alone",
+    "fedavg": "FedAvg: one averaged model",
+    "flex": "FLEx: averaged, plus an own expert",
+}
+
+
+def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
+    """Run Local, FedAvg and FLEx on the same data and steps, print a table, write a summary.
+
+    Args:
+        folder: Each method runs in a folder below it; ``summary.json`` is written here. A demo
+            that was cut off there is continued, a finished one starts over.
+        seed: Of the whole demo.
+
+    Returns:
+        The content of ``summary.json``: ``seed``, ``seconds``, and ``methods``, each with
+        ``exact_match`` (mean over offices, in [0, 1]), ``exact_match_per_client``,
+        ``facts_retained`` (share of what the base was taught about the country that is still
+        answered right, mean over offices) and ``uplink_bytes_per_round`` (per client).
+    """
+    console = Console()
+    started = time.monotonic()
+    if (folder / "summary.json").exists():
+        (folder / "summary.json").unlink()
+        for method in _MODEL:
+            shutil.rmtree(folder / method, ignore_errors=True)
+    console.print(
+        "Four offices of Veloria fine-tune one small Mixture-of-Experts model. Some skills they "
+        "have in common,\nsome instructions each answers in its own way, and nobody shows anybody "
+        "its data.\n",
+        highlight=False,
+    )
+    results = {}
+    for method in _MODEL:
+        recipe = find_recipe(Path(f"recipes/tiny/{method}.toml"))
+        experiment = prepare_experiment(read_recipe(recipe, [f"seed={seed}"]).recipe)
+        results[method] = run_experiment(
+            experiment, folder=folder / method, reporter=choose_reporter(console)
+        )
+    methods = summarize_methods(results)
+    summary = {"seed": seed, "seconds": time.monotonic() - started, "methods": methods}
+    write_json(folder / "summary.json", summary)
+    console.print()
+    console.print(_table(methods))
+    console.print(f"\n{conclude(methods)}", highlight=False)
+    console.print(
+        f"{summary['seconds']:.0f} seconds; everything is in {folder}. "
+        "Next: orchard show recipes/tiny/flex.toml",
+        highlight=False,
+    )
+    return summary
+
+
+def summarize_methods(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Reduce each method's ``result.json`` to what the demo shows; the base comes first."""
+    first = next(iter(results.values()))
+    chosen = {"base": (first["metrics"]["base"], 0.0)}
+    for method, result in results.items():
+        uplink = fmean(result["uplink_bytes_per_round"]) / len(result["clients"])
+        chosen[method] = (result["metrics"][_MODEL[method]], uplink)
+    return {
+        method: {
+            "exact_match": fmean(metrics["exact_match"].values()),
+            "exact_match_per_client": dict(metrics["exact_match"]),
+            "facts_retained": fmean(metrics["retention_exact_match"].values()),
+            "uplink_bytes_per_round": uplink,
+        }
+        for method, (metrics, uplink) in chosen.items()
+    }
+
+
+def conclude(methods: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say in one sentence what was seen, whatever it was."""
+    points = {method: 100 * values["exact_match"] for method, values in methods.items()}
+    flex, fedavg, alone = points["flex"], points["fedavg"], points["local"]
+
+    def than(other: float, name: str) -> str:
+        if round(flex - other, 1) == 0:
+            return f"as many as {name}"
+        return f"{abs(flex - other):.1f} points {'more' if flex > other else 'fewer'} than {name}"
+
+    facts = {method: 100 * values["facts_retained"] for method, values in methods.items()}
+    return (
+        f"An office's own FLEx model answers {flex:.1f} % of its test instructions exactly, "
+        f"{than(fedavg, 'the averaged FedAvg model')} and {than(alone, 'training alone')}, and "
+        f"still knows {facts['flex']:.1f} % of the facts that the base was taught "
+        f"(FedAvg {facts['fedavg']:.1f} %, alone {facts['local']:.1f} %)."
+    )
+
+
+def _table(methods: Mapping[str, Mapping[str, Any]]) -> Table:
+    clients = list(methods["base"]["exact_match_per_client"])
+    table = Table(title="Exact match on held-out instructions, %", title_justify="left")
+    table.add_column("")
+    for name in (*clients, "mean", "facts retained", "sent per client and round"):
+        table.add_column(name, justify="right")
+    for method, values in methods.items():
+        uplink = values["uplink_bytes_per_round"]
+        table.add_row(
+            _LABEL[method],
+            *(f"{100 * values['exact_match_per_client'][client]:.1f}" for client in clients),
+            f"{100 * values['exact_match']:.1f}",
+            f"{100 * values['facts_retained']:.1f}",
+            format_bytes(uplink) if uplink else "-",
+            style="bold" if method == "flex" else "",
+        )
+    return table
