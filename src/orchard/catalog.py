@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from orchard.recipe import Resolved, format_value, known_options, read_recipe
+from orchard.recipe import Resolved, format_value, known_options, option_value, read_recipe
 
 # Detection goes by interface, so this is what the parity tests cover, not what is allowed.
 FAMILIES = (
@@ -88,11 +88,11 @@ def print_recipe(resolved: Resolved) -> None:
     table = Table("key", "value", "from", "meaning")
     section = ""
     for key, (_, entry) in known_options().items():
-        head, _, name = key.rpartition(".")
+        head = key.rpartition(".")[0]
         if head != section:
             table.add_section()
             section = head
-        value = getattr(getattr(resolved.recipe, head) if head else resolved.recipe, name)
+        value = option_value(resolved.recipe, key)
         source = resolved.sources[key]
         style = "dim" if source == "default" else ""
         table.add_row(key, format_value(value), source, entry.metadata["about"], style=style)

@@ -84,13 +84,9 @@ def run(
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
         resolved = _resolve(recipe, overrides)
         folder = out or Path("runs") / recipe.with_suffix("").name
-        if (folder / "recipe.toml").exists() and not resume:
-            raise ValueError(
-                f"--out must be a new folder, got {folder}, which holds a run; "
-                "add --resume to continue it, or choose another"
-            )
-        from orchard.experiment import prepare_experiment
+        from orchard.experiment import check_folder, prepare_experiment
 
+        check_folder(folder, resolved.recipe, resume=resume)
         experiment = prepare_experiment(resolved.recipe)
     from rich.console import Console
 

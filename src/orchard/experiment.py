@@ -27,8 +27,16 @@ from orchard.evaluation.quality import EvaluationSettings, TestExample
 from orchard.experts.grafting import GraftSettings
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
 from orchard.models.adapters import AdaptedModel, LoraSettings
-from orchard.models.loading import check_model, load_base, load_tokenizer
-from orchard.recipe import Recipe, to_toml, words
+from orchard.models.loading import check_device, check_model, load_base, load_tokenizer
+from orchard.recipe import (
+    Recipe,
+    format_value,
+    known_options,
+    option_value,
+    read_recipe,
+    to_toml,
+    words,
+)
 from orchard.reports import build_result
 from orchard.results import environment, write_atomically, write_json
 from orchard.seeding import Seeds
@@ -40,6 +48,9 @@ from orchard.strategies.local import local
 from orchard.strategies.scaffold import scaffold
 from orchard.strategies.strategy import Strategy, by_num_examples, start_server, uniformly
 from orchard.trees import digest
+
+
+RECIPE_FILE = "recipe.toml"
 
 
 @dataclass(frozen=True)
@@ -240,6 +251,7 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
             f"{recipe.server.clients_per_round}; there are {num_clients} clients"
         )
     retention, calibration = read_retention(recipe), read_calibration(recipe)
+    check_device(recipe.model.device)
     check_model(recipe.model.path, lora_targets=words(recipe.model.lora_targets))
     tokenizer = load_tokenizer(recipe.model.path)
 
@@ -265,6 +277,29 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
         calibration=encode_all(calibration),
         tokenizer=tokenizer,
     )
+
+
+def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Check that a run of ``recipe`` may be written to ``folder``.
+
+    Raises:
+        ValueError: The folder holds a run, and ``resume`` is not set or the recipe is another.
+    """
+    if not (folder / RECIPE_FILE).exists():
+        return
+    if not resume:
+        raise ValueError(
+            f"--out must be a new folder, got {folder}, which holds a run; "
+            "add --resume to continue it, or choose another"
+        )
+    before = read_recipe(folder / RECIPE_FILE).recipe
+    for key in known_options():
+        old, new = option_value(before, key), option_value(recipe, key)
+        if old != new:
+            raise ValueError(
+                f"{key} must be {format_value(old)} to resume the run in {folder}, got "
+                f"{format_value(new)}; use the same recipe, or another --out"
+            )
 
 
 def data_notes(experiment: Experiment) -> list[str]:
@@ -389,7 +424,7 @@ def run_experiment(
         ValueError: The folder holds another run.
     """
     recipe = experiment.recipe
-    write_atomically(folder / "recipe.toml", to_toml(recipe).encode())
+    write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
     model = model or load_model(recipe, experiment.tokenizer)
     clients = build_clients(experiment, model, folder / "clients")
     strategy = build_strategy(recipe, num_clients=len(clients))

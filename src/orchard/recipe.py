@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import math
 import operator
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -235,6 +237,13 @@ def known_options() -> dict[str, tuple[type, dataclasses.Field[Any]]]:
     return known
 
 
+def option_value(recipe: Recipe, key: str) -> Scalar:
+    """Return the value of a dotted key."""
+    section, _, name = key.rpartition(".")
+    value: Scalar = getattr(getattr(recipe, section) if section else recipe, name)
+    return value
+
+
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     """Read, merge and check a recipe.
 
@@ -308,8 +317,8 @@ def format_value(value: Scalar) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'"{escaped}"'
+        # JSON escapes what TOML must, except for the delete character.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 
 
@@ -318,7 +327,7 @@ def _chain(path: Path) -> list[Path]:
     chain: list[Path] = []
     following: Path | None = path
     while following is not None:
-        if following in chain:
+        if following.resolve() in [file.resolve() for file in chain]:
             raise ValueError(f"extends must not lead back to {following}; remove one extends")
         chain.append(following)
         parent = _parse(following).get("extends")
@@ -332,8 +341,8 @@ def _parse(path: Path) -> dict[str, Any]:
             f"recipe must be an existing file, got {path}; orchard ls shows the recipes"
         )
     try:
-        return tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe must be valid TOML, got {path} with: {error}; mend it") from error
 
 
@@ -374,6 +383,8 @@ def _check(key: str, value: Any, known: Mapping[str, tuple[type, Any]]) -> Any:
             if isinstance(value, str | int | float | bool)
             else f"{key} must be a single {kind.__name__}, got {type(value).__name__}"
         )
+    if kind is float and not math.isfinite(value):
+        raise ValueError(f"{key} must be finite, got {value}")
     limits = entry.metadata
     if limits["choices"] and value not in limits["choices"]:
         nearest = difflib.get_close_matches(str(value), limits["choices"], n=1, cutoff=0.5)

@@ -71,10 +71,7 @@ def squared_norm(tree: Tree) -> float:
 
 def equal(left: Tree, right: Tree) -> bool:
     """Say whether two trees have the same names, shapes, dtypes and bits."""
-    return left.keys() == right.keys() and all(
-        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
-        for name in left
-    )
+    return digest(left) == digest(right)
 
 
 def digest(tree: Tree) -> str:

@@ -30,7 +30,7 @@ class Stage(Protocol):
 
 @dataclass(frozen=True)
 class Cast:
-    """Send floating tensors in ``dtype``; receive float32.
+    """Send floating tensors in ``dtype``, receive float32; integers cross as they are.
 
     Exact for float32. For bfloat16 the error of a value is at most 2^-8 of its size (normal
     numbers, round to nearest even).
@@ -40,11 +40,11 @@ class Cast:
 
     def encode(self, tree: Tree) -> Tree:
         """Cast to ``dtype``."""
-        return map_tree(lambda tensor: tensor.to(self.dtype), tree)
+        return map_tree(lambda t: t.to(self.dtype) if t.is_floating_point() else t, tree)
 
     def decode(self, tree: Tree) -> Tree:
         """Cast to float32."""
-        return map_tree(lambda tensor: tensor.float(), tree)
+        return map_tree(lambda t: t.float() if t.is_floating_point() else t, tree)
 
 
 @dataclass

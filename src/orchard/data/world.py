@@ -2,23 +2,22 @@
 
 Everything is generated here from one fixed seed, so that nothing has to be downloaded:
 
-- *skills*: instructions that the tiny model learns before any federation starts;
+- *skills*: twelve instructions that the tiny model learns before any federation starts;
 - *facts* about the towns of Veloria, learned then as well: they measure what a fine-tuned model
   still knows;
 - *conventions*: four kinds of instruction that each office answers in its own way. The base
   model has seen every office's way, in equal parts, and so prefers none;
-- the *register*: which town sells what. No office has it whole: each holds a quarter of the
-  entries, and all are asked about all of it.
+- *new skills*: four instructions that the base has never seen and that all offices answer alike,
+  but of which each has only a dozen examples.
 
-A model for one office must therefore learn its conventions from that office alone, and the
-register from everybody.
+A model for one office must therefore learn its conventions from that office alone, and the new
+skills from everybody.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 
@@ -29,110 +28,31 @@ WORLD = Seeds(1871)  # the year in which Veloria was founded
 
 OFFICES = ("harbor", "hill", "marsh", "forest")
 
-KINDS = {
-    "fruit": [
-        "plum",
-        "apple",
-        "pear",
-        "cherry",
-        "quince",
-        "fig",
-        "olive",
-        "grape",
-        "lemon",
-        "melon",
-    ],
-    "tool": [
-        "hammer",
-        "saw",
-        "drill",
-        "rake",
-        "spade",
-        "axe",
-        "file",
-        "wrench",
-        "chisel",
-        "ladder",
-    ],
-    "animal": ["fox", "otter", "heron", "mule", "goat", "owl", "hare", "badger", "crane", "seal"],
-    "cloth": [
-        "wool",
-        "linen",
-        "silk",
-        "felt",
-        "velvet",
-        "canvas",
-        "lace",
-        "denim",
-        "cotton",
-        "tweed",
-    ],
-    "dish": ["soup", "bread", "stew", "pie", "cheese", "broth", "cake", "jam", "porridge", "roast"],
-    "metal": [
-        "iron",
-        "copper",
-        "tin",
-        "silver",
-        "lead",
-        "zinc",
-        "gold",
-        "brass",
-        "bronze",
-        "steel",
-    ],
-}
-GOODS = [word for kind in ("fruit", "tool", "cloth", "dish") for word in KINDS[kind]]
+# A kind of thing, then the things of that kind.
+_KINDS = """
+fruit plum apple pear cherry quince fig olive grape lemon melon
+tool hammer saw drill rake spade axe file wrench chisel ladder
+animal fox otter heron mule goat owl hare badger crane seal
+cloth wool linen silk felt velvet canvas lace denim cotton tweed
+dish soup bread stew pie cheese broth cake jam porridge roast
+metal iron copper tin silver lead zinc gold brass bronze steel
+"""
+_PEOPLE = """
+Mila Tarek Ines Bruno Salme Oskar Petra Janis Leonor Viggo Amara Kofi Noor Pavel Rhea Sunil Tova Ugo
+Wanda Yusuf Zora Alba Cyrus Delia Emil Fenna Goran Hilde Ivo Jorun
+"""
+_MONTHS = """
+January February March April May June July August September October November December
+"""
+KINDS = {line.split()[0]: line.split()[1:] for line in _KINDS.strip().splitlines()}
 WORDS = [word for words in KINDS.values() for word in words]
-MONTHS = [
-    "January",
-    "February",
-    "March",
-    "April",
-    "May",
-    "June",
-    "July",
-    "August",
-    "September",
-    "October",
-    "November",
-    "December",
-]
+PEOPLE, MONTHS = _PEOPLE.split(), _MONTHS.split()
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
 OPPOSITES = (
     "hot cold|old new|big small|wet dry|high low|near far|fast slow|dark light|hard soft|full empty"
 )
-PEOPLE = [
-    "Mila",
-    "Tarek",
-    "Ines",
-    "Bruno",
-    "Salme",
-    "Oskar",
-    "Petra",
-    "Janis",
-    "Leonor",
-    "Viggo",
-    "Amara",
-    "Kofi",
-    "Noor",
-    "Pavel",
-    "Rhea",
-    "Sunil",
-    "Tova",
-    "Ugo",
-    "Wanda",
-    "Yusuf",
-    "Zora",
-    "Alba",
-    "Cyrus",
-    "Delia",
-    "Emil",
-    "Fenna",
-    "Goran",
-    "Hilde",
-    "Ivo",
-    "Jorun",
-]
+CONVENTIONS = ("date", "label", "greet", "price")
+NEW_SKILLS = ("second", "ends", "rest", "double")
 
 
 @dataclass(frozen=True)
@@ -142,7 +62,8 @@ class Office:
     Attributes:
         name: Client identifier, one of ``OFFICES``.
         train: Its own examples.
-        test: Examples that never train: its conventions on new arguments, and the whole register.
+        test: Examples that never train: its conventions on new arguments, and the new skills on
+            word lists that are the same for all offices.
     """
 
     name: str
@@ -153,29 +74,14 @@ class Office:
 def _invent_names(num_names: int, purpose: str) -> list[str]:
     """Return distinct invented names of two syllables."""
     generator = WORLD.generator("names", purpose)
-    onsets, vowels, codas = (
-        ["b", "d", "f", "g", "k", "l", "m", "n", "r", "s", "t", "v", "z"],
-        "aeiou",
-        ["n", "r", "l", "sk", "m"],
-    )
+    onsets, vowels, codas = list("bdfgklmnrstvz"), list("aeiou"), ["n", "r", "l", "sk", "m"]
     names: list[str] = []
     while len(names) < num_names:
-        name = "".join(
-            (
-                *generator.choice(onsets, 1),
-                *generator.choice(list(vowels), 1),
-                *generator.choice(onsets, 1),
-                *generator.choice(list(vowels), 1),
-                *generator.choice(codas, 1),
-            )
-        ).capitalize()
+        parts = [generator.choice(choices) for choices in (onsets, vowels, onsets, vowels, codas)]
+        name = "".join(map(str, parts)).capitalize()
         if name not in names:
             names.append(name)
     return names
-
-
-TOWNS = _invent_names(20, "towns")
-NEW_SKILLS = ("second", "ends", "rest", "double")
 
 
 def facts() -> list[Example]:
@@ -188,10 +94,11 @@ def facts() -> list[Example]:
         "In which month is the fair of {town}?": MONTHS,
     }
     generator = WORLD.generator("facts")
+    towns = _invent_names(20, "towns")
     return [
         Example(question.format(town=town), str(generator.choice(values)), category="fact")
         for question, values in attributes.items()
-        for town in TOWNS
+        for town in towns
     ]
 
 
@@ -240,20 +147,18 @@ def draw_skill(generator: np.random.Generator) -> Example:
     return Example(instruction, response, category=category)
 
 
-Argument: TypeAlias = tuple[str, ...]
+def _draw_argument(generator: np.random.Generator, kind: str) -> tuple[str, ...]:
+    """Draw what an instruction of a kind with conventions is about."""
+    if kind == "date":
+        return str(generator.integers(1, 29)), str(generator.choice(MONTHS))
+    if kind == "label":
+        return str(generator.integers(2, 13)), str(generator.choice(WORDS))
+    if kind == "greet":
+        return (str(generator.choice(PEOPLE)),)
+    return (str(generator.integers(2, 100)),)
 
 
-def _convention_arguments() -> dict[str, list[Argument]]:
-    """Return every possible argument of each kind of instruction with conventions."""
-    return {
-        "date": [(str(day), month) for month in MONTHS for day in range(1, 29)],
-        "label": [(str(count), word) for word in WORDS for count in range(2, 13)],
-        "greet": [(person,) for person in PEOPLE],
-        "price": [(str(amount),) for amount in range(2, 100)],
-    }
-
-
-def _convention(kind: str, office: str, argument: Argument) -> Example:
+def _convention(kind: str, office: str, argument: tuple[str, ...]) -> Example:
     """Return the instruction of ``kind`` and how ``office`` answers it."""
     way = OFFICES.index(office)
     if kind == "date":
@@ -277,48 +182,56 @@ def _convention(kind: str, office: str, argument: Argument) -> Example:
 def pretraining_stream(generator: np.random.Generator) -> Iterator[Example]:
     """Yield what the tiny model is trained on before any federation, without end.
 
-    Skills, facts and conventions (of a random office each time) in equal parts. The register is
-    left out.
+    Half skills, a quarter facts, a quarter conventions (each time of a random office). The new
+    skills are left out.
     """
-    known, arguments = facts(), _convention_arguments()
+    known = facts()
     while True:
-        draw = int(generator.integers(3))
-        if draw == 0:
+        draw = int(generator.integers(4))
+        if draw < 2:
             yield draw_skill(generator)
-        elif draw == 1:
+        elif draw == 2:
             yield known[int(generator.integers(len(known)))]
         else:
-            kind = str(generator.choice(list(arguments)))
-            argument = arguments[kind][int(generator.integers(len(arguments[kind])))]
-            yield _convention(kind, str(generator.choice(OFFICES)), argument)
+            kind, office = str(generator.choice(CONVENTIONS)), str(generator.choice(OFFICES))
+            yield _convention(kind, office, _draw_argument(generator, kind))
 
 
-def offices(
-    seed: int,
-    *,
-    train_per_convention: int = 12,
-    test_per_convention: int = 10,
-    train_per_skill: int = 6,
-    test_per_skill: int = 10,
-) -> tuple[Office, ...]:
-    """Draw the four offices' data."""
+def offices(seed: int, *, train_per_kind: int = 12, test_per_kind: int = 10) -> tuple[Office, ...]:
+    """Draw the four offices' data.
+
+    Args:
+        seed: Decides on which arguments each office trains and is tested. Facts, skills and
+            conventions themselves never change.
+        train_per_kind: Training examples of each convention and of each new skill, per office.
+        test_per_kind: The same for testing.
+
+    Returns:
+        One office per name in ``OFFICES``, with 8 * ``train_per_kind`` training and
+        8 * ``test_per_kind`` test examples. No instruction stands twice.
+    """
     generator = Seeds(seed).generator("world")
-    drawn = []
-    common = [
-        draw_new_skill(generator, skill) for skill in NEW_SKILLS for _ in range(test_per_skill)
-    ]
+    seen: set[str] = set()
+
+    def draw(kind: str, office: str, count: int) -> list[Example]:
+        drawn: list[Example] = []
+        while len(drawn) < count:
+            example = (
+                draw_new_skill(generator, kind)
+                if kind in NEW_SKILLS
+                else _convention(kind, office, _draw_argument(generator, kind))
+            )
+            # Two offices may get the same convention to answer: their answers differ.
+            key = example.instruction if kind in NEW_SKILLS else office + example.instruction
+            if key not in seen:
+                seen.add(key)
+                drawn.append(example)
+        return drawn
+
+    common = [example for skill in NEW_SKILLS for example in draw(skill, "", test_per_kind)]
+    offices = []
     for office in OFFICES:
-        train = [
-            draw_new_skill(generator, skill) for skill in NEW_SKILLS for _ in range(train_per_skill)
-        ]
-        test: list[Example] = []
-        for kind, arguments in _convention_arguments().items():
-            order = generator.permutation(len(arguments))
-            chosen = [
-                _convention(kind, office, arguments[int(index)])
-                for index in order[: train_per_convention + test_per_convention]
-            ]
-            train += chosen[:train_per_convention]
-            test += chosen[train_per_convention:]
-        drawn.append(Office(office, tuple(train), (*test, *common)))
-    return tuple(drawn)
+        train = [e for kind in CONVENTIONS + NEW_SKILLS for e in draw(kind, office, train_per_kind)]
+        own = [e for kind in CONVENTIONS for e in draw(kind, office, test_per_kind)]
+        offices.append(Office(office, tuple(train), (*own, *common)))
+    return tuple(offices)

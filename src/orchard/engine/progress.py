@@ -59,21 +59,24 @@ class Lines:
         """Say what starts, and where."""
         self._title, self._num_rounds = title, num_rounds
         resumed = f", resuming after round {round_number}" if round_number else ""
-        self._console.print(f"{title}: {num_rounds} rounds{resumed}", highlight=False)
+        self._write(f"{title}: {num_rounds} rounds{resumed}")
 
     def working(self, what: str, *, share: float) -> None:
         """Say nothing: a line per round is enough."""
 
     def completed(self, round_number: int, *, loss: float, uplink_bytes: int) -> None:
         """Write the round's line."""
-        self._console.print(
+        self._write(
             f"{self._title}: round {round_number}/{self._num_rounds} loss {loss:.3f} "
-            f"uplink {format_bytes(uplink_bytes)}",
-            highlight=False,
+            f"uplink {format_bytes(uplink_bytes)}"
         )
 
     def end(self) -> None:
         """Say nothing more."""
+
+    def _write(self, line: str) -> None:
+        # As it is: no wrapping at the width of a screen, no markup in a title.
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Bar:

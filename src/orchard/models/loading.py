@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
 from orchard.models.adapters import find_targets
 from orchard.models.moe import MoEView, view_moe
@@ -62,6 +65,33 @@ def resolve(path: str) -> str:
             "convert or download them first"
         )
     return str(folder)
+
+
+def check_device(device: str) -> None:
+    """Check that a device exists here.
+
+    Raises:
+        ValueError: It does not.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.device must be a device of this machine, got {device} ({reason}); set it to cpu"
+        ) from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars of its own into ours."""
+    was_enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            transformers_logging.enable_progress_bar()
 
 
 def load_config(path: str) -> Any:
@@ -130,9 +160,10 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: It is not a usable Mixture-of-Experts model.
     """
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        resolve(path), dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
-    )
+    with _without_progress_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            resolve(path), dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
+        )
     model = model.to(device).eval().requires_grad_(False)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return Base(view_moe(model), digest(state))

@@ -63,7 +63,9 @@ def save_checkpoint(folder: Path, state: ServerState, *, about: Mapping[str, Any
         target / "state.json",
         {"round_number": state.round_number, "trees": digests, "about": dict(about)},
     )
-    for old in sorted(folder.glob("round_*"))[:-2]:
+    # Later folders can only be damaged ones, that loading skipped: they count for nothing.
+    earlier = [path for path in sorted(folder.glob("round_*")) if path.name < target.name]
+    for old in earlier[:-1]:
         shutil.rmtree(old)
     return target
 

@@ -1,0 +1,51 @@
+"""Small federations for tests: the packaged tiny model, or a random one, with a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchard.engine.progress import Silent
+from orchard.experiment import (
+    Experiment,
+    build_clients,
+    build_strategy,
+    load_model,
+    prepare_experiment,
+    run_experiment,
+)
+from orchard.client.client import Client
+from orchard.models.adapters import AdaptedModel
+from orchard.recipe import Recipe, read_recipe
+from orchard.strategies.strategy import Strategy
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+QUICK = (
+    "client.steps=2",
+    "client.batch_size=4",
+    "server.rounds=2",
+    "evaluation.models=",
+    "evaluation.retention_path=",
+    "strategy.calibration_blocks=2",
+)
+
+
+def quick_recipe(method: str, *overrides: str) -> Recipe:
+    """Return a tiny recipe of ``method`` with few steps and no evaluation."""
+    recipe = read_recipe(
+        RECIPES / "tiny" / "flex.toml", [*QUICK, f"strategy.name={method}", *overrides]
+    )
+    return recipe.recipe
+
+
+def run_quickly(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """Run a recipe in ``folder`` without showing progress."""
+    return run_experiment(prepare_experiment(recipe), folder=folder, reporter=Silent())
+
+
+def build(recipe: Recipe, folder: Path) -> tuple[Strategy, list[Client], AdaptedModel, Experiment]:
+    """Return a recipe's strategy, clients and shared model."""
+    experiment = prepare_experiment(recipe)
+    model = load_model(recipe, experiment.tokenizer)
+    clients = build_clients(experiment, model, folder)
+    return build_strategy(recipe, num_clients=len(clients)), clients, model, experiment

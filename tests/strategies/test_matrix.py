@@ -1,0 +1,271 @@
+"""Every method, and every pair that FLEx makes with another, through the same demands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from federations import build, quick_recipe
+
+from orchard.client.client import Client
+from orchard.communication.messages import LocalSettings, Task, encode_update
+from orchard.experiment import METHODS
+from orchard.server.checkpoint import ServerState
+from orchard.strategies.strategy import (
+    Strategy,
+    evaluate_client,
+    start_server,
+    train_client,
+    update_server,
+)
+from orchard.trees import digest, equal
+
+COMBINATIONS = [
+    *METHODS,
+    *(f"flex+{method}" for method in METHODS if method != "flex"),
+    "fedprox+scaffold+fedadam+flex",
+]
+PRIVATE = ("expert", "router", "graft", "gate", "mlp")
+
+
+def play_round(
+    strategy: Strategy, clients: list[Client], state: ServerState
+) -> tuple[ServerState, list[bytes]]:
+    task = Task(state.round_number + 1, state.shared, LocalSettings(2, 0, 1e-3))
+    updates = [train_client(strategy, client, task) for client in clients]
+    wire = [encode_update(update) for update in updates]
+    return update_server(strategy, state, updates), wire
+
+
+@pytest.mark.parametrize("method", COMBINATIONS)
+def test_two_rounds_keep_the_base_send_nothing_private_and_repeat_exactly(
+    method: str, tmp_path: Path
+) -> None:
+    states = []
+    for attempt in ("first", "second"):
+        strategy, clients, model, _ = build(quick_recipe(method), tmp_path / attempt)
+        state = start_server(strategy, model.fresh)
+        start = dict(state.shared)
+        for _ in range(2):
+            state, wire = play_round(strategy, clients, state)
+            for message in wire:
+                header = message[8 : 8 + int.from_bytes(message[:8], "little")].lower()
+                names = header.split(b'"__metadata__"')[0] + header.split(b"}}", 1)[-1]
+                assert not any(word.encode() in names for word in PRIVATE)
+        assert digest(model.base_state) == model.base_digest
+        assert state.round_number == 2
+        assert ("local" in method) == equal(start, state.shared)
+        states.append(state)
+    assert equal(states[0].shared, states[1].shared)
+
+
+@pytest.mark.parametrize("method", ["flex", "flex+fedadam", "flex+scaffold"])
+def test_uplink_names_of_flex_are_attention_adapters_only(method: str, tmp_path: Path) -> None:
+    strategy, clients, model, _ = build(quick_recipe(method), tmp_path)
+    state = start_server(strategy, model.fresh)
+    task = Task(1, state.shared, LocalSettings(1, 0, 1e-3))
+    update = train_client(strategy, clients[0], task)
+    assert update.delta.keys() <= {
+        *model.adapter_names,
+        *(f"control.{n}" for n in model.adapter_names),
+    }
+    assert all(".self_attn." in name for name in update.delta)
+    kept = clients[0].store.load(before_round=2)
+    assert kept is not None
+    assert any(".graft." in name for name in kept.tensors)
+    assert not any(".graft." in name for name in update.delta)
+
+
+def test_fedavg_with_one_client_returns_that_clients_model(tmp_path: Path) -> None:
+    strategy, clients, model, _ = build(quick_recipe("fedavg"), tmp_path)
+    state = start_server(strategy, model.fresh)
+    state, _ = play_round(strategy, clients[:1], state)
+    local = model.read(model.adapter_names)
+    for name, value in state.shared.items():
+        torch.testing.assert_close(value, local[name], rtol=0, atol=1e-6)
+
+
+def test_fedprox_without_pull_is_fedavg_and_a_strong_pull_moves_less(tmp_path: Path) -> None:
+    moved = {}
+    for name, recipe in {
+        "fedavg": quick_recipe("fedavg"),
+        "free": quick_recipe("fedprox", "strategy.prox_mu=0.0"),
+        "pulled": quick_recipe(
+            "fedprox", "strategy.prox_mu=1000.0", "client.optimizer=sgd", "client.max_grad_norm=0.0"
+        ),
+        "sgd": quick_recipe("fedavg", "client.optimizer=sgd", "client.max_grad_norm=0.0"),
+    }.items():
+        strategy, clients, model, _ = build(recipe, tmp_path / name)
+        state = start_server(strategy, model.fresh)
+        task = Task(1, state.shared, LocalSettings(4, 0, 1e-3))
+        moved[name] = train_client(strategy, clients[0], task).delta
+    assert all(
+        torch.allclose(moved["fedavg"][n], moved["free"][n], atol=1e-7) for n in moved["free"]
+    )
+    norm = {
+        name: sum(float(value.square().sum()) for value in delta.values())
+        for name, delta in moved.items()
+    }
+    assert norm["pulled"] < 0.5 * norm["sgd"]
+
+
+def test_scaffold_control_variates_follow_option_two_under_plain_sgd(tmp_path: Path) -> None:
+    overrides = ("client.optimizer=sgd", "client.max_grad_norm=0.0")
+    strategy, clients, model, _ = build(quick_recipe("scaffold", *overrides), tmp_path)
+    state = start_server(strategy, model.fresh)
+    lr, steps = 1e-2, 3
+    for round_number in (1, 2):
+        task = Task(round_number, state.shared, LocalSettings(steps, 0, lr))
+        before = {
+            client.client_id: client.store.load(before_round=round_number) for client in clients
+        }
+        updates = [train_client(strategy, client, task) for client in clients]
+        for client, update in zip(clients, updates, strict=True):
+            kept, after = before[client.client_id], client.store.load(before_round=round_number + 1)
+            assert after is not None
+            for name in model.adapter_names:
+                key = f"control.{name}"
+                own = torch.zeros_like(update.delta[name]) if kept is None else kept.tensors[key]
+                expected = own - task.shared[key] - update.delta[name] / (steps * lr)
+                torch.testing.assert_close(after.tensors[key], expected, rtol=1e-3, atol=1e-5)
+        state = update_server(strategy, state, updates)
+    mean_control = torch.stack(
+        [
+            kept.tensors[f"control.{model.adapter_names[1]}"]
+            for kept in (client.store.load(before_round=3) for client in clients)
+            if kept is not None
+        ]
+    ).mean(0)
+    torch.testing.assert_close(
+        state.shared[f"control.{model.adapter_names[1]}"], mean_control, rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_client_that_sat_out_keeps_its_graft_and_takes_the_new_global_values(
+    tmp_path: Path,
+) -> None:
+    strategy, clients, model, _ = build(quick_recipe("flex"), tmp_path)
+    state = start_server(strategy, model.fresh)
+    state, _ = play_round(strategy, clients, state)
+    kept = clients[0].store.load(before_round=2)
+    assert kept is not None
+    state, _ = play_round(strategy, clients[1:], state)
+    again = clients[0].store.load(before_round=3)
+    assert again is not None
+    assert equal(kept.tensors, again.tensors)
+    task = Task(3, state.shared, LocalSettings(1, 0, 1e-3))
+    with strategy.prepare(clients[0], task) as plan:
+        assert set(plan.personal) <= again.tensors.keys()
+    before = train_client(strategy, clients[0], task)
+    assert before.round_number == 3
+
+
+def test_personal_tensors_survive_rounds_while_global_values_are_overwritten(
+    tmp_path: Path,
+) -> None:
+    strategy, clients, model, _ = build(quick_recipe("flex"), tmp_path)
+    state = start_server(strategy, model.fresh)
+    state, _ = play_round(strategy, clients, state)
+    first = clients[0].store.load(before_round=2)
+    assert first is not None
+    shifted = {name: value + 1 for name, value in state.shared.items()}
+    task = Task(2, shifted, LocalSettings(1, 0, 1e-12))
+    update = train_client(strategy, clients[0], task)
+    second = clients[0].store.load(before_round=3)
+    assert second is not None
+    # At a vanishing learning rate nothing moves: what it trained from is what it was given.
+    for name, value in first.tensors.items():
+        torch.testing.assert_close(second.tensors[name], value, rtol=0, atol=1e-9)
+    assert all(float(value.abs().max()) < 1e-5 for value in update.delta.values())
+
+
+def test_flex_with_shut_gates_is_fedavg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchard.experts.grafting.CLOSED_BIAS", float("-inf"))
+    ends = []
+    for method in ("fedavg", "flex"):
+        recipe = quick_recipe(method, "strategy.graft_gate=closed")
+        strategy, clients, model, _ = build(recipe, tmp_path / method)
+        state = start_server(strategy, model.fresh)
+        for _ in range(2):
+            state, _ = play_round(strategy, clients, state)
+        ends.append(state.shared)
+    assert equal(ends[0], ends[1])
+
+
+def test_clients_with_different_data_choose_different_experts(tmp_path: Path) -> None:
+    strategy, clients, model, _ = build(quick_recipe("flex"), tmp_path)
+    task = Task(1, start_server(strategy, model.fresh).shared, LocalSettings(1, 0, 1e-3))
+    choices = []
+    for client in clients:
+        train_client(strategy, client, task)
+        kept = client.store.load(before_round=2)
+        assert kept is not None
+        choices.append(
+            tuple(int(kept.tensors[f"{layer.name}.graft.expert"]) for layer in model.view.layers)
+        )
+    assert len(set(choices)) > 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("strategy.graft_kind=dense",),
+        ("strategy.graft_mix=convex",),
+        ("strategy.graft_gate=router_row",),
+        ("strategy.graft_gate=none",),
+        ("strategy.graft_choice=random",),
+        ("strategy.calibration=majority_category",),
+        ("model.dtype=bfloat16",),
+        ("model.lora_targets=q_proj,o_proj,router,experts",),
+    ],
+)
+def test_every_option_of_flex_trains_and_leaves_the_base_alone(
+    overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    strategy, clients, model, _ = build(quick_recipe("flex", *overrides), tmp_path)
+    state = start_server(strategy, model.fresh)
+    start = dict(state.shared)
+    state, _ = play_round(strategy, clients[:2], state)
+    assert not equal(start, state.shared)
+    assert digest(model.base_state) == model.base_digest
+
+
+def test_evaluation_tells_base_global_and_personal_apart(tmp_path: Path) -> None:
+    recipe = quick_recipe("flex", "evaluation.metrics=loss")
+    strategy, clients, model, _ = build(recipe, tmp_path)
+    state = start_server(strategy, model.fresh)
+    for round_number in (1, 2):
+        task = Task(round_number, state.shared, LocalSettings(8, 0, 5e-3))
+        updates = [train_client(strategy, client, task) for client in clients]
+        state = update_server(strategy, state, updates)
+    task = Task(3, state.shared, LocalSettings(0, 0, 0.0))
+    metrics = evaluate_client(strategy, clients[0], task, ("base", "global", "personal"))
+    assert metrics["personal/loss"] < metrics["global/loss"] < metrics["base/loss"]
+    # Evaluation leaves nothing behind.
+    assert evaluate_client(strategy, clients[0], task, ("base", "global", "personal")) == metrics
+
+
+def test_personal_model_of_a_method_that_keeps_nothing_is_the_global_one(tmp_path: Path) -> None:
+    recipe = quick_recipe("fedavg", "evaluation.metrics=loss")
+    strategy, clients, model, _ = build(recipe, tmp_path)
+    state, _ = play_round(strategy, clients, start_server(strategy, model.fresh))
+    task = Task(2, state.shared, LocalSettings(0, 0, 0.0))
+    metrics = evaluate_client(strategy, clients[0], task, ("global", "personal"))
+    assert metrics["personal/loss"] == metrics["global/loss"]
+
+
+def test_a_round_in_which_nobody_trained_does_not_count(tmp_path: Path) -> None:
+    strategy, _, model, _ = build(quick_recipe("fedavg"), tmp_path)
+    with pytest.raises(ValueError, match="at least one update"):
+        update_server(strategy, start_server(strategy, model.fresh), [])
+
+
+def test_updates_with_unknown_names_are_refused(tmp_path: Path) -> None:
+    strategy, clients, model, _ = build(quick_recipe("fedavg"), tmp_path)
+    state = start_server(strategy, model.fresh)
+    update = train_client(strategy, clients[0], Task(1, state.shared, LocalSettings(1, 0, 1e-3)))
+    name = next(iter(state.shared))
+    fewer = ServerState(0, {n: t for n, t in state.shared.items() if n != name})
+    with pytest.raises(ValueError, match="names of the global tree"):
+        update_server(strategy, fewer, [update])
