@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import (  # type: ignore[attr-defined]
+from tokenizers import (
     Tokenizer,
     decoders,
     models,
@@ -98,7 +98,7 @@ def share_right(model: Any, tokenizer: Any, examples: list[Example]) -> float:
         output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     model.train()
-    right = sum(a.strip() == e.response for a, e in zip(answers, examples, strict=True))
+    right: int = sum(a.strip() == e.response for a, e in zip(answers, examples, strict=True))
     return right / len(examples)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from orchard.client.client import Client
 from orchard.engine.progress import Silent
 from orchard.experiment import (
     Experiment,
@@ -14,7 +15,6 @@ from orchard.experiment import (
     prepare_experiment,
     run_experiment,
 )
-from orchard.client.client import Client
 from orchard.models.adapters import AdaptedModel
 from orchard.recipe import Recipe, read_recipe
 from orchard.strategies.strategy import Strategy

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
-from federations import QUICK
 from typer.testing import CliRunner, Result
 
+from federations import QUICK
 from orchard.cli import app
 
 ROWS = [
@@ -40,6 +40,13 @@ def check_refused(result: Result, *words: str) -> None:
     assert lines[0].startswith("error: ")
     for word in words:
         assert word in lines[0]
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Default output goes to runs/ of the working folder; recipes are found from anywhere."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,6 @@ from orchard.strategies.scaffold import scaffold
 from orchard.strategies.strategy import Strategy, by_num_examples, start_server, uniformly
 from orchard.trees import digest
 
-
 RECIPE_FILE = "recipe.toml"
 
 

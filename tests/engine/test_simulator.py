@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from federations import QUICK, RECIPES, build, quick_recipe, run_quickly
 
+from federations import QUICK, RECIPES, build, quick_recipe, run_quickly
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
 from orchard.experiment import build_schedule, prepare_experiment, run_experiment
@@ -219,7 +219,7 @@ def test_the_learning_rate_follows_a_cosine_over_rounds() -> None:
 
 def test_a_failing_client_says_round_and_client(tmp_path: Path) -> None:
     recipe = quick_recipe("fedavg", "client.lr=1e30", "client.max_grad_norm=0.0", "server.rounds=4")
-    with pytest.raises(FloatingPointError, match="lower client.lr") as caught:
+    with pytest.raises(FloatingPointError, match=r"lower client\.lr") as caught:
         run_quickly(tmp_path, recipe)
     assert any("client" in note and "round" in note for note in caught.value.__notes__)
 

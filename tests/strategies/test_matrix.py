@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from federations import build, quick_recipe
 
+from federations import build, quick_recipe
 from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings, Task, encode_update
 from orchard.experiment import METHODS

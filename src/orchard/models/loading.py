@@ -86,12 +86,12 @@ def check_device(device: str) -> None:
 def _without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing bars of its own into ours."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if was_enabled:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def load_config(path: str) -> Any:
