@@ -79,7 +79,7 @@ def fedavg(recipe: Recipe) -> dict[str, torch.Tensor]:
             # What the client sends: how its adapters moved, and how many examples it has.
             weight = float(len(examples))
             for name, value in model.read(names).items():
-                weighted_sum[name] += weight * (value - global_tree[name])
+                weighted_sum[name].add_(value - global_tree[name], alpha=weight)
             weight_sum += weight
         # What the server does: add the weighted mean of the moves.
         global_tree = {

@@ -4,7 +4,7 @@ Trains a byte-level BPE tokenizer and a Qwen2-MoE of about one and a half millio
 country of ``orchard.data.world``, then writes both in bfloat16 where the demo looks for them.
 About ten minutes on two cores; the seed is fixed, so the same machine makes the same model.
 
-    python scripts/make_tiny_moe.py [--steps 4000] [--out src/orchard/models/tiny_moe]
+    python scripts/make_tiny_moe.py [--steps 3000] [--out src/orchard/models/tiny_moe]
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def share_right(model: Any, tokenizer: Any, examples: list[Example]) -> float:
 def main() -> None:
     """Train, report, and save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--out", type=Path, default=Path("src/orchard/models/tiny_moe"))
@@ -115,7 +115,7 @@ def main() -> None:
     config = Qwen2MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
-        num_hidden_layers=3,
+        num_hidden_layers=4,
         num_attention_heads=4,
         num_key_value_heads=4,
         moe_intermediate_size=96,

@@ -12,9 +12,11 @@ from orchard.models.moe import view_moe
 from orchard.trees import digest
 from tiny_models import FAMILIES, VOCABULARY
 
-# Linear layers outside the MoE blocks; attention of the DeepSeeks has no q_proj or v_proj.
-_LATENT = ("q_b_proj", "kv_b_proj")
-TARGETS = {"deepseek_v2": _LATENT, "deepseek_v3": _LATENT}
+
+def targets_of(family: str) -> tuple[str, ...]:
+    """Return two linear layers of the family's attention."""
+    is_latent = family in ("deepseek_v2", "deepseek_v3")
+    return ("q_b_proj", "kv_b_proj") if is_latent else ("q_proj", "v_proj")
 
 
 class NumberTokenizer:
@@ -40,7 +42,7 @@ def adapt(
     """Adapt a tiny model with rank 2 and scale 2; ``extra`` targets come after the family's own."""
     model = FAMILIES[family]().to(dtype)
     if targets is None:
-        targets = (*TARGETS.get(family, ("q_proj", "v_proj")), *extra)
+        targets = (*targets_of(family), *extra)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return AdaptedModel(
         view_moe(model),

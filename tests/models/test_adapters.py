@@ -9,8 +9,9 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 
 from orchard import trees
-from orchard.models.adapters import AdaptedModel, Slot, canonical, whole
-from tiny_adapted import TARGETS, adapt, stir
+from orchard.models.adapters import AdaptedModel, Slot, canonical, find_targets, whole
+from orchard.models.moe import view_moe
+from tiny_adapted import adapt, stir, targets_of
 from tiny_models import EXPERTS, FAMILIES, batch_of
 
 SOME = [
@@ -248,10 +249,23 @@ def test_an_unknown_target_names_those_that_exist() -> None:
         adapt(targets=("q_proj", "c_attn"))
 
 
-def test_linear_layers_inside_moe_blocks_are_no_targets() -> None:
+@pytest.mark.xfail(strict=True, reason="PEFT turns the names of dense MLPs into routed experts")
+@pytest.mark.parametrize("target", ["down_proj", "up_proj"])
+def test_linear_layers_inside_moe_blocks_are_no_targets(target: str) -> None:
     # deepseek_v3 has a dense first layer, whose MLP is one, and shared experts, which are not.
-    names = adapt("deepseek_v3", targets=("down_proj",)).adapter_names
-    assert names == ("layers.0.mlp.down_proj.lora_A", "layers.0.mlp.down_proj.lora_B")
+    names = adapt("deepseek_v3", targets=(target,)).adapter_names
+    assert names == (f"layers.0.mlp.{target}.lora_A", f"layers.0.mlp.{target}.lora_B")
+
+
+@pytest.mark.parametrize("extra", EXTRA, ids="-".join)
+@pytest.mark.parametrize("family", SOME)
+def test_adapters_are_where_the_targets_are_found(family: str, extra: tuple[str, ...]) -> None:
+    found = find_targets(view_moe(FAMILIES[family]()), (*targets_of(family), *extra))
+    model = adapt(family, extra=extra)
+    factors = [path for path, _ in model.model.named_parameters() if ".lora_A." in path]
+    assert len(factors) == len(found[0]) + len(found[1])
+    for path in found[0]:
+        assert f"{path}.lora_A.default.weight" in factors
 
 
 @pytest.mark.parametrize("extra", ["experts", "router"])
@@ -304,7 +318,3 @@ def test_a_context_extends_the_names() -> None:
     assert "layers.0.graft.own" not in model.adapter_names
     with pytest.raises(ValueError, match="must be a trainable tensor of this model"):
         model.load({"layers.0.graft.own": torch.zeros(3)})
-
-
-def test_every_tested_family_has_its_targets() -> None:
-    assert TARGETS.keys() <= FAMILIES.keys()

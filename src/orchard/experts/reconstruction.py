@@ -47,12 +47,14 @@ def reconstruction_losses(
     """
     losses = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in view.layers]
     num_batches = 0
+    # What follows the last layer, such as the product with the vocabulary, is not needed.
+    body = getattr(view.model, "base_model", view.model)
     with ExitStack() as hooks:
         for layer, loss_E in zip(view.layers, losses, strict=True):
             handle = layer.block.register_forward_hook(_Comparison(layer, loss_E), with_kwargs=True)
             hooks.callback(handle.remove)
         for batch_BS in batches:
-            view.model(input_ids=batch_BS, use_cache=False)
+            body(input_ids=batch_BS, use_cache=False)
             num_batches += 1
     if num_batches == 0:
         raise ValueError(
