@@ -14,14 +14,15 @@ from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import simulate
-from orchard.recipe import read_recipe
+from orchard.methods import build_strategy
+from orchard.recipe.reading import read_recipe
 from orchard.reports import build_result
 from orchard.seeding import Seeds
 from orchard.strategies.strategy import Contribution, Strategy, Trained, start_server
 from orchard.trees import select, squared_norm
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "fedavg.toml"
-QUICK = ("server.rounds=3", "evaluation.models=global", "evaluation.metrics=loss")
+QUICK = ("server.rounds=2", "evaluation.models=global", "evaluation.metrics=loss")
 
 
 def send_most_moved(strategy: Strategy, *, num_layers: int) -> Strategy:
@@ -48,7 +49,7 @@ engine = partial(simulate, schedule=schedule, channel=channel, seeds=Seeds(recip
 for count in (len(model.view.layers), 1):
     with tempfile.TemporaryDirectory() as name:
         clients = parts.build_clients(data, model, Path(name))
-        strategy = parts.build_strategy(recipe, num_clients=len(clients))
+        strategy = build_strategy(recipe, num_clients=len(clients))
         strategy = send_most_moved(strategy, num_layers=count)
         state = start_server(strategy, model.fresh)
         engine(strategy, clients, state, folder=Path(name), reporter=Silent(), title="")

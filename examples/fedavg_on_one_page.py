@@ -23,7 +23,8 @@ from orchard.data.templates import encode
 from orchard.experiment import load_model
 from orchard.federation import build_federation
 from orchard.models.loading import load_tokenizer
-from orchard.recipe import Recipe, read_recipe
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import read_recipe
 from orchard.seeding import Seeds
 from orchard.trees import Tree, digest
 

@@ -12,14 +12,15 @@ import sys
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from orchard.recipe import Recipe, format_value, known_options
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import format_value, known_options
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 
 _INTRODUCTION = """\
 # Every option of a recipe
 
-<!-- Written by scripts/make_recipe_docs.py from src/orchard/recipe.py: change that instead. -->
+<!-- Written by scripts/make_recipe_docs.py from src/orchard/recipe/options.py: edit that. -->
 
 A recipe is a TOML file with scalars only. A value comes from the command line, else from the
 recipe, else from the recipe that its `extends` names (a path relative to the file), else it is the

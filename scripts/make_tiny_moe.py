@@ -1,7 +1,7 @@
 """Make the tiny Mixture-of-Experts model that ships with the package.
 
-Trains a byte-level BPE tokenizer and a Qwen2-MoE of about one and a half million parameters on the invented
-country of ``orchard.data.world``, then writes both in bfloat16 where the demo looks for them.
+Trains a byte-level BPE tokenizer and a Qwen2-MoE of 1.7 million parameters on the invented country
+of ``orchard.data.world``, then writes both in bfloat16 where the demo looks for them.
 About ten minutes on two cores; the seed is fixed, so the same machine makes the same model.
 
     python scripts/make_tiny_moe.py [--steps 3000] [--out src/orchard/models/tiny_moe]

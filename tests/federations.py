@@ -10,13 +10,14 @@ from orchard.engine.progress import Silent
 from orchard.experiment import (
     Experiment,
     build_clients,
-    build_strategy,
     load_model,
     prepare_experiment,
     run_experiment,
 )
+from orchard.methods import build_strategy
 from orchard.models.adapters import AdaptedModel
-from orchard.recipe import Recipe, read_recipe
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import read_recipe
 from orchard.strategies.strategy import Strategy
 
 RECIPES = Path(__file__).parent.parent / "recipes"

@@ -271,7 +271,7 @@ def test_partition_shows_sizes_and_label_mix(data: Path) -> None:
 
 def test_ls_names_every_method_and_recipe() -> None:
     from orchard.catalog import list_recipes
-    from orchard.experiment import METHODS
+    from orchard.methods import METHODS
 
     result = CliRunner().invoke(app, ["ls"], env={"COLUMNS": "250"})
     assert result.exit_code == 0

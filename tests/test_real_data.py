@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from federations import RECIPES, run_quickly
-from orchard.recipe import read_recipe
+from orchard.recipe.reading import read_recipe
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
 MODEL, DOLLY = (

@@ -15,17 +15,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from orchard.recipe import (
-    DataOptions,
-    ModelOptions,
-    Recipe,
-    format_value,
-    known_options,
-    read_recipe,
-    resolve,
-    to_toml,
-    words,
-)
+from orchard.recipe.options import DataOptions, ModelOptions, Recipe
+from orchard.recipe.reading import format_value, known_options, read_recipe, resolve, to_toml, words
 
 Write: TypeAlias = Callable[..., Path]
 

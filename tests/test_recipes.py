@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from federations import QUICK, RECIPES, run_quickly
-from orchard.experiment import METHODS, check_strategy
-from orchard.recipe import read_recipe
+from orchard.methods import METHODS, check_strategy
+from orchard.recipe.reading import read_recipe
 
 ALL = sorted(p for p in RECIPES.rglob("*.toml") if not p.name.startswith("_"))
 TINY = [path for path in ALL if path.parent.name == "tiny"]

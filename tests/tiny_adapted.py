@@ -8,7 +8,7 @@ import torch
 
 from orchard.data.templates import IGNORED, Encoded
 from orchard.models.adapters import AdaptedModel, LoraSettings
-from orchard.models.moe import view_moe
+from orchard.models.detection import view_moe
 from orchard.trees import digest
 from tiny_models import FAMILIES, VOCABULARY
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from orchard.recipe import Resolved
+    from orchard.recipe.reading import Resolved
 
 BAD_INPUT, FAILED = 2, 1
 
@@ -50,7 +50,7 @@ def _clear_errors(*, code: int, traceback: bool) -> Iterator[None]:
 
 def _resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
     from orchard.catalog import find_recipe
-    from orchard.recipe import read_recipe
+    from orchard.recipe.reading import read_recipe
 
     return read_recipe(find_recipe(recipe), overrides or [])
 

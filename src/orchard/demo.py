@@ -15,7 +15,7 @@ from rich.table import Table
 from orchard.catalog import find_recipe
 from orchard.engine.progress import choose_reporter, format_bytes
 from orchard.experiment import prepare_experiment, run_experiment
-from orchard.recipe import read_recipe
+from orchard.recipe.reading import read_recipe
 from orchard.results import write_json
 
 # Which of a run's models a person uses at the end of each method.

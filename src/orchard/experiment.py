@@ -1,17 +1,12 @@
-"""A recipe becomes objects, here and only here.
-
-The tables below are all there is to look up: the command line, the documentation and the tests
-read the same ones.
-"""
+"""A recipe becomes objects, here and in ``methods``, and nowhere else."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from orchard.client.client import Client
@@ -24,12 +19,12 @@ from orchard.data.templates import Encoded, encode
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings, TestExample
-from orchard.experts.grafting import GraftSettings
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
+from orchard.methods import build_strategy, check_strategy
 from orchard.models.adapters import AdaptedModel, LoraSettings
 from orchard.models.loading import check_device, check_model, load_base, load_tokenizer
-from orchard.recipe import (
-    Recipe,
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import (
     format_value,
     known_options,
     option_value,
@@ -40,170 +35,10 @@ from orchard.recipe import (
 from orchard.reports import build_result
 from orchard.results import environment, write_atomically, write_json
 from orchard.seeding import Seeds
-from orchard.server.optimizers import SGD
-from orchard.strategies.fedopt import adaptive, fedavgm
-from orchard.strategies.fedprox import fedprox
-from orchard.strategies.flex import FlexSettings, flex
-from orchard.strategies.local import local
-from orchard.strategies.scaffold import scaffold
-from orchard.strategies.strategy import Strategy, by_num_examples, start_server, uniformly
+from orchard.strategies.strategy import start_server
 from orchard.trees import digest
 
 RECIPE_FILE = "recipe.toml"
-
-
-@dataclass(frozen=True)
-class Method:
-    """One entry of ``METHODS``.
-
-    Attributes:
-        about: One line for people.
-        source: The paper.
-        part: What it decides: ``server`` (one at most), ``objective``, ``experts``, ``control``
-            or ``sharing``. Parts are put together in this order, whatever the order of names.
-        apply: Makes a strategy into one with the method in it.
-    """
-
-    about: str
-    source: str
-    part: str
-    apply: Callable[[Strategy, Recipe], Strategy]
-
-
-_PARTS = ("server", "objective", "experts", "control", "sharing")
-
-
-def _adaptive(rule: str) -> Callable[[Strategy, Recipe], Strategy]:
-    def apply(strategy: Strategy, recipe: Recipe) -> Strategy:
-        s = recipe.server
-        return adaptive(strategy, rule=rule, lr=s.lr, beta1=s.beta1, beta2=s.beta2, tau=s.tau)
-
-    return apply
-
-
-def _fedavgm(strategy: Strategy, recipe: Recipe) -> Strategy:
-    s = recipe.server
-    return fedavgm(strategy, lr=s.lr, momentum=s.momentum, dampening=s.dampening)
-
-
-def _flex(strategy: Strategy, recipe: Recipe) -> Strategy:
-    s = recipe.strategy
-    graft = GraftSettings(
-        kind=s.graft_kind,
-        rank=s.graft_rank,
-        alpha=s.graft_alpha,
-        dropout=s.graft_dropout,
-        gate=s.graft_gate,
-        mix=s.graft_mix,
-    )
-    return flex(
-        strategy,
-        FlexSettings(
-            graft=graft,
-            choice=s.graft_choice,
-            calibration=s.calibration,
-            calibration_blocks=s.calibration_blocks,
-            calibration_tokens=s.calibration_tokens,
-        ),
-    )
-
-
-METHODS: Mapping[str, Method] = MappingProxyType(
-    {
-        "fedavg": Method(
-            "weighted mean of what clients send",
-            "McMahan et al., 2017, arXiv:1602.05629",
-            "server",
-            lambda strategy, recipe: strategy,
-        ),
-        "fedavgm": Method(
-            "server momentum", "Hsu et al., 2019, arXiv:1909.06335", "server", _fedavgm
-        ),
-        "fedadagrad": Method(
-            "server Adagrad",
-            "Reddi et al., 2021, arXiv:2003.00295",
-            "server",
-            _adaptive("adagrad"),
-        ),
-        "fedadam": Method(
-            "server Adam", "Reddi et al., 2021, arXiv:2003.00295", "server", _adaptive("adam")
-        ),
-        "fedyogi": Method(
-            "server Yogi", "Reddi et al., 2021, arXiv:2003.00295", "server", _adaptive("yogi")
-        ),
-        "fedprox": Method(
-            "clients are pulled to the global values",
-            "Li et al., 2020, arXiv:1812.06127",
-            "objective",
-            lambda strategy, recipe: fedprox(strategy, mu=recipe.strategy.prox_mu),
-        ),
-        "flex": Method(
-            "a personal expert grafted beside the frozen ones",
-            "Liu et al., 2025, arXiv:2506.00965",
-            "experts",
-            _flex,
-        ),
-        "scaffold": Method(
-            "control variates against client drift",
-            "Karimireddy et al., 2020, arXiv:1910.06378",
-            "control",
-            lambda strategy, recipe: strategy,  # needs the number of clients: see build_strategy
-        ),
-        "local": Method(
-            "no aggregation: every client alone",
-            "the reference that a federation has to beat",
-            "sharing",
-            lambda strategy, recipe: local(strategy),
-        ),
-    }
-)
-"""Name of a method to what it is; ``strategy.name`` joins several by ``+``."""
-
-
-def check_strategy(name: str) -> tuple[str, ...]:
-    """Return the methods of ``strategy.name`` in the order in which they are put together.
-
-    Raises:
-        ValueError: A name is unknown, stands twice, or does not go with another.
-    """
-    names = [part.strip() for part in name.split("+")]
-    for part in names:
-        if part not in METHODS:
-            raise ValueError(
-                f"strategy.name must be of {', '.join(METHODS)}, got {part}; "
-                "join several by +, such as flex+fedadam"
-            )
-    if len(set(names)) < len(names):
-        raise ValueError(f"strategy.name must name a method once, got {name}")
-    of_part = {part: [n for n in names if METHODS[n].part == part] for part in _PARTS}
-    if len(of_part["server"]) > 1:
-        raise ValueError(
-            f"strategy.name must have one server optimizer, got {' and '.join(of_part['server'])}"
-        )
-    others = of_part["server"] + of_part["objective"] + of_part["control"]
-    if of_part["sharing"] and others:
-        raise ValueError(
-            f"strategy.name must not join local with {others[0]}, got {name}; "
-            "nothing is shared that it could act on"
-        )
-    return tuple(name for part in _PARTS for name in of_part[part])
-
-
-def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:
-    """Return the federated method of a recipe.
-
-    Raises:
-        ValueError: See ``check_strategy``.
-    """
-    weigh = by_num_examples if recipe.server.weighting == "examples" else uniformly
-    strategy = Strategy(weigh=weigh, optimizer=SGD(lr=recipe.server.lr))
-    for name in check_strategy(recipe.strategy.name):
-        if name == "scaffold":
-            cohort = recipe.server.clients_per_round or num_clients
-            strategy = scaffold(strategy, participation=cohort / num_clients)
-        else:
-            strategy = METHODS[name].apply(strategy, recipe)
-    return strategy
 
 
 @dataclass(frozen=True)

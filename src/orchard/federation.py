@@ -16,7 +16,8 @@ from orchard.data.datasets import (
     read_jsonl,
 )
 from orchard.data.partition import DuplicateReport
-from orchard.recipe import DataOptions, Recipe, words
+from orchard.recipe.options import DataOptions, Recipe
+from orchard.recipe.reading import words
 from orchard.seeding import Seeds
 
 WORLD, FACTS = "orchard:world", "orchard:facts"

@@ -14,7 +14,7 @@ from federations import QUICK, RECIPES, build, quick_recipe, run_quickly
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
 from orchard.experiment import build_schedule, prepare_experiment, run_experiment
-from orchard.recipe import read_recipe
+from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import load_checkpoint

@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import ParamWrapper
 
 from orchard import trees
 from orchard.models.adapters import AdaptedModel, Slot, canonical, find_targets, whole
-from orchard.models.moe import view_moe
+from orchard.models.detection import view_moe
 from tiny_adapted import adapt, stir, targets_of
 from tiny_models import EXPERTS, FAMILIES, batch_of
 

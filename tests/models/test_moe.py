@@ -9,14 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from orchard.models.moe import (
-    MoELayer,
-    check_moe_config,
-    is_moe_config,
-    record_routing,
-    view_moe,
-)
-from orchard.models.routing import read_router_output
+from orchard.models.detection import is_moe_config, view_config, view_moe
+from orchard.models.moe import MoELayer
+from orchard.models.routing import read_router_output, record_routing
 from tiny_models import (
     EXPERT_WIDTH,
     EXPERTS,
@@ -166,7 +161,7 @@ def test_a_config_is_enough_to_check(family: str) -> None:
     used = FAMILIES[family]().config
     config = type(used).from_dict(used.to_dict())
     before = copy.deepcopy(vars(config))
-    check_moe_config(config)
+    view_config(config)
     assert is_moe_config(config)
     assert repr(vars(config)) == repr(before)
 
@@ -174,7 +169,7 @@ def test_a_config_is_enough_to_check(family: str) -> None:
 def test_a_dense_config_is_an_error() -> None:
     config = dense().config
     with pytest.raises(ValueError, match="got a dense Qwen2ForCausalLM"):
-        check_moe_config(config)
+        view_config(config)
     assert not is_moe_config(config)
 
 

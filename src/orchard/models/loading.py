@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from orchard.models.adapters import find_targets
-from orchard.models.moe import MoEView, view_moe
+from orchard.models.detection import view_config, view_moe
+from orchard.models.moe import MoEView
 from orchard.trees import digest
 
 PACKAGED = {"orchard:tiny": Path(__file__).parent / "tiny_moe"}
@@ -119,10 +120,7 @@ def check_model(path: str, *, lora_targets: tuple[str, ...]) -> None:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: No configuration, no weights, no MoE layer, or a target that fits nothing.
     """
-    config = load_config(path)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
-    find_targets(view_moe(model), lora_targets)
+    find_targets(view_config(load_config(path)), lora_targets)
 
 
 def load_tokenizer(path: str) -> Any:

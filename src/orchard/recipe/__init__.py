@@ -1,0 +1,1 @@
+"""A recipe: every choice of a run, as TOML with scalars only."""

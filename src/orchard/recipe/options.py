@@ -1,0 +1,194 @@
+"""Every option of a recipe: its default, its meaning, and the values that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+Scalar: TypeAlias = str | int | float | bool
+
+
+def option(
+    default: Scalar,
+    about: str,
+    *,
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """Describe one option: its default, its meaning, and what values it takes.
+
+    ``minimum`` and ``maximum`` are allowed values; ``above`` is not.
+    """
+    limits = {"choices": choices, "minimum": minimum, "maximum": maximum, "above": above}
+    return field(default=default, metadata={"about": about, **limits})
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The base model and its adapters."""
+
+    path: str = option("", "Folder, Hugging Face name, or orchard:tiny (ships with the package).")
+    dtype: str = option("bfloat16", "Of the base.", choices=("bfloat16", "float32"))
+    device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
+    lora_rank: int = option(32, "Rank of the shared LoRA adapters.", minimum=1)
+    lora_alpha: float = option(64.0, "Their output is scaled by lora_alpha / lora_rank.", above=0)
+    lora_dropout: float = option(0.05, "On their input.", minimum=0, maximum=0.99)
+    lora_targets: str = option(
+        "q_proj,k_proj,v_proj",
+        "Linear layers outside the MoE blocks, and the words router and experts.",
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Examples, and which client holds them."""
+
+    path: str = option(
+        "", "JSON Lines file, folder with one file per client, Hugging Face name, or orchard:world."
+    )
+    subset: str = option("", "Configuration of a Hugging Face data set.")
+    split: str = option("train", "Split of a Hugging Face data set.")
+    instruction: str = option("instruction", "Column with the instruction.")
+    context: str = option("context", "Column with the context; empty = none.")
+    response: str = option("response", "Column with the response.")
+    category: str = option("category", "Column with the category; empty = none.")
+    template: str = option(
+        "alpaca", "How an example becomes text.", choices=("alpaca", "chat", "plain")
+    )
+    max_tokens: int = option(512, "Longest example, in tokens.", minimum=8)
+    partition: str = option(
+        "iid",
+        "iid; dirichlet (label skew, disjoint); dirichlet_resample (FLEx: drawn with replacement); "
+        "category (one client each); file (the source's own clients).",
+        choices=("iid", "dirichlet", "dirichlet_resample", "category", "file"),
+    )
+    categories: str = option("", "Use only these categories, in this order; empty = all.")
+    num_clients: int = option(4, "Clients of iid and the Dirichlet partitions.", minimum=1)
+    alpha: float = option(0.5, "Dirichlet concentration; smaller is more skewed.", above=0)
+    examples_per_client: int = option(1000, "Draws per client of dirichlet_resample.", minimum=2)
+    test_size: float = option(
+        0.1, "Held out per client: a share below 1, or a number of examples.", above=0
+    )
+    test_per_category: int = option(
+        0, "If above 0, one test set for all clients, so many of each category.", minimum=0
+    )
+    duplicates: str = option(
+        "report",
+        "Training rows that also stand in a test split: report them, or drop them.",
+        choices=("report", "drop"),
+    )
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """The federated method."""
+
+    name: str = option("fedavg", "A method, or several joined by +, such as flex+fedadam.")
+    graft_kind: str = option(
+        "lora", "FLEx: LoRA over an aliased expert, or a dense copy.", choices=("lora", "dense")
+    )
+    graft_rank: int = option(32, "FLEx: rank of a graft's LoRA.", minimum=1)
+    graft_alpha: float = option(64.0, "FLEx: scale of a graft's LoRA, over its rank.", above=0)
+    graft_dropout: float = option(0.05, "FLEx: on a graft's input.", minimum=0, maximum=0.99)
+    graft_gate: str = option(
+        "router_row",
+        "FLEx: a gate starts at its expert's router row (paper), closed, or there is none.",
+        choices=("router_row", "closed", "none"),
+    )
+    graft_mix: str = option(
+        "additive",
+        "FLEx: F + s * graft, or (1 - s) * F + s * graft.",
+        choices=("additive", "convex"),
+    )
+    graft_choice: str = option(
+        "reconstruction", "FLEx: how an expert is chosen.", choices=("reconstruction", "random")
+    )
+    calibration: str = option(
+        "own",
+        "FLEx: choose experts on the client's own data, a corpus, or its majority category.",
+        choices=("own", "corpus", "majority_category"),
+    )
+    calibration_path: str = option("", "FLEx: JSON Lines file for calibration = corpus.")
+    calibration_blocks: int = option(128, "FLEx: at most so many blocks of tokens.", minimum=1)
+    calibration_tokens: int = option(512, "FLEx: tokens per block.", minimum=8)
+    prox_mu: float = option(0.01, "FedProx: strength of the pull to the global values.", minimum=0)
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """Local training."""
+
+    steps: int = option(5, "Optimizer steps per round; 0 where epochs rules.", minimum=0)
+    epochs: int = option(0, "Passes over the data per round; 0 where steps rules.", minimum=0)
+    batch_size: int = option(4, "Examples per micro-batch.", minimum=1)
+    grad_accumulation: int = option(1, "Micro-batches per step.", minimum=1)
+    optimizer: str = option("adamw", "Made anew each round.", choices=("adamw", "sgd"))
+    lr: float = option(4e-5, "Learning rate of the first round.", above=0)
+    lr_min: float = option(1e-6, "Where the cosine ends.", minimum=0)
+    schedule: str = option("cosine", "Over rounds.", choices=("cosine", "constant"))
+    weight_decay: float = option(0.0, "Of the optimizer.", minimum=0)
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0 = never.", minimum=0)
+    router_aux_coefficient: float = option(
+        0.0, "Weight of the model's load-balancing loss.", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Rounds, weights, and how the global tree moves."""
+
+    rounds: int = option(100, "Rounds of the run.", minimum=1)
+    clients_per_round: int = option(0, "Size of the cohort; 0 = all clients.", minimum=0)
+    weighting: str = option(
+        "examples",
+        "How much a client counts: its training examples, or all the same.",
+        choices=("examples", "uniform"),
+    )
+    lr: float = option(1.0, "Server learning rate.", above=0)
+    momentum: float = option(0.9, "FedAvgM.", minimum=0, maximum=0.999)
+    dampening: float = option(0.1, "FedAvgM: what a new delta counts.", above=0, maximum=1)
+    beta1: float = option(0.9, "FedAdagrad, FedAdam, FedYogi.", minimum=0, maximum=0.9999)
+    beta2: float = option(0.99, "FedAdam, FedYogi.", minimum=0, maximum=0.9999)
+    tau: float = option(1e-3, "FedAdagrad, FedAdam, FedYogi: adaptivity.", above=0)
+
+
+@dataclass(frozen=True)
+class CommunicationOptions:
+    """What crosses the network."""
+
+    dtype: str = option("float32", "Of values as sent.", choices=("float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured."""
+
+    models: str = option(
+        "base,global,local,personal",
+        "base; global; local (right after local training); personal (global and what is kept).",
+    )
+    metrics: str = option("loss,rouge_l,exact_match", "Of loss, rouge_l, exact_match.")
+    every: int = option(0, "Rounds between evaluations; 0 = only after the last.", minimum=0)
+    max_new_tokens: int = option(64, "Longest generated answer.", minimum=1)
+    batch_size: int = option(32, "Examples at a time.", minimum=1)
+    max_examples: int = option(0, "Test examples per client; 0 = all.", minimum=0)
+    retention_path: str = option(
+        "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of a run, resolved."""
+
+    seed: int = option(0, "Root of all randomness.", minimum=0)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    strategy: StrategyOptions = field(default_factory=StrategyOptions)
+    client: ClientOptions = field(default_factory=ClientOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    communication: CommunicationOptions = field(default_factory=CommunicationOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
