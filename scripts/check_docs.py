@@ -1,9 +1,9 @@
 """Check that the documentation tells the truth about the code.
 
-Every relative link and heading it names exists; every method has a card of the one form and every
-card a method; docs/recipe.md has every option; every recipe parses; every ``orchard`` command that
-is shown would be accepted; every file and test that is named exists. Prints what is wrong, and
-exits 1 where something is.
+Every relative link and heading exists; every method has a card of the one form, with the options'
+defaults, and every card a method; docs/recipe.md has every option; every recipe parses; every
+``orchard`` command that is shown would be accepted; every file and test that is named exists; the
+layers are those of the import contract. Prints what is wrong, and exits 1 where something is.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import re
 import shlex
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import make_recipe_docs
 import typer
@@ -21,7 +23,7 @@ import typer
 from orchard.catalog import find_recipe
 from orchard.cli import app
 from orchard.methods import METHODS
-from orchard.recipe.reading import read_recipe
+from orchard.recipe.reading import format_value, known_options, read_recipe
 
 ROOT = Path(__file__).parent.parent
 CARD_HEADINGS = (
@@ -177,6 +179,32 @@ def check_cards() -> Iterator[str]:
         headings = tuple(re.findall(r"^## (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE))
         if headings != CARD_HEADINGS:
             yield f"docs/methods/{name}.md: headings must be {CARD_HEADINGS}, got {headings}"
+        yield from (f"docs/methods/{name}.md {found}" for found in check_defaults(path))
+
+
+def check_defaults(card: Path) -> Iterator[str]:
+    """Yield the options of a card's table that are unknown or have another default."""
+    known = known_options()
+    table = card.read_text(encoding="utf-8").partition("## Recipe options")[2].partition("\n## ")[0]
+    for key, shown in re.findall(r"^\| `([\w.]+)` \|([^|]*)\|", table, re.MULTILINE):
+        if key not in known:
+            yield f"names the option {key}, which does not exist"
+            continue
+        default: Any = known[key][1].default
+        if shown.strip() not in ("", f"`{format_value(default)}`"):
+            yield f"gives {key} the default {shown.strip()}, it is {format_value(default)}"
+
+
+def check_layers() -> Iterator[str]:
+    """Yield a difference between the layers of docs/architecture.md and of the import contract."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    page = ROOT / "docs" / "architecture.md"
+    if not any(
+        content.split("\n")[:-1] == layers for _, content in blocks(page.read_text("utf-8"))
+    ):
+        yield f"docs/architecture.md must show the layers of pyproject.toml: {'; '.join(layers)}"
 
 
 def check_recipes() -> Iterator[str]:
@@ -195,6 +223,7 @@ def problems() -> Iterator[str]:
         for found in (*check_links(page, text), *check_names(text), *check_commands(text)):
             yield f"{page.relative_to(ROOT)} {found}"
     yield from check_cards()
+    yield from check_layers()
     yield from check_recipes()
     if not make_recipe_docs.is_fresh():
         yield "docs/recipe.md is stale; run python scripts/make_recipe_docs.py"

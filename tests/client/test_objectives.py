@@ -72,7 +72,6 @@ def test_objectives_stack() -> None:
     assert stacked(situation_of()).item() == pytest.approx(4 + 0.05 * 14 + 0.1 * 14)
 
 
-@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="torch.stack of nothing")
 def test_proximal_of_a_client_that_sends_nothing_is_the_task_loss() -> None:
     situation = Situation(torch.tensor(2.0), 1.0, {}, {}, {}, {})
     assert proximal(causal_lm, mu=0.1)(situation).item() == 2.0

@@ -65,11 +65,12 @@ def test_the_first_round_run_again_starts_from_nothing(store: ClientStore) -> No
     assert store.load(before_round=1) is None
 
 
-def test_older_versions_go_and_the_previous_stays(store: ClientStore) -> None:
+def test_older_versions_go_and_the_two_before_stay(store: ClientStore) -> None:
     for number in (1, 4, 6, 10):
         store.save(personal(float(number)), round_number=number)
         store.save(personal(float(number)), round_number=number)
     assert sorted(path.name for path in store.folder.iterdir()) == [
+        "round_000004.safetensors",
         "round_000006.safetensors",
         "round_000010.safetensors",
     ]

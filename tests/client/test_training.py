@@ -154,7 +154,6 @@ def test_only_what_is_named_changes_or_needs_gradients() -> None:
     assert not model.model.training
 
 
-@pytest.mark.xfail(strict=True, reason="experts of one parameter train together")
 def test_some_experts_of_a_layer_train_without_the_others() -> None:
     model = adapt(targets=("experts",))
     stir(model)

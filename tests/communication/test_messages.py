@@ -148,7 +148,6 @@ def test_a_cut_message_is_an_error(data: st.DataObject) -> None:
         decode_update(message[:length])
 
 
-@pytest.mark.xfail(raises=KeyError, strict=True, reason="a missing field is a KeyError")
 @pytest.mark.parametrize("kind", ["task", "update"])
 def test_a_header_that_lacks_a_field_is_an_error(kind: str) -> None:
     message = save({"a": torch.ones(1)}, metadata={"orchard": json.dumps({"kind": kind})})
@@ -177,7 +176,7 @@ def test_a_received_update_with_other_names_is_an_error() -> None:
 
 
 def test_a_metric_that_is_not_finite_is_an_error() -> None:
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError, match="must be finite"):
         encode_update(Update("a", 1, {}, {}, {"client/train_loss": float("nan")}))
 
 

@@ -414,7 +414,6 @@ def test_grafts_and_expert_adapters_stand_side_by_side() -> None:
     assert torch.equal(logits_of(model), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a graft leaves out the norm behind an expert (Muse Spark)")
 def test_a_graft_has_the_norm_behind_its_expert() -> None:
     model = adapt("mixtral")
     layer = model.view.layers[0]

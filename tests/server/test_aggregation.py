@@ -203,7 +203,6 @@ def test_a_shape_that_differs_is_an_error(shape: tuple[int, ...]) -> None:
         mean([update({"a": torch.ones(2, 3)}, 1.0), update({"a": torch.ones(shape)}, 1.0)])
 
 
-@pytest.mark.xfail(strict=True, reason="merge broadcasts or raises RuntimeError")
 def test_partial_sums_of_different_shapes_do_not_merge() -> None:
     first, second = WeightedMean(), WeightedMean()
     first.add({"a": torch.ones(2, 3)}, {"a": 1.0})

@@ -51,6 +51,8 @@ def proximal(inner: Objective, *, mu: float) -> Objective:
     """
 
     def objective(situation: Situation) -> torch.Tensor:
+        if not situation.shared:
+            return inner(situation)
         distance = torch.stack(
             [
                 (parameter - situation.anchor[name]).square().sum()

@@ -72,13 +72,13 @@ class ClientStore:
     def save(self, personal: Personal, *, round_number: int) -> None:
         """Write what the client keeps after ``round_number``.
 
-        The version before it stays, for a round that has to be run again; older ones go.
+        The two versions before it stay: the server keeps two checkpoints, and may have to go back
+        to the older one. What is older goes.
         """
         versions = self._versions()
-        earlier = [number for number in versions if number < round_number]
-        for number, path in versions.items():
-            if earlier and number < max(earlier):
-                path.unlink()
+        earlier = sorted(number for number in versions if number < round_number)
+        for number in earlier[:-2]:
+            versions[number].unlink()
         header = {"base_digest": self.base_digest, "round_number": round_number}
         tensors = {name: tensor.contiguous() for name, tensor in personal.tensors.items()}
         content = save(tensors, metadata={"orchard": json.dumps(header)})

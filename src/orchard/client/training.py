@@ -123,8 +123,10 @@ def train(
     """
     started = time.monotonic()
     parameters = model.set_trainable((*shared, *personal))
-    live = model.parameters(shared)
-    anchor = clone(live)
+    anchor = clone(model.parameters(shared))
+    # Experts of one layer may share a parameter: those that are not named must not move.
+    companions = model.companions((*shared, *personal))
+    still = model.read(companions)
     if settings.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             parameters, lr=local.learning_rate, weight_decay=settings.weight_decay
@@ -173,9 +175,12 @@ def train(
                 if keep_mean_gradient:
                     for name, gradient in model.gradients(shared).items():
                         gradient_sum[name] += gradient
+                for gradient in model.gradients(companions).values():
+                    gradient.zero_()
                 if settings.max_grad_norm > 0:
                     torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
                 optimizer.step()
+                model.load(still)
                 losses.append(step_loss)
     finally:
         model.model.eval()

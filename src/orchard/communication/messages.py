@@ -7,7 +7,9 @@ as JSON in the header. Nothing is ever unpickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -137,25 +139,31 @@ def decode_task(message: bytes) -> Task:
     Raises:
         ValueError: The bytes are not a task.
     """
-    header = read_header(message)
-    if header.get("kind") != "task":
-        raise ValueError(f"message must be a task, got {header.get('kind')}; check who sent it")
-    return Task(
-        round_number=int(header["round_number"]),
-        shared=_tensors(message),
-        settings=LocalSettings(**header["settings"]),
-        evaluate_local=bool(header["evaluate_local"]),
-    )
+    with _checked_header(message, "task") as header:
+        return Task(
+            round_number=int(header["round_number"]),
+            shared=_tensors(message),
+            settings=LocalSettings(**header["settings"]),
+            evaluate_local=bool(header["evaluate_local"]),
+        )
 
 
 def encode_update(update: Update) -> bytes:
-    """Return the bytes of ``update``."""
+    """Return the bytes of ``update``.
+
+    Raises:
+        ValueError: A metric is NaN or infinite.
+    """
+    for name, value in update.metrics.items():
+        if not math.isfinite(value):
+            raise ValueError(f"metric {name} must be finite, got {value}; check local training")
     header = {
         "kind": "update",
         "client_id": update.client_id,
         "round_number": update.round_number,
         "weight": dict(update.weight),
-        "metrics": dict(update.metrics),
+        # Of one width, so that a message is as long however long its seconds are.
+        "metrics": {name: f"{value:+.16e}" for name, value in update.metrics.items()},
     }
     return _pack(update.delta, header)
 
@@ -166,13 +174,29 @@ def decode_update(message: bytes) -> Update:
     Raises:
         ValueError: The bytes are not an update.
     """
+    with _checked_header(message, "update") as header:
+        return Update(
+            client_id=str(header["client_id"]),
+            round_number=int(header["round_number"]),
+            delta=_tensors(message),
+            weight={name: float(weight) for name, weight in header["weight"].items()},
+            metrics={name: float(value) for name, value in header["metrics"].items()},
+        )
+
+
+@contextmanager
+def _checked_header(message: bytes, kind: str) -> Iterator[dict[str, Any]]:
+    """Yield the header of a message of this kind; what it lacks is an error in the message."""
     header = read_header(message)
-    if header.get("kind") != "update":
-        raise ValueError(f"message must be an update, got {header.get('kind')}; check who sent it")
-    return Update(
-        client_id=str(header["client_id"]),
-        round_number=int(header["round_number"]),
-        delta=_tensors(message),
-        weight={name: float(weight) for name, weight in header["weight"].items()},
-        metrics={name: float(value) for name, value in header["metrics"].items()},
-    )
+    if header.get("kind") != kind:
+        article = "an" if kind == "update" else "a"
+        raise ValueError(
+            f"message must be {article} {kind}, got {header.get('kind')}; check who sent it"
+        )
+    try:
+        yield header
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"message header must have every field of its kind, got a {kind} in which {error} is "
+            "missing or wrong; check that both sides run the same version"
+        ) from error

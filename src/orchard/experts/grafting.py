@@ -94,7 +94,7 @@ class Graft(nn.Module):
         """Return the gate's opening in [0, 1], (B, S, 1), and the expert's output, (B, S, D)."""
         gate_BSF = self._project("gate_proj", x_BSD) if hasattr(self, "gate_proj") else None
         hidden_BSF = self._layer.activate(gate_BSF, self._project("up_proj", x_BSD))
-        y_BSD = self._project("down_proj", hidden_BSF)
+        y_BSD = self._layer.finish_expert(self._project("down_proj", hidden_BSF))
         if self._settings.gate == "none":
             return torch.ones_like(y_BSD[..., :1]), y_BSD
         # One product per token: float32 costs nothing, and a gate in bfloat16 has steps of 1/128.

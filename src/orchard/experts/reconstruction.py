@@ -64,6 +64,19 @@ def reconstruction_losses(
     return tuple(losses)
 
 
+def check_width(layer: MoELayer, width: int) -> None:
+    """Refuse a layer whose experts do not read what the block reads.
+
+    Raises:
+        ValueError: The block projects to a narrower width first.
+    """
+    if layer.width != width:
+        raise ValueError(
+            f"experts of {layer.name} must read the block's own {width} values to be grafted, got "
+            f"experts that read {layer.width}; choose a model without a latent projection"
+        )
+
+
 class _Comparison:
     """The hook that adds one batch's norms to a layer's losses."""
 
@@ -77,6 +90,7 @@ class _Comparison:
             return
         x_BSD = args[0] if args else kwargs["hidden_states"]
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        check_width(self._layer, x_TD.shape[-1])
         self._is_inside = True
         try:
             routed_TD = self._layer.routed_output(x_TD).double()

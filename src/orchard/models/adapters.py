@@ -105,7 +105,9 @@ def _routed_targets(view: MoEView, target: str) -> tuple[list[str], list[str]]:
     modules, parameters = [], []
     for path in sorted(wanted):
         owner, _, name = path.rpartition(".")
-        if isinstance(view.model.get_submodule(owner), nn.Linear):
+        module = view.model.get_submodule(owner)
+        # A linear layer with a forward of its own, such as a router, is adapted by its weight.
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             modules.append(owner)
         elif name.endswith("bias"):
             continue
@@ -135,14 +137,18 @@ def inject_lora(
         modules: Paths of linear layers.
         parameters: Paths of parameters that belong to no linear layer.
     """
+    # PEFT rewrites targets by model type, dense MLPs into routed experts; in a holder of no type
+    # it takes paths as they are.
+    holder = nn.Module()
+    holder.add_module("whole", module)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=modules,
-        target_parameters=parameters,
+        target_modules=[f"whole.{path}" for path in modules],
+        target_parameters=[f"whole.{path}" for path in parameters] if parameters else None,
     )
-    inject_adapter_in_model(config, module)
+    inject_adapter_in_model(config, holder)
     for path, parameter in module.named_parameters():
         if is_adapter(path):
             parameter.data = parameter.data.float()
@@ -293,6 +299,16 @@ class AdaptedModel:
         )
         return output_BS[:, ids_BS.shape[1] :]
 
+    def companions(self, names: Iterable[str]) -> tuple[str, ...]:
+        """Return the other names that live in the parameters of ``names``: slices of the same."""
+        named = set(names)
+        parameters = {id(self._slots[name].parameter) for name in named}
+        return tuple(
+            name
+            for name, slot in self._slots.items()
+            if name not in named and id(slot.parameter) in parameters
+        )
+
     def set_trainable(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Let exactly the parameters behind ``names`` have gradients, and return them once each."""
         self.model.requires_grad_(False)
@@ -310,9 +326,20 @@ def _find_slots(model: nn.Module, view: MoEView) -> Iterator[tuple[str, Slot]]:
     wrapped = {id(parameter) for slot in _wrapped_slots(model, view) for parameter in slot[2]}
     for path, parameter in model.named_parameters():
         if is_adapter(path) and id(parameter) not in wrapped:
-            yield canonical(path), Slot(parameter, whole)
+            yield _name_inside_block(canonical(path), view), Slot(parameter, whole)
     for name, slot, _ in _wrapped_slots(model, view):
         yield name, slot
+
+
+def _name_inside_block(name: str, view: MoEView) -> str:
+    """Name adapters of listed experts and linear routers as those of fused ones are named."""
+    for layer in view.layers:
+        block = f"{canonical(layer.path)}."
+        if name.startswith(block):
+            inside = name.removeprefix(block)
+            kind, _, factor = inside.rpartition(".")
+            return f"{layer.name}.{inside if kind.startswith('experts.') else f'router.{factor}'}"
+    return name
 
 
 def _wrapped_slots(

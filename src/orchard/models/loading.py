@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -134,6 +135,9 @@ def load_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path must hold a tokenizer, got {path} without") from error
+    # Some tokenizer classes load from nothing, and then know no token.
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise ValueError(f"model.path must hold a tokenizer, got {path} without")
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer must have an end-of-text token, got none in {path}; "
@@ -158,10 +162,16 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: It is not a usable Mixture-of-Experts model.
     """
-    with _without_progress_bars():
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(path), dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
-        )
+    source = resolve(path)
+    try:
+        with _without_progress_bars():
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
+            )
+    except SafetensorError as error:
+        raise ValueError(
+            f"model.path must hold readable weights, got {path} ({error}); download them again"
+        ) from error
     model = model.to(device).eval().requires_grad_(False)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return Base(view_moe(model), digest(state))

@@ -98,6 +98,14 @@ class MoELayer:
         """
         return self.storage.activate(gate_TF, up_TF)
 
+    def finish_expert(self, y_TD: Tensor) -> Tensor:
+        """Apply what follows an expert's down projection: in most families nothing.
+
+        Args:
+            y_TD: Output of the down projection, with bias, (T, D).
+        """
+        return self.storage.finish(y_TD)
+
     def run_expert(self, expert: int, x_TD: Tensor) -> Tensor:
         """Run one routed expert on every token, with weight 1.
 

@@ -43,6 +43,10 @@ class ExpertStorage(Protocol):
         """Apply the nonlinearity between the projections; the result is (T, F)."""
         ...
 
+    def finish(self, y_TD: Tensor) -> Tensor:
+        """Apply what follows the down projection of every expert."""
+        ...
+
     def run(self, expert: int, x_TD: Tensor) -> Tensor:
         """Run one expert with weight 1 on every token; the result is (T, D)."""
         ...
@@ -105,7 +109,10 @@ class FusedExperts:
         hidden = functional.linear(x_TD, self._slice(first, expert), bias)
         hidden_TF = self._function("_apply_gate" if self.has_gate else "act_fn")(hidden)
         bias = self._slice("down_proj_bias", expert) if self.has_bias else None
-        y_TD = functional.linear(hidden_TF, self._slice("down_proj", expert), bias)
+        return self.finish(functional.linear(hidden_TF, self._slice("down_proj", expert), bias))
+
+    def finish(self, y_TD: Tensor) -> Tensor:
+        """Apply the norm behind the experts, where there is one."""
         return self._function("post_expert_norm")(y_TD) if self.has_post_norm else y_TD
 
     def _parameter(self, name: str) -> nn.Parameter:
@@ -174,6 +181,10 @@ class ListedExperts:
         if gate_TF is None:
             return cast(Tensor, activation(up_TF))
         return cast(Tensor, activation(gate_TF)) * up_TF
+
+    def finish(self, y_TD: Tensor) -> Tensor:
+        """Return ``y_TD``: nothing follows a listed expert's down projection."""
+        return y_TD
 
     def run(self, expert: int, x_TD: Tensor) -> Tensor:
         """Run the MLP."""

@@ -44,22 +44,26 @@ class WeightedMean:
                     f"weight of {name} must be a finite number of at least 0, got {weight}; "
                     "check the strategy's weigh"
                 )
-            total = self._weighted_sum.get(name)
-            if total is None:
-                self._weighted_sum[name] = weight * tensor.float()
-            elif total.shape != tensor.shape:
-                raise ValueError(
-                    f"{name} must have shape {tuple(total.shape)} as in earlier updates, got "
-                    f"{tuple(tensor.shape)}; check that all clients run the same recipe"
-                )
-            else:
-                total.add_(tensor.float(), alpha=weight)
+            if name not in self._weighted_sum:
+                self._weighted_sum[name] = torch.zeros_like(tensor, dtype=torch.float32)
+            self._check_shape(name, tensor)
+            if weight > 0:  # what does not count must not poison the sum, even where it is NaN
+                self._weighted_sum[name].add_(tensor.float(), alpha=weight)
             self._weight_sum[name] = self._weight_sum.get(name, 0.0) + weight
+
+    def _check_shape(self, name: str, tensor: torch.Tensor) -> None:
+        expected = self._weighted_sum[name].shape
+        if tensor.shape != expected:
+            raise ValueError(
+                f"{name} must have shape {tuple(expected)} as in earlier updates, got "
+                f"{tuple(tensor.shape)}; check that all clients run the same recipe"
+            )
 
     def merge(self, other: WeightedMean) -> None:
         """Add the partial sums of ``other``, which keeps its own."""
         for name, total in other._weighted_sum.items():
             if name in self._weighted_sum:
+                self._check_shape(name, total)
                 self._weighted_sum[name] = self._weighted_sum[name] + total
             else:
                 self._weighted_sum[name] = total.clone()

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from orchard.results import write_atomically, write_json
@@ -85,7 +86,7 @@ def load_checkpoint(folder: Path, *, about: Mapping[str, Any]) -> ServerState | 
                 if hashlib.sha256(content).hexdigest() != digest:
                     raise FileNotFoundError(name)
                 trees[name] = load(content)
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError):
             continue
         for key, value in about.items():
             if saved["about"].get(key) != value:
