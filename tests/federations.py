@@ -27,7 +27,6 @@ QUICK = (
     "server.rounds=2",
     "evaluation.models=",
     "evaluation.retention_path=",
-    "strategy.calibration_blocks=2",
 )
 
 

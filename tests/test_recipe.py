@@ -296,3 +296,29 @@ def test_toml_has_every_option_of_the_recipe(tmp_path: Path) -> None:
     file = tmp_path / "full.toml"
     file.write_text(to_toml(Recipe()))
     assert set(read_recipe(file).sources.values()) == {os.fspath(file)}
+
+
+@pytest.mark.parametrize(
+    ("override", "need"),
+    [
+        ("strategy.graft_rank=4", "flex in strategy.name"),
+        ("strategy.calibration=own", "flex in strategy.name"),
+        ("strategy.prox_mu=0.1", "fedprox in strategy.name"),
+        ("server.beta1=0.5", "fedadam or fedyogi"),
+        ("server.momentum=0.5", "fedavgm"),
+        ("data.alpha=2.0", "Dirichlet"),
+        ("data.examples_per_client=9", "dirichlet_resample"),
+        ("data.test_size=0.2", "data.test_per_category = 0"),
+    ],
+)
+def test_an_override_without_effect_is_refused(override: str, need: str) -> None:
+    values = {"data.partition": ("category", "x"), "data.test_per_category": (5, "x")}
+    with pytest.raises(ValueError, match=need):
+        resolve(values, [override])
+
+
+def test_a_lora_option_of_a_dense_graft_is_refused() -> None:
+    values = {"strategy.name": ("flex", "x"), "strategy.graft_kind": ("dense", "x")}
+    with pytest.raises(ValueError, match="graft_kind = lora"):
+        resolve(values, ["strategy.graft_rank=4"])
+    assert resolve({**values, "strategy.graft_rank": (4, "x")}).recipe.strategy.graft_rank == 4

@@ -24,7 +24,7 @@ FAMILIES = (
     "Aria",
     "Nemotron-H",
     "AFMoE",
-    "DeepSeek-MoE-16B (listed experts)",
+    "DeepSeek-MoE-16B (listed experts; view only, as loading runs no code of a checkpoint)",
     "Switch Transformers (view only)",
 )
 

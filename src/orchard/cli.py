@@ -75,7 +75,8 @@ def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="The run's folder; runs/<recipe> by default.")
+        Path | None,
+        typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     traceback: Traceback = False,
@@ -83,7 +84,7 @@ def run(
     """Run a recipe."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
         resolved = _resolve(recipe, overrides)
-        folder = out or Path("runs") / recipe.with_suffix("").name
+        folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
         from orchard.experiment import check_folder, prepare_experiment
 
         check_folder(folder, resolved.recipe, resume=resume)

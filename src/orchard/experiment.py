@@ -35,7 +35,7 @@ from orchard.recipe.reading import (
 from orchard.reports import build_result
 from orchard.results import environment, write_atomically, write_json
 from orchard.seeding import Seeds
-from orchard.strategies.strategy import start_server
+from orchard.strategies.strategy import Strategy, start_server
 from orchard.trees import digest
 
 RECIPE_FILE = "recipe.toml"
@@ -242,6 +242,7 @@ def run_experiment(
     folder: Path,
     reporter: Reporter,
     model: AdaptedModel | None = None,
+    strategy: Strategy | None = None,
 ) -> dict[str, Any]:
     """Run, or go on running, an experiment in ``folder``, and write its result there.
 
@@ -250,6 +251,7 @@ def run_experiment(
         folder: The run's folder; a checkpoint in it is continued.
         reporter: Shows progress.
         model: A model loaded for the same recipe, to share it between runs.
+        strategy: A method of your own, instead of the recipe's.
 
     Returns:
         The content of ``result.json``.
@@ -258,10 +260,11 @@ def run_experiment(
         ValueError: The folder holds another run.
     """
     recipe = experiment.recipe
+    check_folder(folder, recipe, resume=True)
     write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
     model = model or load_model(recipe, experiment.tokenizer)
     clients = build_clients(experiment, model, folder / "clients")
-    strategy = build_strategy(recipe, num_clients=len(clients))
+    strategy = strategy or build_strategy(recipe, num_clients=len(clients))
     seeds = Seeds(recipe.seed)
     state = simulate(
         strategy,

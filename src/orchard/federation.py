@@ -85,7 +85,7 @@ def build_federation(recipe: Recipe) -> Federation:
         train, num_dropped = partition.without_duplicates(train, test)
     limit = recipe.evaluation.max_examples
     if limit:
-        test = {client: examples[:limit] for client, examples in test.items()}
+        test = {client: _sample(examples, limit, seeds) for client, examples in test.items()}
     return Federation(train, test, duplicates, num_dropped)
 
 
@@ -112,6 +112,12 @@ def read_calibration(recipe: Recipe) -> list[Example]:
     if recipe.strategy.calibration != "corpus":
         return []
     return read_jsonl(recipe.strategy.calibration_path, _fields(recipe.data))
+
+
+def _sample(examples: Sequence[Example], size: int, seeds: Seeds) -> list[Example]:
+    """Draw ``size`` examples in their order; the same ones from lists of equal length."""
+    order = seeds.generator("evaluation sample").permutation(len(examples))[:size]
+    return [examples[index] for index in sorted(order.tolist())]
 
 
 def _fields(data: DataOptions) -> Fields:

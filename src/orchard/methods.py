@@ -20,6 +20,8 @@ from orchard.strategies.local import local
 from orchard.strategies.scaffold import scaffold
 from orchard.strategies.strategy import Strategy, by_num_examples, uniformly
 
+ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
+
 
 @dataclass(frozen=True)
 class Method:
@@ -30,32 +32,36 @@ class Method:
         source: The paper.
         part: What it decides: ``server`` (one at most), ``objective``, ``experts``, ``control``
             or ``sharing``. Parts are put together in this order, whatever the order of names.
-        apply: Makes a strategy into one with the method in it.
+        apply: Makes a strategy into one with the method in it, given the recipe and the number of
+            clients.
     """
 
     about: str
     source: str
     part: str
-    apply: Callable[[Strategy, Recipe], Strategy]
+    apply: Callable[[Strategy, Recipe, int], Strategy]
 
 
 _PARTS = ("server", "objective", "experts", "control", "sharing")
 
 
-def _adaptive(rule: str) -> Callable[[Strategy, Recipe], Strategy]:
-    def apply(strategy: Strategy, recipe: Recipe) -> Strategy:
+def _adaptive(rule: str) -> Callable[[Strategy, Recipe, int], Strategy]:
+    def apply(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
         s = recipe.server
-        return adaptive(strategy, rule=rule, lr=s.lr, beta1=s.beta1, beta2=s.beta2, tau=s.tau)
+        # In the paper FedAdagrad has no momentum.
+        beta1 = 0.0 if rule == "adagrad" else s.beta1
+        lr = s.lr or ADAPTIVE_LR
+        return adaptive(strategy, rule=rule, lr=lr, beta1=beta1, beta2=s.beta2, tau=s.tau)
 
     return apply
 
 
-def _fedavgm(strategy: Strategy, recipe: Recipe) -> Strategy:
+def _fedavgm(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     s = recipe.server
-    return fedavgm(strategy, lr=s.lr, momentum=s.momentum, dampening=s.dampening)
+    return fedavgm(strategy, lr=s.lr or 1.0, momentum=s.momentum, dampening=s.dampening)
 
 
-def _flex(strategy: Strategy, recipe: Recipe) -> Strategy:
+def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     s = recipe.strategy
     graft = GraftSettings(
         kind=s.graft_kind,
@@ -77,13 +83,18 @@ def _flex(strategy: Strategy, recipe: Recipe) -> Strategy:
     )
 
 
+def _scaffold(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    cohort = recipe.server.clients_per_round or num_clients
+    return scaffold(strategy, participation=cohort / num_clients)
+
+
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "fedavg": Method(
             "weighted mean of what clients send",
             "McMahan et al., 2017, arXiv:1602.05629",
             "server",
-            lambda strategy, recipe: strategy,
+            lambda strategy, recipe, num_clients: strategy,
         ),
         "fedavgm": Method(
             "server momentum", "Hsu et al., 2019, arXiv:1909.06335", "server", _fedavgm
@@ -104,7 +115,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "clients are pulled to the global values",
             "Li et al., 2020, arXiv:1812.06127",
             "objective",
-            lambda strategy, recipe: fedprox(strategy, mu=recipe.strategy.prox_mu),
+            lambda strategy, recipe, num_clients: fedprox(strategy, mu=recipe.strategy.prox_mu),
         ),
         "flex": Method(
             "a personal expert grafted beside the frozen ones",
@@ -116,13 +127,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "control variates against client drift",
             "Karimireddy et al., 2020, arXiv:1910.06378",
             "control",
-            lambda strategy, recipe: strategy,  # needs the number of clients: see build_strategy
+            _scaffold,
         ),
         "local": Method(
             "no aggregation: every client alone",
             "the reference that a federation has to beat",
             "sharing",
-            lambda strategy, recipe: local(strategy),
+            lambda strategy, recipe, num_clients: local(strategy),
         ),
     }
 )
@@ -165,11 +176,7 @@ def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:
         ValueError: See ``check_strategy``.
     """
     weigh = by_num_examples if recipe.server.weighting == "examples" else uniformly
-    strategy = Strategy(weigh=weigh, optimizer=SGD(lr=recipe.server.lr))
+    strategy = Strategy(weigh=weigh, optimizer=SGD(lr=recipe.server.lr or 1.0))
     for name in check_strategy(recipe.strategy.name):
-        if name == "scaffold":
-            cohort = recipe.server.clients_per_round or num_clients
-            strategy = scaffold(strategy, participation=cohort / num_clients)
-        else:
-            strategy = METHODS[name].apply(strategy, recipe)
+        strategy = METHODS[name].apply(strategy, recipe, num_clients)
     return strategy

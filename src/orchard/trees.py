@@ -32,14 +32,6 @@ def subtract(left: Tree, right: Tree) -> dict[str, torch.Tensor]:
     return {name: left[name].float() - right[name].float() for name in left}
 
 
-def add(left: Tree, right: Tree, *, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """Return ``left + scale * right``; a name that only ``left`` has keeps its value."""
-    return {
-        name: tensor + scale * right[name].to(tensor.dtype) if name in right else tensor.clone()
-        for name, tensor in left.items()
-    }
-
-
 def zeros_like(tree: Tree) -> dict[str, torch.Tensor]:
     """Return float32 zeros in the shapes of ``tree``."""
     return {name: torch.zeros_like(tensor, dtype=torch.float32) for name, tensor in tree.items()}
@@ -57,11 +49,6 @@ def select(tree: Tree, names: Iterable[str]) -> dict[str, torch.Tensor]:
         KeyError: A name is missing in ``tree``.
     """
     return {name: tree[name] for name in names}
-
-
-def num_bytes(tree: Tree) -> int:
-    """Return the bytes that the values of ``tree`` take in memory."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tree.values())
 
 
 def squared_norm(tree: Tree) -> float:

@@ -25,7 +25,7 @@ class Client:
         categories: The category of each training example, "" where unknown.
         test: Its held-out examples, which never train.
         retention: Examples of what the base knew before, the same for all clients; often empty.
-        calibration_corpus: Token ids to choose experts by where a recipe gives a corpus.
+        calibration_corpus: Examples to choose experts by where a recipe gives a corpus.
         store: Where its personal tensors live.
         training: How it trains.
         evaluation: How it evaluates.

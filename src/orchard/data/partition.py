@@ -204,7 +204,7 @@ def split_test(
         if test_size > 0 and num_test == 0:
             raise ValueError(
                 f"test_size must give {whose} at least one of {len(distinct)} examples to test on, "
-                f"got {test_size}; raise it, or write 0 for no test split"
+                f"got {test_size}; raise it"
             )
     else:
         num_test = test_size
@@ -314,22 +314,6 @@ def without_duplicates(
             )
     num_removed = sum(len(train[client_id]) - len(kept[client_id]) for client_id in kept)
     return kept, num_removed
-
-
-def label_counts(
-    clients: Mapping[str, Sequence[int]], labels: Sequence[str]
-) -> dict[str, dict[str, int]]:
-    """Return how many examples of each label each client holds.
-
-    Every client has every label of ``labels``, in alphabetical order, zeros included: the rows
-    and columns of a table.
-    """
-    names = sorted(set(labels))
-    table: dict[str, dict[str, int]] = {}
-    for client_id, indices in clients.items():
-        counts = Counter(labels[index] for index in indices)
-        table[client_id] = {name: counts[name] for name in names}
-    return table
 
 
 def _client_ids(num_clients: int) -> list[str]:

@@ -38,7 +38,7 @@ class GraftSettings:
         kind: ``lora`` over the aliased expert, or ``dense``, a trainable float32 copy.
         rank: R of the LoRA.
         alpha: The LoRA's output is scaled by alpha / rank.
-        dropout: On the LoRA's input, in [0, 1).
+        dropout: On the input of each LoRA, in [0, 1).
         gate: ``router_row`` starts the gate at the chosen expert's router row, without bias;
             ``closed`` at zero with bias -4; ``none`` has no gate, the graft always counts fully.
         mix: ``additive``, F + s * graft, or ``convex``, (1 - s) * F + s * graft.

@@ -73,15 +73,6 @@ def view_config(config: Any, *, trust_remote_code: bool = False) -> MoEView:
     return view_moe(model)
 
 
-def is_moe_config(config: Any, *, trust_remote_code: bool = False) -> bool:
-    """Say whether ``view_config`` accepts ``config``."""
-    try:
-        view_config(config, trust_remote_code=trust_remote_code)
-    except ValueError:
-        return False
-    return True
-
-
 def _build_layer(
     *, path: str, block: nn.Module, own: str, experts: nn.Module, storage: FusedExperts | None
 ) -> MoELayer | None:

@@ -92,7 +92,9 @@ class StrategyOptions:
     )
     graft_rank: int = option(32, "FLEx: rank of a graft's LoRA.", minimum=1)
     graft_alpha: float = option(64.0, "FLEx: scale of a graft's LoRA, over its rank.", above=0)
-    graft_dropout: float = option(0.05, "FLEx: on a graft's input.", minimum=0, maximum=0.99)
+    graft_dropout: float = option(
+        0.05, "FLEx: on the input of a graft's LoRA.", minimum=0, maximum=0.99
+    )
     graft_gate: str = option(
         "router_row",
         "FLEx: a gate starts at its expert's router row (paper), closed, or there is none.",
@@ -147,10 +149,15 @@ class ServerOptions:
         "How much a client counts: its training examples, or all the same.",
         choices=("examples", "uniform"),
     )
-    lr: float = option(1.0, "Server learning rate.", above=0)
+    lr: float = option(
+        0.0,
+        "Server learning rate; 0 = the method's own: 0.001 for FedAdagrad, FedAdam and FedYogi, "
+        "1 for all others.",
+        minimum=0,
+    )
     momentum: float = option(0.9, "FedAvgM.", minimum=0, maximum=0.999)
     dampening: float = option(0.1, "FedAvgM: what a new delta counts.", above=0, maximum=1)
-    beta1: float = option(0.9, "FedAdagrad, FedAdam, FedYogi.", minimum=0, maximum=0.9999)
+    beta1: float = option(0.9, "FedAdam, FedYogi.", minimum=0, maximum=0.9999)
     beta2: float = option(0.99, "FedAdam, FedYogi.", minimum=0, maximum=0.9999)
     tau: float = option(1e-3, "FedAdagrad, FedAdam, FedYogi: adaptivity.", above=0)
 
@@ -174,7 +181,7 @@ class EvaluationOptions:
     every: int = option(0, "Rounds between evaluations; 0 = only after the last.", minimum=0)
     max_new_tokens: int = option(64, "Longest generated answer.", minimum=1)
     batch_size: int = option(32, "Examples at a time.", minimum=1)
-    max_examples: int = option(0, "Test examples per client; 0 = all.", minimum=0)
+    max_examples: int = option(0, "Test examples per client, drawn at random; 0 = all.", minimum=0)
     retention_path: str = option(
         "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
     )

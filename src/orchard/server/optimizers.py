@@ -1,8 +1,8 @@
 """How the global tree moves, given the mean delta of a round.
 
 Reddi et al., "Adaptive Federated Optimization" (2021, arXiv 2003.00295), Algorithm 2: the server
-takes the mean delta as its pseudo-gradient. A name without a delta keeps its value and its slots.
-Slots are trees of their own, so that they are saved beside the values.
+takes minus the mean delta as its pseudo-gradient. A name without a delta keeps its value and its
+slots. Slots are trees of their own, so that they are saved beside the values.
 """
 
 from __future__ import annotations

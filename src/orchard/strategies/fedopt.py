@@ -1,7 +1,7 @@
 """FedAvgM, FedAdagrad, FedAdam and FedYogi: FedAvg with another server optimizer.
 
 Hsu et al., 2019, arXiv:1909.06335 (FedAvgM). Reddi et al., 2021, arXiv:2003.00295 (the others).
-The mean delta of a round is the pseudo-gradient; only what was sent reaches the optimizer, so
+Minus the mean delta of a round is the pseudo-gradient; only what was sent reaches the optimizer, so
 personal tensors are never averaged, whichever optimizer it is.
 """
 

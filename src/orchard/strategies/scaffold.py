@@ -66,11 +66,12 @@ class WithControl:
 
 def _corrected(inner: Objective) -> Objective:
     def objective(situation: Situation) -> torch.Tensor:
-        products = [
-            ((situation.broadcast[_CONTROL + name] - situation.memory[_CONTROL + name]) * parameter)
-            for name, parameter in situation.shared.items()
-        ]
-        correction = torch.stack([product.sum() for product in products]).sum()
+        products = []
+        for name, parameter in situation.shared.items():
+            key = _CONTROL + name
+            drift = situation.broadcast[key] - situation.memory[key]
+            products.append((drift.to(parameter.device) * parameter).sum())
+        correction = torch.stack(products).sum()
         return inner(situation) + situation.share * correction
 
     return objective
