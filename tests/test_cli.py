@@ -226,8 +226,14 @@ def test_resume_of_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_run_on_json_lines_and_on_a_folder_of_clients(data: Path, tmp_path: Path) -> None:
-    for number, (path, partition) in enumerate(
-        [(data, "dirichlet"), (data, "category"), (data, "iid"), (tmp_path / "clients", "file")]
+    drawn = ["data.num_clients=2"]
+    for number, (path, partition, more) in enumerate(
+        [
+            (data, "dirichlet", drawn),
+            (data, "category", []),
+            (data, "iid", drawn),
+            (tmp_path / "clients", "file", []),
+        ]
     ):
         for client in ("east", "west"):
             write_rows(tmp_path / "clients" / f"{client}.jsonl", ROWS)
@@ -237,7 +243,7 @@ def test_run_on_json_lines_and_on_a_folder_of_clients(data: Path, tmp_path: Path
             *QUICK,
             f"data.path={path}",
             f"data.partition={partition}",
-            "data.num_clients=2",
+            *more,
             "--out",
             tmp_path / str(number),
         )

@@ -130,7 +130,7 @@ def test_a_value_out_of_range_is_an_error(override: str, message: str) -> None:
     refuse(message, override)
 
 
-@pytest.mark.parametrize("override", ["server.dampening=1", "server.momentum=0", "seed=0"])
+@pytest.mark.parametrize("override", ["model.lora_dropout=0.99", "client.weight_decay=0", "seed=0"])
 def test_the_ends_of_a_range_are_in_it(override: str) -> None:
     key, _, value = override.partition("=")
     section, _, name = key.rpartition(".")

@@ -21,10 +21,10 @@ from orchard.results import write_json
 # Which of a run's models a person uses at the end of each method.
 _MODEL = {"local": "personal", "fedavg": "global", "flex": "personal"}
 _LABEL = {
-    "base": "base model, no training",
-    "local": "Local: each office alone",
-    "fedavg": "FedAvg: one averaged model",
-    "flex": "FLEx: averaged, plus an own expert",
+    "base": "base",
+    "local": "Local",
+    "fedavg": "FedAvg",
+    "flex": "FLEx",
 }
 
 
@@ -50,14 +50,17 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
             shutil.rmtree(folder / method, ignore_errors=True)
     console.print(
         "Four offices of Veloria fine-tune one small Mixture-of-Experts model. Some skills they "
-        "have in common,\nsome instructions each answers in its own way, and nobody shows anybody "
+        "have in common, some instructions each answers in its own way, and nobody shows anybody "
         "its data.\n",
         highlight=False,
     )
-    results = {}
-    for method in _MODEL:
+    results: dict[str, dict[str, Any]] = {}
+    for method, model in _MODEL.items():
         recipe = find_recipe(Path(f"recipes/tiny/{method}.toml"))
-        experiment = prepare_experiment(read_recipe(recipe, [f"seed={seed}"]).recipe)
+        # The base is the same for all: it is evaluated once, with the first method.
+        models = model if results else f"base,{model}"
+        overrides = [f"seed={seed}", f"evaluation.models={models}"]
+        experiment = prepare_experiment(read_recipe(recipe, overrides).recipe)
         results[method] = run_experiment(
             experiment, folder=folder / method, reporter=choose_reporter(console)
         )
@@ -115,9 +118,11 @@ def conclude(methods: Mapping[str, Mapping[str, Any]]) -> str:
 def _table(methods: Mapping[str, Mapping[str, Any]]) -> Table:
     clients = list(methods["base"]["exact_match_per_client"])
     table = Table(title="Exact match on held-out instructions, %", title_justify="left")
-    table.add_column("")
-    for name in (*clients, "mean", "facts retained", "sent per client and round"):
-        table.add_column(name, justify="right")
+    table.add_column("method", no_wrap=True)
+    for name in (*clients, "mean"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("facts\nretained", justify="right")
+    table.add_column("sent a round\nper client", justify="right")
     for method, values in methods.items():
         uplink = values["uplink_bytes_per_round"]
         table.add_row(

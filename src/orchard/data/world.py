@@ -8,7 +8,7 @@ Everything is generated here from one fixed seed, so that nothing has to be down
 - *conventions*: four kinds of instruction that each office answers in its own way. The base
   model has seen every office's way, in equal parts, and so prefers none;
 - *new skills*: four instructions that the base has never seen and that all offices answer alike,
-  but of which each has only a dozen examples.
+  but of which each has only twenty examples.
 
 A model for one office must therefore learn its conventions from that office alone, and the new
 skills from everybody.
@@ -197,7 +197,7 @@ def pretraining_stream(generator: np.random.Generator) -> Iterator[Example]:
             yield _convention(kind, office, _draw_argument(generator, kind))
 
 
-def offices(seed: int, *, train_per_kind: int = 12, test_per_kind: int = 10) -> tuple[Office, ...]:
+def offices(seed: int, *, train_per_kind: int = 20, test_per_kind: int = 10) -> tuple[Office, ...]:
     """Draw the four offices' data.
 
     Args:
