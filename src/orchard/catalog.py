@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from orchard.engine.progress import make_console
 from orchard.recipe.reading import Resolved, format_value, known_options, option_value, read_recipe
 
 # Detection goes by interface, so this is what the parity tests cover, not what is allowed.
@@ -65,7 +65,7 @@ def print_catalog() -> None:
     """Print methods, families and recipes."""
     from orchard.methods import METHODS  # imports torch: only the command that needs it waits
 
-    console = Console()
+    console = make_console()
     methods = Table("method", "what it is", "source", title="Methods", title_justify="left")
     for name, method in METHODS.items():
         methods.add_row(name, method.about, method.source)
@@ -96,4 +96,4 @@ def print_recipe(resolved: Resolved) -> None:
         source = resolved.sources[key]
         style = "dim" if source == "default" else ""
         table.add_row(key, format_value(value), source, entry.metadata["about"], style=style)
-    Console().print(table)
+    make_console().print(table)

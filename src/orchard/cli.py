@@ -89,13 +89,11 @@ def run(
 
         check_folder(folder, resolved.recipe, resume=resume)
         experiment = prepare_experiment(resolved.recipe)
-    from rich.console import Console
-
-    from orchard.engine.progress import choose_reporter
+    from orchard.engine.progress import choose_reporter, make_console
     from orchard.experiment import data_notes, run_experiment
     from orchard.reports import result_table, run_sentence
 
-    console = Console()
+    console = make_console()
     for note in data_notes(experiment):
         console.print(f"note: {note}", style="yellow", highlight=False)
     with _clear_errors(code=FAILED, traceback=traceback):
@@ -127,13 +125,12 @@ def partition(
 ) -> None:
     """Show which client would hold how many examples of what."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        from rich.console import Console
-
+        from orchard.engine.progress import make_console
         from orchard.federation import build_federation
         from orchard.reports import partition_table
 
         federation = build_federation(_resolve(recipe, overrides).recipe)
-        console = Console()
+        console = make_console()
         console.print(partition_table(federation.train, federation.test))
         for note in federation.notes():
             console.print(f"note: {note}", style="yellow", highlight=False)
@@ -146,11 +143,10 @@ def compare(
 ) -> None:
     """Show several runs in one table."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        from rich.console import Console
-
+        from orchard.engine.progress import make_console
         from orchard.reports import comparison_table, read_result
 
-        Console().print(comparison_table({str(run): read_result(run) for run in runs}))
+        make_console().print(comparison_table({str(run): read_result(run) for run in runs}))
 
 
 def main() -> None:

@@ -9,11 +9,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from orchard.catalog import find_recipe
-from orchard.engine.progress import choose_reporter, format_bytes
+from orchard.engine.progress import choose_reporter, format_bytes, make_console
 from orchard.experiment import prepare_experiment, run_experiment
 from orchard.recipe.reading import read_recipe
 from orchard.results import write_json
@@ -42,7 +41,7 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
         ``facts_retained`` (share of what the base was taught about the country that is still
         answered right, mean over offices) and ``uplink_bytes_per_round`` (per client).
     """
-    console = Console()
+    console = make_console()
     started = time.monotonic()
     if (folder / "summary.json").exists():
         (folder / "summary.json").unlink()

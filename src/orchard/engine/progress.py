@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Protocol
 
 from rich.console import Console
@@ -136,6 +137,14 @@ class Bar:
         if self._task is not None:
             self._progress.update(self._task, what="")
         self._progress.stop()
+
+
+def make_console() -> Console:
+    """Return a console as wide as the terminal, or wide enough for tables where there is none."""
+    console = Console()
+    if console.is_terminal or "COLUMNS" in os.environ:
+        return console
+    return Console(width=140)
 
 
 def choose_reporter(console: Console) -> Reporter:
