@@ -43,6 +43,8 @@ def run(recipe: str, *, model: str, data: str) -> None:
         f"recipes/dolly/{recipe}.toml",
         f"model.path={model}",
         f"data.path={data}",
+        # The base is the same for all: it is evaluated once, with the first recipe.
+        *([] if recipe == RECIPES[0] else ["evaluation.models=global,local,personal"]),
         *("--out", str(out), "--resume"),
     ]
     subprocess.run(command, check=True)
