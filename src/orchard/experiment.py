@@ -22,7 +22,13 @@ from orchard.evaluation.quality import EvaluationSettings, TestExample
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
 from orchard.methods import build_strategy, check_strategy
 from orchard.models.adapters import AdaptedModel, LoraSettings
-from orchard.models.loading import check_device, check_model, load_base, load_tokenizer
+from orchard.models.loading import (
+    check_device,
+    check_model,
+    load_base,
+    load_tokenizer,
+    threads,
+)
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import (
     format_value,
@@ -262,22 +268,23 @@ def run_experiment(
     recipe = experiment.recipe
     check_folder(folder, recipe, resume=True)
     write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
-    model = model or load_model(recipe, experiment.tokenizer)
-    clients = build_clients(experiment, model, folder / "clients")
-    strategy = strategy or build_strategy(recipe, num_clients=len(clients))
-    seeds = Seeds(recipe.seed)
-    state = simulate(
-        strategy,
-        clients,
-        start_server(strategy, model.fresh),
-        schedule=build_schedule(recipe),
-        channel=build_channel(recipe),
-        seeds=seeds,
-        folder=folder,
-        about={"base_digest": model.base_digest, "recipe_digest": _recipe_digest(recipe)},
-        reporter=reporter,
-        title=recipe.strategy.name,
-    )
+    with threads(recipe.model.num_threads):
+        model = model or load_model(recipe, experiment.tokenizer)
+        clients = build_clients(experiment, model, folder / "clients")
+        strategy = strategy or build_strategy(recipe, num_clients=len(clients))
+        seeds = Seeds(recipe.seed)
+        state = simulate(
+            strategy,
+            clients,
+            start_server(strategy, model.fresh),
+            schedule=build_schedule(recipe),
+            channel=build_channel(recipe),
+            seeds=seeds,
+            folder=folder,
+            about={"base_digest": model.base_digest, "recipe_digest": _recipe_digest(recipe)},
+            reporter=reporter,
+            title=recipe.strategy.name,
+        )
     federation = experiment.federation
     facts: dict[str, Any] = {
         **environment(),

@@ -19,6 +19,7 @@ from orchard.models.loading import (
     load_config,
     load_tokenizer,
     resolve,
+    threads,
 )
 from tiny_models import FAMILIES, VOCABULARY, batch_of, dense
 
@@ -185,3 +186,13 @@ def test_the_packaged_model_loads() -> None:
     base = load_base("orchard:tiny", dtype="float32")
     assert len(base.view.layers) >= 2
     assert len(tokenizer) <= load_config("orchard:tiny").vocab_size
+
+
+def test_threads_are_limited_for_a_while_only() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(KeyError), threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise KeyError
+    assert torch.get_num_threads() == before
+    with threads(0):
+        assert torch.get_num_threads() == before

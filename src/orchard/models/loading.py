@@ -69,6 +69,17 @@ def resolve(path: str) -> str:
     return str(folder)
 
 
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Compute with ``count`` CPU threads while the context lasts; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def check_device(device: str) -> None:
     """Check that a device exists here.
 

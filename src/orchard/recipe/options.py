@@ -33,6 +33,12 @@ class ModelOptions:
     path: str = option("", "Folder, Hugging Face name, or orchard:tiny (ships with the package).")
     dtype: str = option("bfloat16", "Of the base.", choices=("bfloat16", "float32"))
     device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
+    num_threads: int = option(
+        0,
+        "Threads on a CPU; 0 = torch decides. Sums over another number of threads round "
+        "differently: set it where runs must agree to the bit between machines.",
+        minimum=0,
+    )
     lora_rank: int = option(32, "Rank of the shared LoRA adapters.", minimum=1)
     lora_alpha: float = option(64.0, "Their output is scaled by lora_alpha / lora_rank.", above=0)
     lora_dropout: float = option(0.05, "On their input.", minimum=0, maximum=0.99)
