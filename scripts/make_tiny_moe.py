@@ -127,9 +127,6 @@ def main() -> None:
         decoder_sparse_step=1,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        # So that what the model knows does not hang on single attention weights, which is what
-        # fine-tuning moves.
-        attention_dropout=0.15,
         router_aux_loss_coef=0.01,
         output_router_logits=True,
         bos_token_id=None,
@@ -167,7 +164,6 @@ def main() -> None:
                 flush=True,
             )
     model.config.output_router_logits = False
-    model.config.attention_dropout = 0.0
     model = model.to(torch.bfloat16)
     print(f"in bfloat16: facts {share_right(model, tokenizer, world.facts()):.2f}")
     model.save_pretrained(arguments.out)
