@@ -270,3 +270,16 @@ def test_updates_with_unknown_names_are_refused(tmp_path: Path) -> None:
     fewer = ServerState(0, {n: t for n, t in state.shared.items() if n != name})
     with pytest.raises(ValueError, match="names of the global tree"):
         update_server(strategy, fewer, [update])
+
+
+def test_grafts_that_always_count_fully_harm_what_the_base_knows(tmp_path: Path) -> None:
+    """The sign of FLEx's ablation without gates: a full extra expert in every layer."""
+    losses = {}
+    for gate in ("closed", "none"):
+        recipe = quick_recipe("flex", f"strategy.graft_gate={gate}", "evaluation.metrics=loss")
+        strategy, clients, model, _ = build(recipe, tmp_path / gate)
+        task = Task(1, start_server(strategy, model.fresh).shared, LocalSettings(0, 0, 0.0))
+        metrics = evaluate_client(strategy, clients[0], task, ("base", "personal"))
+        losses[gate] = metrics["personal/loss"] - metrics["base/loss"]
+    assert losses["none"] > 0.25
+    assert abs(losses["closed"]) < losses["none"] / 5
