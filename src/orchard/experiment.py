@@ -21,7 +21,7 @@ from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings, TestExample
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
 from orchard.methods import build_strategy, check_strategy
-from orchard.models.adapters import AdaptedModel, LoraSettings
+from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import (
     check_device,
     check_model,
@@ -29,6 +29,7 @@ from orchard.models.loading import (
     load_tokenizer,
     threads,
 )
+from orchard.models.targets import LoraSettings
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import (
     format_value,
@@ -92,7 +93,7 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
         )
     retention, calibration = read_retention(recipe), read_calibration(recipe)
     check_device(recipe.model.device)
-    check_model(recipe.model.path, lora_targets=words(recipe.model.lora_targets))
+    check_model(recipe.model.path, lora_settings(recipe))
     tokenizer = load_tokenizer(recipe.model.path)
 
     def encode_all(examples: Sequence[Example]) -> list[Encoded]:
@@ -166,14 +167,35 @@ def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
     """
     options = recipe.model
     base = load_base(options.path, dtype=options.dtype, device=options.device)
-    lora = LoraSettings(
+    return AdaptedModel(
+        base.view,
+        lora_settings(recipe),
+        tokenizer=tokenizer,
+        base_digest=base.digest,
+        seed=Seeds(recipe.seed).integer("adapters"),
+    )
+
+
+def lora_settings(recipe: Recipe) -> LoraSettings:
+    """Return what of the model a recipe trains.
+
+    Raises:
+        ValueError: The base's dtype is too narrow for it.
+    """
+    options = recipe.model
+    full = words(options.full_targets)
+    if full and options.dtype != "float32":
+        raise ValueError(
+            f"model.dtype must be float32 with model.full_targets, got {options.dtype}; "
+            "small steps would be rounded away"
+        )
+    return LoraSettings(
         rank=options.lora_rank,
         alpha=options.lora_alpha,
         dropout=options.lora_dropout,
         targets=words(options.lora_targets),
+        full=full,
     )
-    seed = Seeds(recipe.seed).integer("adapters")
-    return AdaptedModel(base.view, lora, tokenizer=tokenizer, base_digest=base.digest, seed=seed)
 
 
 def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> list[Client]:

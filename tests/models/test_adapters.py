@@ -9,8 +9,10 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 
 from orchard import trees
-from orchard.models.adapters import AdaptedModel, Slot, canonical, find_targets, whole
+from orchard.models.adapters import AdaptedModel
 from orchard.models.detection import view_moe
+from orchard.models.slots import Slot, canonical, whole
+from orchard.models.targets import find_targets
 from tiny_adapted import adapt, stir, targets_of
 from tiny_models import EXPERTS, FAMILIES, batch_of
 
@@ -126,11 +128,11 @@ def test_what_is_read_is_a_copy() -> None:
 def test_names_are_the_documented_ones() -> None:
     names = adapt(extra=("router", "experts")).adapter_names
     assert "layers.1.self_attn.q_proj.lora_A" in names
-    assert "layers.0.router.lora_B" in names
+    assert "layers.0.router.5.lora_B" in names
     assert "layers.1.experts.7.down_proj.lora_B" in names
     assert "layers.1.experts.0.gate_up_proj.lora_A" in names
-    # 2 layers; q, v, router; 2 projections of 8 experts; A and B
-    assert len(names) == 2 * (2 + 1 + 2 * EXPERTS) * 2
+    # 2 layers; A and B of q, v and 2 projections of 8 experts; a router has one A, and B by rows
+    assert len(names) == 2 * ((2 + 2 * EXPERTS) * 2 + 1 + EXPERTS)
 
 
 def test_names_of_listed_experts_are_like_those_of_fused_ones() -> None:

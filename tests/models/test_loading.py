@@ -21,6 +21,7 @@ from orchard.models.loading import (
     resolve,
     threads,
 )
+from orchard.models.targets import LoraSettings
 from tiny_models import FAMILIES, VOCABULARY, batch_of, dense
 
 
@@ -49,12 +50,12 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 def refuse(path: Path | str, match: str, error: type[Exception] = ValueError) -> None:
     """Demand that both the check and the load refuse a path, in one line."""
     with pytest.raises(error, match=match) as caught:
-        check_model(str(path), lora_targets=("q_proj",))
+        check_model(str(path), LoraSettings(4, 8, 0, ("q_proj",)))
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_saved_model_loads_with_the_same_logits(saved: Path) -> None:
-    check_model(str(saved), lora_targets=("q_proj", "router", "experts"))
+    check_model(str(saved), LoraSettings(4, 8, 0, ("q_proj", "router", "experts")))
     base = load_base(str(saved), dtype="float32")
     model = FAMILIES["qwen2_moe"]()
     with torch.no_grad():
@@ -159,12 +160,12 @@ def test_a_dense_model_is_an_error(tmp_path: Path) -> None:
 def test_an_unknown_target_is_found_without_weights(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ValueError, match=r"got c_attn; this model has k_proj, o_proj, q_proj"):
-        check_model(str(copy), lora_targets=("c_attn",))
+        check_model(str(copy), LoraSettings(4, 8, 0, ("c_attn",)))
 
 
 def test_the_check_reads_no_weights(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"not weights")
-    check_model(str(copy), lora_targets=("q_proj", "router", "experts"))
+    check_model(str(copy), LoraSettings(4, 8, 0, ("q_proj", "router", "experts")))
     assert load_config(str(copy)).num_experts == 8
 
 
@@ -180,7 +181,7 @@ def test_weights_that_cannot_be_read_are_an_error_that_names_the_path(copy: Path
 )
 def test_the_packaged_model_loads() -> None:
     assert resolve("orchard:tiny") == str(PACKAGED["orchard:tiny"])
-    check_model("orchard:tiny", lora_targets=("q_proj", "k_proj", "v_proj"))
+    check_model("orchard:tiny", LoraSettings(4, 8, 0, ("q_proj", "k_proj", "v_proj")))
     tokenizer = load_tokenizer("orchard:tiny")
     assert tokenizer.decode(tokenizer("An apple tree.")["input_ids"]) == "An apple tree."
     base = load_base("orchard:tiny", dtype="float32")

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 
-from orchard.client.objectives import Objective, Situation
+from orchard.client.objectives import Objective, Situation, causal_lm
 from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.models.adapters import AdaptedModel
-from orchard.trees import Tree, clone
+from orchard.trees import Tree, clone, zeros_like
+
+Choose: TypeAlias = Callable[[Sequence[Sequence[Encoded]]], Collection[str]]
+"""Given the micro-batches of one optimizer step, the names that the step may move."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,7 @@ class TrainingReport:
         num_tokens: Tokens read, padding not counted.
         num_examples: Examples read, repeats counted.
         seconds: Wall time.
+        moved: Names that at least one step might move.
         mean_gradient: Mean over steps of the objective's gradient before clipping, of the shared
             names; None where it was not asked for.
     """
@@ -58,6 +63,7 @@ class TrainingReport:
     num_tokens: int
     num_examples: int
     seconds: float
+    moved: frozenset[str]
     mean_gradient: Tree | None
 
 
@@ -101,6 +107,7 @@ def train(
     generator: np.random.Generator,
     dropout_seed: int,
     keep_mean_gradient: bool = False,
+    choose: Choose | None = None,
 ) -> TrainingReport:
     """Train the named tensors from their present values, in place.
 
@@ -117,26 +124,31 @@ def train(
         generator: Draws the batches.
         dropout_seed: For dropout.
         keep_mean_gradient: Whether the report has the mean gradient of the shared names.
+        choose: Which of the names each optimizer step may move; None = all. What a step may not
+            move stays bit for bit: no decay, no momentum, and no optimizer state before its first
+            step.
 
     Raises:
         FloatingPointError: The loss is NaN or infinite.
     """
     started = time.monotonic()
-    parameters = model.set_trainable((*shared, *personal))
-    anchor = clone(model.parameters(shared))
-    # Experts of one layer may share a parameter: those that are not named must not move.
-    companions = model.companions((*shared, *personal))
-    still = model.read(companions)
+    names = frozenset((*shared, *personal))
+    model.set_trainable((*shared, *personal))
+    # Experts of one layer may share a parameter: leaves keep them apart.
+    leaves = model.leaves((*shared, *personal))
+    # The plain task loss looks at no anchor; a copy of a whole model would be for nothing.
+    anchor = {} if objective is causal_lm else clone(model.parameters(shared))
     if settings.optimizer == "adamw":
         optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            parameters, lr=local.learning_rate, weight_decay=settings.weight_decay
+            leaves.values(), lr=local.learning_rate, weight_decay=settings.weight_decay
         )
     else:
         optimizer = torch.optim.SGD(
-            parameters, lr=local.learning_rate, weight_decay=settings.weight_decay
+            leaves.values(), lr=local.learning_rate, weight_decay=settings.weight_decay
         )
     losses: list[float] = []
-    gradient_sum = {name: torch.zeros_like(value) for name, value in anchor.items()}
+    moved: set[str] = set()
+    gradient_sum = zeros_like(model.parameters(shared)) if keep_mean_gradient else {}
     num_tokens = num_examples = 0
     aux = settings.router_aux_coefficient
     model.model.train()
@@ -146,7 +158,8 @@ def train(
             for step in draw_batches(len(examples), settings, local, generator):
                 batches = [[examples[index] for index in batch] for batch in step]
                 step_labels = sum(example.num_labels for batch in batches for example in batch)
-                optimizer.zero_grad(set_to_none=True)
+                allowed = names if choose is None else frozenset(choose(batches))
+                model.drop_gradients()
                 step_loss = 0.0
                 for batch in batches:
                     losses_T, router_loss = forward_losses(model, batch, with_router_loss=aux > 0)
@@ -175,14 +188,14 @@ def train(
                 if keep_mean_gradient:
                     for name, gradient in model.gradients(shared).items():
                         gradient_sum[name] += gradient
-                for gradient in model.gradients(companions).values():
-                    gradient.zero_()
+                model.hand_gradients(leaves, allowed)
+                moved |= allowed
                 if settings.max_grad_norm > 0:
-                    torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+                    torch.nn.utils.clip_grad_norm_(leaves.values(), settings.max_grad_norm)
                 optimizer.step()
-                model.load(still)
                 losses.append(step_loss)
     finally:
+        model.drop_gradients()
         model.model.eval()
         model.set_trainable(())
     mean_gradient = {name: total / len(losses) for name, total in gradient_sum.items()}
@@ -192,5 +205,6 @@ def train(
         num_tokens=num_tokens,
         num_examples=num_examples,
         seconds=time.monotonic() - started,
+        moved=frozenset(moved),
         mean_gradient=mean_gradient if keep_mean_gradient else None,
     )

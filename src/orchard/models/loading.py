@@ -13,9 +13,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from orchard.models.adapters import find_targets
 from orchard.models.detection import view_config, view_moe
 from orchard.models.moe import MoEView
+from orchard.models.targets import LoraSettings, check_targets
 from orchard.trees import digest
 
 PACKAGED = {"orchard:tiny": Path(__file__).parent / "tiny_moe"}
@@ -123,16 +123,18 @@ def load_config(path: str) -> Any:
         ) from error
 
 
-def check_model(path: str, *, lora_targets: tuple[str, ...]) -> None:
+def check_model(path: str, lora: LoraSettings) -> MoEView:
     """Check that a model is a Mixture-of-Experts and has the targets, without its weights.
 
-    Builds the model on the meta device, from its configuration alone.
+    Builds the model on the meta device, from its configuration alone, and returns that.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: No configuration, no weights, no MoE layer, or a target that fits nothing.
     """
-    find_targets(view_config(load_config(path)), lora_targets)
+    view = view_config(load_config(path))
+    check_targets(view, lora)
+    return view
 
 
 def load_tokenizer(path: str) -> Any:

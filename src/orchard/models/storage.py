@@ -8,7 +8,7 @@ recognized by what they hold, never by the name of a model.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from torch.nn import functional
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
 _UNGATED = (("up_proj", "down_proj"), ("wi", "wo"), ("fc1", "fc2"))
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+
+
+Slice: TypeAlias = tuple[nn.Parameter, Callable[[Tensor], Tensor]]
+"""A parameter, and what takes one expert's tensor out of it, or out of its gradient."""
 
 
 class ExpertStorage(Protocol):
@@ -33,6 +37,10 @@ class ExpertStorage(Protocol):
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
         """Return views of one expert's projections, each in (out, in) orientation."""
+        ...
+
+    def slices(self, expert: int) -> dict[str, Slice]:
+        """Return where each tensor of one expert lives; the names of ``tensors``."""
         ...
 
     def parameters(self) -> list[nn.Parameter]:
@@ -73,17 +81,31 @@ class FusedExperts:
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
         """Return views of one expert's projections; a view of an interleaved layout is strided."""
-        kinds = ("", "_bias") if self.has_bias else ("",)
-        tensors = {}
-        for kind in kinds:
+        return {name: view(parameter) for name, (parameter, view) in self.slices(expert).items()}
+
+    def slices(self, expert: int) -> dict[str, Slice]:
+        """Return the parameter and the place in it of each of one expert's projections."""
+
+        def whole(values: Tensor) -> Tensor:
+            own = values[expert]
+            return own.t() if self.is_transposed and own.ndim == 2 else own
+
+        def gate(values: Tensor) -> Tensor:
+            return self._halves(whole(values))[0]
+
+        def up(values: Tensor) -> Tensor:
+            return self._halves(whole(values))[1]
+
+        slices: dict[str, Slice] = {}
+        for kind in ("", "_bias") if self.has_bias else ("",):
             if self.has_gate:
-                gate, up = self._halves(self._slice("gate_up_proj" + kind, expert))
-                tensors["gate_proj" + kind] = gate
-                tensors["up_proj" + kind] = up
+                gate_up = self._parameter("gate_up_proj" + kind)
+                slices["gate_proj" + kind] = gate_up, gate
+                slices["up_proj" + kind] = gate_up, up
             else:
-                tensors["up_proj" + kind] = self._slice("up_proj" + kind, expert)
-            tensors["down_proj" + kind] = self._slice("down_proj" + kind, expert)
-        return tensors
+                slices["up_proj" + kind] = self._parameter("up_proj" + kind), whole
+            slices["down_proj" + kind] = self._parameter("down_proj" + kind), whole
+        return slices
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the 3-D parameters and, where there are any, their biases."""
@@ -169,6 +191,13 @@ class ListedExperts:
             if projection.bias is not None:
                 tensors[f"{local}_bias"] = cast(Tensor, projection.bias)
         return tensors
+
+    def slices(self, expert: int) -> dict[str, Slice]:
+        """Return the weights and biases of one MLP, each a parameter of its own."""
+        return {
+            name: (cast(nn.Parameter, tensor), lambda values: values)
+            for name, tensor in self.tensors(expert).items()
+        }
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the weights and biases of all MLPs."""

@@ -46,6 +46,11 @@ class ModelOptions:
         "q_proj,k_proj,v_proj",
         "Linear layers outside the MoE blocks, and the words router and experts.",
     )
+    full_targets: str = option(
+        "",
+        "What is trained itself, without adapters: the same words, or all; needs float32. "
+        "Experts and router rows then are names of their own.",
+    )
 
 
 @dataclass(frozen=True)

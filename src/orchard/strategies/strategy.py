@@ -16,17 +16,20 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import torch
+
 from orchard.client.client import Client
 from orchard.client.objectives import Objective, causal_lm
 from orchard.client.store import Personal
-from orchard.client.training import TrainingReport, train
+from orchard.client.training import Choose, TrainingReport, train
 from orchard.communication.messages import Task, Update
 from orchard.evaluation.quality import evaluate
+from orchard.models.adapters import AdaptedModel
 from orchard.results import Metrics
 from orchard.server.aggregation import mean
 from orchard.server.checkpoint import ServerState
 from orchard.server.optimizers import SGD, ServerOptimizer
-from orchard.trees import Tree, subtract
+from orchard.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Plan:
         personal: Names that it trains and keeps.
         memory: Tensors that it keeps without training them, such as a control variate.
         keep_mean_gradient: Whether training reports its mean gradient of the shared names.
+        model: The model to train in the place of the client's, such as a submodel.
+        choose: Which names each optimizer step may move; None = all of them.
+        observe: Called after training; what was seen in it, for ``weigh``.
         measure: Called after training; scalars to add to the client's metrics.
     """
 
@@ -45,6 +51,9 @@ class Plan:
     personal: tuple[str, ...] = ()
     memory: Tree = field(default_factory=dict)
     keep_mean_gradient: bool = False
+    model: AdaptedModel | None = None
+    choose: Choose | None = None
+    observe: Callable[[], Tree] = dict
     measure: Callable[[], Metrics] = dict
 
 
@@ -56,11 +65,13 @@ class Trained:
         plan: What was to be trained.
         delta: Name to local minus global, of the shared names.
         report: How training went.
+        observed: What the plan's ``observe`` returned.
     """
 
     plan: Plan
     delta: Tree
     report: TrainingReport
+    observed: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,16 +132,19 @@ class Strategy:
 
 def _place(client: Client, task: Task, plan: Plan) -> None:
     """Load fresh adapters, over them the global values, over them the client's own."""
-    _place_global(client, task)
+    model = plan.model or client.model
+    place_global(model, task)
     kept = client.store.load(before_round=task.round_number)
     if kept is not None:
-        client.model.load({name: kept.tensors[name] for name in plan.personal})
+        model.load({name: kept.tensors[name] for name in plan.personal})
 
 
-def _place_global(client: Client, task: Task) -> None:
+def place_global(model: AdaptedModel, task: Task) -> None:
     """Load the global values; an adapter that has none is fresh and changes nothing."""
-    model = client.model
-    model.load({name: task.shared.get(name, model.fresh[name]) for name in model.adapter_names})
+    names = model.adapter_names
+    missing = [name for name in names if name not in task.shared]
+    model.load({name: task.shared[name] for name in names if name in task.shared})
+    model.load({name: model.fresh[name] for name in missing})
 
 
 def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
@@ -144,9 +158,9 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
     """
     with strategy.prepare(client, task) as plan:
         _place(client, task, plan)
-        before = client.model.read(plan.shared)
+        model = plan.model or client.model
         report = train(
-            client.model,
+            model,
             client.train,
             shared=plan.shared,
             personal=plan.personal,
@@ -158,10 +172,11 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
             generator=client.seeds.generator("batches", task.round_number, client.client_id),
             dropout_seed=client.seeds.integer("dropout", task.round_number, client.client_id),
             keep_mean_gradient=plan.keep_mean_gradient,
+            choose=plan.choose,
         )
-        delta = subtract(client.model.read(plan.shared), before)
-        sent = strategy.weigh(client, task, Trained(plan, delta, report))
-        kept = {**client.model.read(plan.personal), **sent.memory}
+        delta = _delta(model, plan, task)
+        sent = strategy.weigh(client, task, Trained(plan, delta, report, plan.observe()))
+        kept = {**model.read(plan.personal), **sent.memory}
         if kept:
             client.store.save(Personal(kept), round_number=task.round_number)
         metrics: dict[str, float] = {
@@ -173,7 +188,7 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
         }
         if task.evaluate_local:
             started = time.monotonic()
-            metrics |= _measure(client, "local")
+            metrics |= _measure(client, "local", plan.model)
             metrics["client/evaluation_seconds"] = time.monotonic() - started
     # What is sent moves a global value; a personal tensor has none.
     leaked = sorted(sent.delta.keys() - (task.shared.keys() - set(plan.personal)))
@@ -203,13 +218,13 @@ def evaluate_client(
         with client.model.without_adapters():
             metrics |= _measure(client, "base")
     if "global" in models:
-        _place_global(client, task)
+        place_global(client.model, task)
         metrics |= _measure(client, "global")
     if "personal" in models:
         with strategy.prepare(client, task) as plan:
             if plan.personal or "global" not in models:
                 _place(client, task, plan)
-                metrics |= _measure(client, "personal")
+                metrics |= _measure(client, "personal", plan.model)
             else:
                 metrics |= {
                     name.replace("global/", "personal/", 1): value
@@ -219,13 +234,23 @@ def evaluate_client(
     return metrics
 
 
-def _measure(client: Client, model: str) -> dict[str, float]:
-    """Evaluate the model as it stands, on what the client tests and on what it must retain."""
-    own = evaluate(client.model, client.test, client.evaluation)
-    values = {f"{model}/{name}": value for name, value in own.items()}
+def _delta(model: AdaptedModel, plan: Plan, task: Task) -> dict[str, torch.Tensor]:
+    """Return local minus global of the shared names, without a second copy of either."""
+    return {
+        name: tensor.detach().float().cpu()
+        - (task.shared[name] if name in task.shared else model.fresh[name]).float()
+        for name, tensor in model.parameters(plan.shared).items()
+    }
+
+
+def _measure(client: Client, kind: str, model: AdaptedModel | None = None) -> dict[str, float]:
+    """Evaluate a model as it stands, on what the client tests and on what it must retain."""
+    model = model or client.model
+    own = evaluate(model, client.test, client.evaluation)
+    values = {f"{kind}/{name}": value for name, value in own.items()}
     if client.retention:
-        old = evaluate(client.model, client.retention, client.evaluation)
-        values |= {f"{model}/retention_{name}": value for name, value in old.items()}
+        old = evaluate(model, client.retention, client.evaluation)
+        values |= {f"{kind}/retention_{name}": value for name, value in old.items()}
     return values
 
 
