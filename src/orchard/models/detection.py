@@ -103,6 +103,7 @@ def _build_layer(
         shared_experts=tuple(shared),
         top_k=top_k or probe_top_k(router, block, num_experts),
         storage=storage or ListedExperts(experts),
+        expert_ids=tuple(range(num_experts)),
     )
 
 

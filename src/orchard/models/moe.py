@@ -37,10 +37,14 @@ class MoELayer:
     """K, experts per token."""
     storage: ExpertStorage
     """How ``experts`` stores its tensors."""
+    expert_ids: tuple[int, ...]
+    """What the checkpoint calls the experts held here, in the order of storage: ``range(E)``,
+    unless the layer was loaded with some of them (see ``submodel``). Names carry these ids;
+    choices, and everything that takes an index, count in the order of storage."""
 
     @property
     def num_experts(self) -> int:
-        """E, routed experts of the block."""
+        """E, routed experts that the block holds."""
         return self.storage.num_experts
 
     @property
@@ -205,20 +209,21 @@ class MoEView:
         self._index: dict[str, tuple[MoELayer, str, int]] = {}
         for layer in layers:
             local_names = tuple(layer.expert_tensors(0))
-            for expert in range(layer.num_experts):
+            for index, expert in enumerate(layer.expert_ids):
                 for local in local_names:
                     name = f"{layer.name}.experts.{expert}.{local}"
-                    self._index[name] = (layer, f"experts.{local}", expert)
+                    self._index[name] = (layer, f"experts.{local}", index)
             for local in layer.router_tensors():
                 kind = "router" if local == "weight" else f"router_{local}"
-                for expert in range(layer.num_experts):
-                    self._index[f"{layer.name}.{kind}.{expert}"] = (layer, local, expert)
+                for index, expert in enumerate(layer.expert_ids):
+                    self._index[f"{layer.name}.{kind}.{expert}"] = (layer, local, index)
 
     def names(self) -> tuple[str, ...]:
         """Return the name of every expert tensor and every router row, layer by layer.
 
         ``layers.3.experts.17.down_proj``, ``layers.3.router.17`` (a row of the weight, (D,)),
-        ``layers.3.router_bias.17`` and ``layers.3.router_correction_bias.17`` ((1,)).
+        ``layers.3.router_bias.17`` and ``layers.3.router_correction_bias.17`` ((1,)). The number of
+        an expert is its id in the checkpoint, ``MoELayer.expert_ids``.
         """
         return tuple(self._index)
 
@@ -233,11 +238,11 @@ class MoEView:
                 f"name must be an expert tensor or router row, got {name!r}; "
                 f"this model's names start at {next(iter(self._index))!r}"
             )
-        layer, kind, expert = self._index[name]
+        layer, kind, index = self._index[name]
         if kind.startswith("experts."):
-            return layer.expert_tensors(expert)[kind.removeprefix("experts.")].detach()
+            return layer.expert_tensors(index)[kind.removeprefix("experts.")].detach()
         rows = layer.router_tensors()[kind].detach()
-        return rows[expert] if rows.ndim == 2 else rows[expert : expert + 1]
+        return rows[index] if rows.ndim == 2 else rows[index : index + 1]
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Copy ``tensor`` into the model, in place; the source may be on another device.

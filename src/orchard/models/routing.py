@@ -103,21 +103,37 @@ def find_top_k(module: nn.Module) -> int | None:
 
 def read_router(router: nn.Module, block: nn.Module, *, num_experts: int) -> dict[str, Tensor]:
     """Return a router's tensors with one row per expert; see ``MoELayer.router_tensors``."""
+    tensors = {}
+    for local, (holder, name) in find_rows(router, block, num_experts=num_experts).items():
+        tensor = cast(Tensor, getattr(holder, name))
+        tensors[local] = tensor if local == "weight" else tensor.view(num_experts)
+    return tensors
+
+
+def find_rows(
+    router: nn.Module, block: nn.Module, *, num_experts: int
+) -> dict[str, tuple[nn.Module, str]]:
+    """Find where a router keeps what it has one row per expert of.
+
+    Returns:
+        ``weight`` and, where there are, ``bias`` and ``correction_bias``: the module that holds
+        the tensor, and the attribute.
+    """
     holder = find_router_weight(router, num_experts)
     assert holder is not None
-    tensors = {"weight": cast(Tensor, holder.weight)}
+    found = {"weight": (holder, "weight")}
     bias = getattr(holder, "bias", None)
     if isinstance(bias, Tensor) and bias.shape == (num_experts,):
-        tensors["bias"] = bias
-    named = [*router.named_parameters(), *router.named_buffers()]
+        found["bias"] = (holder, "bias")
     # Some blocks keep the correction themselves and pass it to their router (AFMoE).
-    named += [*block.named_parameters(recurse=False), *block.named_buffers(recurse=False)]
-    for name, tensor in named:
-        is_row = tensor.numel() == num_experts and tensor.shape[-1] == num_experts
-        if is_row and "bias" in name and tensor is not bias:
-            tensors["correction_bias"] = tensor.view(num_experts)
-            break
-    return tensors
+    for module in (*router.modules(), block):
+        named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for name, tensor in named:
+            is_row = tensor.numel() == num_experts and tensor.shape[-1] == num_experts
+            if is_row and "bias" in name and tensor is not bias:
+                found["correction_bias"] = (module, name)
+                return found
+    return found
 
 
 def find_router(siblings: dict[str, nn.Module], num_experts: int) -> nn.Module | None:
