@@ -30,6 +30,7 @@ class Client:
         training: How it trains.
         evaluation: How it evaluates.
         seeds: The run's randomness.
+        budget_experts: How many experts it can afford to train, over all MoE layers; None = all.
     """
 
     client_id: str
@@ -43,6 +44,7 @@ class Client:
     training: TrainingSettings
     evaluation: EvaluationSettings
     seeds: Seeds
+    budget_experts: int | None = None
 
     @property
     def num_examples(self) -> int:

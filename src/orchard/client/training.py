@@ -18,8 +18,8 @@ from orchard.evaluation.loss import forward_losses
 from orchard.models.adapters import AdaptedModel
 from orchard.trees import Tree, clone, zeros_like
 
-Choose: TypeAlias = Callable[[Sequence[Sequence[Encoded]]], Collection[str]]
-"""Given the micro-batches of one optimizer step, the names that the step may move."""
+HoldStill: TypeAlias = Callable[[Sequence[Sequence[Encoded]]], Collection[str]]
+"""Given the micro-batches of one optimizer step, the names that the step must not move."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,18 @@ def draw_batches(
             yield [step[first : first + size] for first in range(0, len(step), size)]
 
 
+def num_steps_before_last_epoch(
+    num_examples: int, settings: TrainingSettings, local: LocalSettings
+) -> int:
+    """Return how many optimizer steps a round has before its last pass over the data begins.
+
+    0 where a round is one pass or less.
+    """
+    per_epoch = -(-num_examples // (settings.batch_size * settings.grad_accumulation))
+    num_steps = local.steps or local.epochs * per_epoch
+    return max(0, num_steps - per_epoch)
+
+
 def train(
     model: AdaptedModel,
     examples: Sequence[Encoded],
@@ -107,7 +119,7 @@ def train(
     generator: np.random.Generator,
     dropout_seed: int,
     keep_mean_gradient: bool = False,
-    choose: Choose | None = None,
+    hold_still: HoldStill | None = None,
 ) -> TrainingReport:
     """Train the named tensors from their present values, in place.
 
@@ -124,9 +136,9 @@ def train(
         generator: Draws the batches.
         dropout_seed: For dropout.
         keep_mean_gradient: Whether the report has the mean gradient of the shared names.
-        choose: Which of the names each optimizer step may move; None = all. What a step may not
-            move stays bit for bit: no decay, no momentum, and no optimizer state before its first
-            step.
+        hold_still: Which of the names an optimizer step must not move; None = moves all. What
+            stays does so bit for bit: no decay, no momentum, and no optimizer state before the
+            first step that moves it.
 
     Raises:
         FloatingPointError: The loss is NaN or infinite.
@@ -158,7 +170,7 @@ def train(
             for step in draw_batches(len(examples), settings, local, generator):
                 batches = [[examples[index] for index in batch] for batch in step]
                 step_labels = sum(example.num_labels for batch in batches for example in batch)
-                allowed = names if choose is None else frozenset(choose(batches))
+                allowed = names - frozenset(hold_still(batches)) if hold_still else names
                 model.drop_gradients()
                 step_loss = 0.0
                 for batch in batches:

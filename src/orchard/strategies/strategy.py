@@ -21,7 +21,7 @@ import torch
 from orchard.client.client import Client
 from orchard.client.objectives import Objective, causal_lm
 from orchard.client.store import Personal
-from orchard.client.training import Choose, TrainingReport, train
+from orchard.client.training import HoldStill, TrainingReport, train
 from orchard.communication.messages import Task, Update
 from orchard.evaluation.quality import evaluate
 from orchard.models.adapters import AdaptedModel
@@ -42,7 +42,7 @@ class Plan:
         memory: Tensors that it keeps without training them, such as a control variate.
         keep_mean_gradient: Whether training reports its mean gradient of the shared names.
         model: The model to train in the place of the client's, such as a submodel.
-        choose: Which names each optimizer step may move; None = all of them.
+        hold_still: Which names an optimizer step must not move; None = it moves all of them.
         observe: Called after training; what was seen in it, for ``weigh``.
         measure: Called after training; scalars to add to the client's metrics.
     """
@@ -52,7 +52,7 @@ class Plan:
     memory: Tree = field(default_factory=dict)
     keep_mean_gradient: bool = False
     model: AdaptedModel | None = None
-    choose: Choose | None = None
+    hold_still: HoldStill | None = None
     observe: Callable[[], Tree] = dict
     measure: Callable[[], Metrics] = dict
 
@@ -82,16 +82,18 @@ class Contribution:
         delta: Name to tensor.
         weight: Name to how much it counts, at least 0; the names of ``delta``.
         memory: Tensors that the client keeps without training them, after this round.
+        metrics: Scalars to add to the client's metrics.
     """
 
     delta: Tree
     weight: Mapping[str, float]
     memory: Tree
+    metrics: Metrics = field(default_factory=dict)
 
 
 Prepare: TypeAlias = Callable[[Client, Task], AbstractContextManager[Plan]]
 Weigh: TypeAlias = Callable[[Client, Task, Trained], Contribution]
-Aggregate: TypeAlias = Callable[[Iterable[Update]], Tree]
+Aggregate: TypeAlias = Callable[[Iterable[Update], Tree], Tree]
 
 
 @contextmanager
@@ -111,6 +113,11 @@ def uniformly(client: Client, task: Task, trained: Trained) -> Contribution:
     return Contribution(trained.delta, dict.fromkeys(trained.delta, 1.0), trained.plan.memory)
 
 
+def mean_delta(updates: Iterable[Update], shared: Tree) -> dict[str, torch.Tensor]:
+    """Return the weighted mean of every name that was sent, wherever the global tree stands."""
+    return mean(updates)
+
+
 @dataclass(frozen=True)
 class Strategy:
     """A federated method, as five answers. As it stands, it is FedAvg.
@@ -119,14 +126,15 @@ class Strategy:
         prepare: Readies the shared model for one client; leaving its context undoes that.
         objective: What local training minimizes.
         weigh: What is sent after training, and how much each name counts.
-        aggregate: Reduces a stream of updates to one delta.
+        aggregate: Reduces a stream of updates to one delta, given the global tree that they
+            started from.
         optimizer: Moves the global tree.
     """
 
     prepare: Prepare = train_everything
     objective: Objective = causal_lm
     weigh: Weigh = by_num_examples
-    aggregate: Aggregate = mean
+    aggregate: Aggregate = mean_delta
     optimizer: ServerOptimizer = field(default_factory=SGD)
 
 
@@ -172,7 +180,7 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
             generator=client.seeds.generator("batches", task.round_number, client.client_id),
             dropout_seed=client.seeds.integer("dropout", task.round_number, client.client_id),
             keep_mean_gradient=plan.keep_mean_gradient,
-            choose=plan.choose,
+            hold_still=plan.hold_still,
         )
         delta = _delta(model, plan, task)
         sent = strategy.weigh(client, task, Trained(plan, delta, report, plan.observe()))
@@ -185,6 +193,7 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
             "client/num_tokens": report.num_tokens,
             "client/num_examples": client.num_examples,
             **plan.measure(),
+            **sent.metrics,
         }
         if task.evaluate_local:
             started = time.monotonic()
@@ -267,7 +276,7 @@ def update_server(strategy: Strategy, state: ServerState, updates: Iterable[Upda
         ValueError: An update does not fit the global tree, or nobody trained.
     """
     counted = _Counted(updates)
-    delta = strategy.aggregate(counted)
+    delta = strategy.aggregate(counted, state.shared)
     if counted.count == 0:
         raise ValueError(
             f"round {state.round_number + 1} must have at least one update, got none; "

@@ -1,0 +1,295 @@
+"""Clients that train some of the experts: what HFedMoE and the methods it is compared with share.
+
+A client with a budget ranks the experts on its own batches, chooses the best of them, and trains
+those with everything that is not an expert. How it ranks, how often it chooses and whether it
+holds the other experts at all are settings; what it then sends is up to each method.
+
+What ``weigh`` reads of the training, for every MoE layer, in the numbering of the checkpoint:
+``usage.layers.3`` and ``importance.layers.3``, (E,) float32, and ``trained.layers.3``, (E,) bool,
+of the experts that at least one step moved.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import fmean
+
+import torch
+
+from orchard.client.client import Client
+from orchard.client.training import num_steps_before_last_epoch
+from orchard.communication.messages import Task
+from orchard.data.templates import Encoded
+from orchard.evaluation.loss import forward_losses
+from orchard.experts.importance import (
+    ImportanceSettings,
+    MeanImportance,
+    UsageMeter,
+)
+from orchard.experts.masking import ExpertSwitch, detached_experts
+from orchard.experts.observation import LayerPass, concatenate, score, watch_routing
+from orchard.experts.selection import (
+    ExpertMask,
+    num_selected,
+    random_ranks,
+    select_experts,
+    union_of_choices,
+)
+from orchard.models.adapters import AdaptedModel
+from orchard.results import Metrics
+from orchard.strategies.strategy import Plan, Strategy, place_global
+from orchard.trees import Tree
+
+RANKS = ("information", "importance", "cumulative", "specific", "frequency", "random")
+CADENCES = ("batch", "steps", "round", "run")
+_EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.")
+_ROUTER = re.compile(r"(.+)\.router(_bias)?\.")
+
+
+@dataclass(frozen=True)
+class SubsetSettings:
+    """How a client comes to the experts that it trains.
+
+    Attributes:
+        mode: ``mask`` holds all experts and trains some; ``carve`` holds the chosen ones alone.
+        rank_by: ``information`` (HFedMoE's I), ``importance`` (its s), ``cumulative``,
+            ``specific``, ``frequency`` (how many tokens chose the expert) or ``random``.
+        cadence: Choose anew for every ``batch``, every so many ``steps``, each ``round``, or once
+            in a ``run``.
+        every: Optimizer steps between choices of cadence ``steps``.
+        scoring_batches: Batches that experts are ranked on for cadences ``round`` and ``run``.
+        importance: How routing becomes scores.
+        usage_mode: How routing becomes usage; see ``UsageMeter.usage``.
+    """
+
+    mode: str = "mask"
+    rank_by: str = "information"
+    cadence: str = "batch"
+    every: int = 1
+    scoring_batches: int = 4
+    importance: ImportanceSettings = field(default_factory=ImportanceSettings)
+    usage_mode: str = "softmax_mean"
+
+
+def expert_of(name: str) -> tuple[str, int] | None:
+    """Return layer and expert that a name belongs to, or None where it belongs to none."""
+    match = _EXPERT.match(name)
+    return (match[1], int(match[2])) if match else None
+
+
+def is_router(name: str) -> bool:
+    """Say whether a name belongs to a router."""
+    return _ROUTER.match(name) is not None
+
+
+def layer_values(observed: Tree, kind: str) -> dict[str, torch.Tensor]:
+    """Return ``usage``, ``importance`` or ``trained`` of what was observed, by layer."""
+    prefix = f"{kind}."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in observed.items()
+        if name.startswith(prefix)
+    }
+
+
+def with_subset(strategy: Strategy, settings: SubsetSettings) -> Strategy:
+    """Let every client of ``strategy`` train only the experts that its budget affords."""
+
+    @contextmanager
+    def prepare(client: Client, task: Task) -> Iterator[Plan]:
+        with strategy.prepare(client, task) as plan:
+            opened = _carved if settings.mode == "carve" else _masked
+            with opened(client, task, plan, settings) as own:
+                yield own
+
+    return replace(strategy, prepare=prepare)
+
+
+@contextmanager
+def _masked(
+    client: Client, task: Task, plan: Plan, settings: SubsetSettings
+) -> Iterator[Plan]:
+    model = plan.model or client.model
+    session = _Session(client, task, model, plan, settings)
+    with (
+        detached_experts(model.view) as switch,
+        watch_routing(model.view, session.see),
+    ):
+        session.switch = switch
+        if settings.cadence == "run":
+            place_global(model, task)
+            session.choose_once()
+        yield replace(
+            plan,
+            memory={**plan.memory, **session.memory},
+            hold_still=session.hold_still,
+            observe=session.observe,
+            measure=lambda: {**plan.measure(), **session.measure()},
+        )
+
+
+@contextmanager
+def _carved(
+    client: Client, task: Task, plan: Plan, settings: SubsetSettings
+) -> Iterator[Plan]:
+    raise NotImplementedError
+    yield plan
+
+
+class _Session:
+    """One client's round: which experts learn, step by step, and what is seen of the routing."""
+
+    def __init__(
+        self,
+        client: Client,
+        task: Task,
+        model: AdaptedModel,
+        plan: Plan,
+        settings: SubsetSettings,
+    ) -> None:
+        self.client, self.task, self.model, self.settings = client, task, model, settings
+        self.layers = model.view.layers
+        self.sizes = [layer.num_experts for layer in self.layers]
+        self.budget = client.budget_experts or sum(self.sizes)
+        self.switch = ExpertSwitch()
+        self.memory: dict[str, torch.Tensor] = {}
+        self.step = 0
+        self.num_learning: list[list[int]] = []
+        self.trained = [torch.zeros(size, dtype=torch.bool) for size in self.sizes]
+        self.reset_at = num_steps_before_last_epoch(
+            client.num_examples, client.training, task.settings
+        )
+        self.start_meters()
+        position = {
+            (layer.name, expert): (index, place)
+            for index, layer in enumerate(self.layers)
+            for place, expert in enumerate(layer.expert_ids)
+        }
+        self.names: dict[tuple[int, int], list[str]] = {}
+        for name in plan.shared:
+            expert = expert_of(name)
+            if expert is not None:
+                self.names.setdefault(position[expert], []).append(name)
+        self.generator = client.seeds.generator("experts", task.round_number, client.client_id)
+
+    def start_meters(self) -> None:
+        """Forget what was seen: meters are of the last local epoch."""
+        self.usage = UsageMeter(self.sizes)
+        self.importance = MeanImportance()
+
+    def see(self, layers: tuple[LayerPass, ...]) -> None:
+        """Meter one forward pass of training; passes of scoring and evaluation do not count."""
+        if not self.model.model.training:
+            return
+        for index, layer in enumerate(layers):
+            self.usage.add(
+                index,
+                layer.probabilities_TE,
+                choices_TK=layer.choices_TK,
+                sample_T=layer.sample_T,
+            )
+        self.importance.add(score(layers, self.settings.importance))
+
+    def hold_still(self, batches: Sequence[Sequence[Encoded]]) -> Collection[str]:
+        """Choose for the coming step where it is time to, and return the names that stay."""
+        if self.step == self.reset_at:
+            self.start_meters()
+        cadence = self.settings.cadence
+        if cadence == "batch" or (cadence == "steps" and self.step % self.settings.every == 0):
+            self.switch.learning = self.choose(batches)
+        elif cadence == "round" and self.step == 0:
+            self.switch.learning = self.choose(self.scoring_batches())
+        self.step += 1
+        learning = self.switch.learning
+        assert learning is not None
+        self.num_learning.append([int(mask_E.sum()) for mask_E in learning])
+        self.trained = [t | mask_E.cpu() for t, mask_E in zip(self.trained, learning, strict=True)]
+        return [
+            name
+            for (index, place), names in self.names.items()
+            if not learning[index][place]
+            for name in names
+        ]
+
+    def choose_once(self) -> None:
+        """Take the choice of an earlier round, or choose for the whole run."""
+        names = [f"subset.{layer.name}" for layer in self.layers]
+        kept = self.client.store.load(before_round=self.task.round_number)
+        if kept is not None and names[0] in kept.tensors:
+            self.switch.learning = tuple(kept.tensors[name] for name in names)
+        else:
+            self.switch.learning = self.choose(self.scoring_batches())
+        self.memory = dict(zip(names, self.switch.learning, strict=True))
+
+    def scoring_batches(self) -> list[list[Encoded]]:
+        """Draw the batches that a choice for longer than a batch is made on."""
+        size = self.client.training.batch_size
+        examples = self.client.train
+        order = self.generator.permutation(len(examples))[: size * self.settings.scoring_batches]
+        drawn = [examples[int(index)] for index in order]
+        return [drawn[start : start + size] for start in range(0, len(drawn), size)]
+
+    def choose(self, batches: Sequence[Sequence[Encoded]]) -> ExpertMask:
+        """Return the experts to train, ranked on these batches, within the budget."""
+        layers = self.route(batches)
+        union = union_of_choices([layer.choices_TK for layer in layers], self.sizes)
+        kind = self.settings.rank_by
+        if kind == "random":
+            rank = random_ranks(union, self.generator)
+        elif kind == "frequency":
+            rank = tuple(
+                torch.bincount(layer.choices_TK.flatten(), minlength=size + 1)[:size].float()
+                for layer, size in zip(layers, self.sizes, strict=True)
+            )
+        else:
+            scores = score(layers, self.settings.importance)
+            rank = tuple(layer.ranked_by(kind) for layer in scores)
+        return tuple(mask_E.cpu() for mask_E in select_experts(rank, union, self.budget))
+
+    def route(self, batches: Sequence[Sequence[Encoded]]) -> tuple[LayerPass, ...]:
+        """Run batches forward as in evaluation and return their routing as one batch."""
+        passes: list[tuple[LayerPass, ...]] = []
+        was_training = self.model.model.training
+        self.model.model.eval()
+        try:
+            with torch.no_grad(), watch_routing(self.model.view, passes.append):
+                for batch in batches:
+                    forward_losses(self.model, batch)
+        finally:
+            self.model.model.train(was_training)
+        return concatenate(passes)
+
+    def observe(self) -> dict[str, torch.Tensor]:
+        """Return usage and importance, and which experts were trained; see the module."""
+        observed = {}
+        usage = self.usage.usage(self.settings.usage_mode)
+        importance = self.importance.mean()
+        for index, layer in enumerate(self.layers):
+            for kind, values_E in (
+                ("usage", usage[index]),
+                ("importance", importance[index]),
+                ("trained", self.trained[index]),
+            ):
+                observed[f"{kind}.{layer.name}"] = values_E.cpu()
+        return observed
+
+    def measure(self) -> Metrics:
+        """Return the mean share of experts that a step trained, in all and by layer."""
+        if not self.num_learning:
+            return {}
+        shares = {
+            f"client/active_share_{layer.name}": fmean(step[index] for step in self.num_learning)
+            / self.sizes[index]
+            for index, layer in enumerate(self.layers)
+        }
+        mean_active = fmean(sum(step) for step in self.num_learning)
+        return {
+            "client/budget_experts": self.budget,
+            "client/active_experts": mean_active,
+            "client/active_share": mean_active / sum(self.sizes),
+            "client/trained_experts": num_selected(tuple(self.trained)),
+            **shares,
+        }
