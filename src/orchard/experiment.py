@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchard.budgets import expert_budgets
 from orchard.client.client import Client
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
@@ -60,6 +61,7 @@ class Experiment:
         retention: Encoded examples of what the base knew before.
         calibration: Encoded calibration corpus.
         tokenizer: The model's.
+        budgets: Client id to the experts that it can afford, over all MoE layers; None = all.
     """
 
     recipe: Recipe
@@ -69,6 +71,7 @@ class Experiment:
     retention: list[TestExample]
     calibration: list[Encoded]
     tokenizer: Any
+    budgets: Mapping[str, int | None]
 
 
 def prepare_experiment(recipe: Recipe) -> Experiment:
@@ -93,7 +96,8 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
         )
     retention, calibration = read_retention(recipe), read_calibration(recipe)
     check_device(recipe.model.device)
-    check_model(recipe.model.path, lora_settings(recipe))
+    view = check_model(recipe.model.path, lora_settings(recipe))
+    budgets = expert_budgets(recipe, view, num_clients=num_clients)
     tokenizer = load_tokenizer(recipe.model.path)
 
     def encode_all(examples: Sequence[Example]) -> list[Encoded]:
@@ -117,6 +121,7 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
         retention=encode_test(retention),
         calibration=encode_all(calibration),
         tokenizer=tokenizer,
+        budgets=dict(zip(federation.train, budgets, strict=True)),
     )
 
 
@@ -233,6 +238,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             training=training,
             evaluation=evaluation,
             seeds=Seeds(recipe.seed),
+            budget_experts=experiment.budgets[client_id],
         )
         for client_id, examples in experiment.federation.train.items()
     ]

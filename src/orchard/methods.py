@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from orchard.experts.grafting import GraftSettings
+from orchard.experts.importance import ImportanceSettings
 from orchard.recipe.options import Recipe
 from orchard.server.optimizers import SGD
 from orchard.strategies.fedopt import adaptive, fedavgm
 from orchard.strategies.fedprox import fedprox
 from orchard.strategies.flex import FlexSettings, flex
+from orchard.strategies.hfedmoe import HfedmoeSettings, hfedmoe
 from orchard.strategies.local import local
 from orchard.strategies.scaffold import scaffold
 from orchard.strategies.strategy import Strategy, by_num_examples, uniformly
+from orchard.strategies.subset import SubsetSettings
 
 ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
 
@@ -30,8 +33,9 @@ class Method:
     Attributes:
         about: One line for people.
         source: The paper.
-        part: What it decides: ``server`` (one at most), ``objective``, ``experts``, ``control``
-            or ``sharing``. Parts are put together in this order, whatever the order of names.
+        part: What it decides: ``server`` (one at most), ``objective``, ``budget`` (one at most),
+            ``experts``, ``control`` or ``sharing``. Parts are put together in this order, whatever
+            the order of names.
         apply: Makes a strategy into one with the method in it, given the recipe and the number of
             clients.
     """
@@ -42,7 +46,7 @@ class Method:
     apply: Callable[[Strategy, Recipe, int], Strategy]
 
 
-_PARTS = ("server", "objective", "experts", "control", "sharing")
+_PARTS = ("server", "objective", "budget", "experts", "control", "sharing")
 
 
 def _adaptive(rule: str) -> Callable[[Strategy, Recipe, int], Strategy]:
@@ -83,6 +87,36 @@ def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     )
 
 
+def subset_settings(recipe: Recipe) -> SubsetSettings:
+    """Return how clients choose the experts that they train."""
+    s = recipe.selection
+    return SubsetSettings(
+        mode=s.mode,
+        rank_by=s.rank_by,
+        cadence=s.cadence,
+        every=s.every,
+        scoring_batches=s.scoring_batches,
+        importance=ImportanceSettings(
+            cumulative_weight=s.cumulative_weight, beta=s.beta, level=s.level, softmax=s.softmax
+        ),
+        usage_mode=s.usage_mode,
+    )
+
+
+def _hfedmoe(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    s = recipe.selection
+    return hfedmoe(
+        strategy,
+        HfedmoeSettings(
+            subset=subset_settings(recipe),
+            threshold=s.threshold,
+            require_trained=s.require_trained,
+            experts=s.experts,
+            router=s.router,
+        ),
+    )
+
+
 def _scaffold(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     cohort = recipe.server.clients_per_round or num_clients
     return scaffold(strategy, participation=cohort / num_clients)
@@ -116,6 +150,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Li et al., 2020, arXiv:1812.06127",
             "objective",
             lambda strategy, recipe, num_clients: fedprox(strategy, mu=recipe.strategy.prox_mu),
+        ),
+        "hfedmoe": Method(
+            "clients train the experts that they can afford",
+            "Fang et al., 2026, arXiv:2601.00583",
+            "budget",
+            _hfedmoe,
         ),
         "flex": Method(
             "a personal expert grafted beside the frozen ones",
@@ -156,11 +196,17 @@ def check_strategy(name: str) -> tuple[str, ...]:
     if len(set(names)) < len(names):
         raise ValueError(f"strategy.name must name a method once, got {name}")
     of_part = {part: [n for n in names if METHODS[n].part == part] for part in _PARTS}
-    if len(of_part["server"]) > 1:
+    for part, what in (("server", "server optimizer"), ("budget", "way to fit a budget")):
+        if len(of_part[part]) > 1:
+            raise ValueError(
+                f"strategy.name must have one {what}, got {' and '.join(of_part[part])}"
+            )
+    if of_part["budget"] and of_part["control"]:
         raise ValueError(
-            f"strategy.name must have one server optimizer, got {' and '.join(of_part['server'])}"
+            f"strategy.name must not join {of_part['budget'][0]} with {of_part['control'][0]}, "
+            "got both; a control variate needs every gradient of every round"
         )
-    others = of_part["server"] + of_part["objective"] + of_part["control"]
+    others = of_part["server"] + of_part["objective"] + of_part["control"] + of_part["budget"]
     if of_part["sharing"] and others:
         raise ValueError(
             f"strategy.name must not join local with {others[0]}, got {name}; "

@@ -28,9 +28,7 @@ class LayerPass:
 
 
 @contextmanager
-def watch_routing(
-    view: MoEView, see: Callable[[tuple[LayerPass, ...]], None]
-) -> Iterator[None]:
+def watch_routing(view: MoEView, see: Callable[[tuple[LayerPass, ...]], None]) -> Iterator[None]:
     """Call ``see`` after every forward pass of a model while the context lasts.
 
     Args:
@@ -40,7 +38,10 @@ def watch_routing(
     with record_routing(view) as record:
 
         def before(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            record.token_mask_BS = kwargs.get("attention_mask")
+            mask_BS = kwargs.get("attention_mask")
+            # While a text is generated, the mask is longer than what is fed.
+            fits = mask_BS is not None and mask_BS.shape == kwargs["input_ids"].shape
+            record.token_mask_BS = mask_BS if fits else None
 
         def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             shape = kwargs["input_ids"].shape

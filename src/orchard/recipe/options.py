@@ -131,8 +131,84 @@ class StrategyOptions:
 
 
 @dataclass(frozen=True)
+class SelectionOptions:
+    """Which experts a client with a budget trains, and which of them it sends."""
+
+    mode: str = option(
+        "mask",
+        "mask: all experts run, the chosen ones learn (HFedMoE); carve: a client loads the chosen "
+        "ones alone and routes among them, for cadence round or run.",
+        choices=("mask", "carve"),
+    )
+    rank_by: str = option(
+        "information",
+        "HFedMoE: what is best: information (I), importance (s), cumulative, specific, frequency "
+        "of use, or random.",
+        choices=("information", "importance", "cumulative", "specific", "frequency", "random"),
+    )
+    cadence: str = option(
+        "batch",
+        "HFedMoE: choose for every batch (paper), every so many steps, each round, or once a run.",
+        choices=("batch", "steps", "round", "run"),
+    )
+    every: int = option(1, "Optimizer steps between choices of cadence steps.", minimum=1)
+    scoring_batches: int = option(
+        4, "Batches that experts are ranked on, for cadences round and run.", minimum=1
+    )
+    cumulative_weight: float = option(
+        0.9, "HFedMoE: lambda, mean against maximum probability.", minimum=0, maximum=1
+    )
+    beta: float = option(0.1, "HFedMoE: weight of the redundancy.", minimum=0)
+    level: str = option(
+        "token", "HFedMoE: what means and maxima go over.", choices=("token", "sample")
+    )
+    softmax: str = option(
+        "full",
+        "HFedMoE: probabilities as they are, or those of the chosen experts only.",
+        choices=("full", "top_k"),
+    )
+    usage_mode: str = option(
+        "softmax_mean",
+        "HFedMoE: usage is the mean probability (Eq. 16), the share of samples that use the "
+        "expert, or the mean over the layer's largest.",
+        choices=("softmax_mean", "hit_rate", "relative"),
+    )
+    threshold: float = option(
+        1.0,
+        "HFedMoE: usage from which an expert is sent, in units of 1 / experts of a layer: the "
+        "paper's tau times that number; 0 sends all.",
+        minimum=0,
+    )
+    require_trained: bool = option(
+        False, "HFedMoE: send only experts that were also trained in the round."
+    )
+    experts: str = option(
+        "usage",
+        "HFedMoE: send the experts that pass the threshold, or all.",
+        choices=("usage", "all"),
+    )
+    router: str = option(
+        "preference",
+        "HFedMoE: routers count by preference (Eqs. 18-21, normalized), literal (Eq. 21 as "
+        "printed, which collapses), damped (its weights on deltas), or as all else by examples.",
+        choices=("preference", "literal", "damped", "examples"),
+    )
+
+
+@dataclass(frozen=True)
 class ClientOptions:
     """Local training."""
+
+    budget: str = option(
+        "",
+        "Experts that a client may train, over all layers: 16 or 25%; a list with one for each "
+        "client; uniform(25%, 100%); empty = all.",
+    )
+    memory_bytes: str = option(
+        "",
+        "Memory of a client, from which its budget follows: 12GB; a list; uniform(12GB, 32GB); "
+        "empty = no limit.",
+    )
 
     steps: int = option(5, "Optimizer steps per round; 0 where epochs rules.", minimum=0)
     epochs: int = option(0, "Passes over the data per round; 0 where steps rules.", minimum=0)
@@ -206,6 +282,7 @@ class Recipe:
     model: ModelOptions = field(default_factory=ModelOptions)
     data: DataOptions = field(default_factory=DataOptions)
     strategy: StrategyOptions = field(default_factory=StrategyOptions)
+    selection: SelectionOptions = field(default_factory=SelectionOptions)
     client: ClientOptions = field(default_factory=ClientOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)

@@ -109,9 +109,7 @@ def with_subset(strategy: Strategy, settings: SubsetSettings) -> Strategy:
 
 
 @contextmanager
-def _masked(
-    client: Client, task: Task, plan: Plan, settings: SubsetSettings
-) -> Iterator[Plan]:
+def _masked(client: Client, task: Task, plan: Plan, settings: SubsetSettings) -> Iterator[Plan]:
     model = plan.model or client.model
     session = _Session(client, task, model, plan, settings)
     with (
@@ -132,9 +130,7 @@ def _masked(
 
 
 @contextmanager
-def _carved(
-    client: Client, task: Task, plan: Plan, settings: SubsetSettings
-) -> Iterator[Plan]:
+def _carved(client: Client, task: Task, plan: Plan, settings: SubsetSettings) -> Iterator[Plan]:
     raise NotImplementedError
     yield plan
 
