@@ -73,16 +73,24 @@ class FusedExperts:
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
         """Return views of one expert's projections; a view of an interleaved layout is strided."""
+        return self.split(lambda name: self._parameter(name)[expert])
+
+    def split(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return the projections that one expert's slices hold, as views of them.
+
+        Args:
+            read: The name of a parameter, ``gate_up_proj`` or ``down_proj_bias``, to the slice.
+        """
         kinds = ("", "_bias") if self.has_bias else ("",)
         tensors = {}
         for kind in kinds:
             if self.has_gate:
-                gate, up = self._halves(self._slice("gate_up_proj" + kind, expert))
+                gate, up = self._halves(self._turn(read("gate_up_proj" + kind)))
                 tensors["gate_proj" + kind] = gate
                 tensors["up_proj" + kind] = up
             else:
-                tensors["up_proj" + kind] = self._slice("up_proj" + kind, expert)
-            tensors["down_proj" + kind] = self._slice("down_proj" + kind, expert)
+                tensors["up_proj" + kind] = self._turn(read("up_proj" + kind))
+            tensors["down_proj" + kind] = self._turn(read("down_proj" + kind))
         return tensors
 
     def parameters(self) -> list[nn.Parameter]:
@@ -119,7 +127,9 @@ class FusedExperts:
         return cast(nn.Parameter, getattr(self.module, name))
 
     def _slice(self, name: str, expert: int) -> Tensor:
-        values = self._parameter(name)[expert]
+        return self._turn(self._parameter(name)[expert])
+
+    def _turn(self, values: Tensor) -> Tensor:
         return values.t() if self.is_transposed and values.ndim == 2 else values
 
     def _halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
