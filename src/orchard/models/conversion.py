@@ -12,7 +12,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,8 +112,8 @@ class StoredExperts:
         one = torch.empty((1, *self.shape[1:]), device="meta")
         model = SimpleNamespace(get_parameter=lambda name: one)
         result: Any = converter.convert(self.name, model=model)[self.name]
-        tensor: Tensor = result[0] if isinstance(result, list) else result
-        return tensor.squeeze(0)
+        (fused,) = result if isinstance(result, list) else (result,)
+        return cast(Tensor, fused).squeeze(0)
 
 
 @dataclass(frozen=True)
