@@ -96,7 +96,7 @@ def check_device(device: str) -> None:
 
 
 @contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def without_progress_bars() -> Iterator[None]:
     """Keep transformers from drawing bars of its own into ours."""
     was_enabled = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -177,7 +177,7 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
     """
     source = resolve(path)
     try:
-        with _without_progress_bars():
+        with without_progress_bars():
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
             )

@@ -21,6 +21,9 @@ from orchard.models.storage import is_fused, is_listed
 if TYPE_CHECKING:
     from orchard.models.moe import MoELayer, MoEView
 
+# What modules call K.
+TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "moe_topk")
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -94,7 +97,7 @@ def _choose(logits_TE: Tensor, block: nn.Module) -> Routing:
 
 def find_top_k(module: nn.Module) -> int | None:
     """Return the experts per token that ``module`` states, or None."""
-    for name in ("top_k", "num_experts_per_tok", "topk", "moe_topk"):
+    for name in TOP_K_NAMES:
         value = getattr(module, name, None)
         if isinstance(value, int):
             return value

@@ -81,31 +81,46 @@ class FusedExperts:
 
     def tensors(self, expert: int) -> dict[str, Tensor]:
         """Return views of one expert's projections; a view of an interleaved layout is strided."""
-        return {name: view(parameter) for name, (parameter, view) in self.slices(expert).items()}
+        return self.split(lambda name: self._parameter(name)[expert])
+
+    def split(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return the projections that one expert's slices hold, as views of them.
+
+        Args:
+            read: The name of a parameter, ``gate_up_proj`` or ``down_proj_bias``, to the slice.
+        """
+        places = self._places()
+        values = {name: read(name) for name in dict.fromkeys(places.values())}
+        return {local: self._take(local, values[name]) for local, name in places.items()}
 
     def slices(self, expert: int) -> dict[str, Slice]:
         """Return the parameter and the place in it of each of one expert's projections."""
 
-        def whole(values: Tensor) -> Tensor:
-            own = values[expert]
-            return own.t() if self.is_transposed and own.ndim == 2 else own
+        def view(local: str) -> Callable[[Tensor], Tensor]:
+            return lambda values: self._take(local, values[expert])
 
-        def gate(values: Tensor) -> Tensor:
-            return self._halves(whole(values))[0]
+        return {
+            local: (self._parameter(name), view(local)) for local, name in self._places().items()
+        }
 
-        def up(values: Tensor) -> Tensor:
-            return self._halves(whole(values))[1]
-
-        slices: dict[str, Slice] = {}
+    def _places(self) -> dict[str, str]:
+        """Return which parameter holds which projection."""
+        places = {}
         for kind in ("", "_bias") if self.has_bias else ("",):
-            if self.has_gate:
-                gate_up = self._parameter("gate_up_proj" + kind)
-                slices["gate_proj" + kind] = gate_up, gate
-                slices["up_proj" + kind] = gate_up, up
-            else:
-                slices["up_proj" + kind] = self._parameter("up_proj" + kind), whole
-            slices["down_proj" + kind] = self._parameter("down_proj" + kind), whole
-        return slices
+            for local in ("gate_proj", "up_proj") if self.has_gate else ():
+                places[local + kind] = "gate_up_proj" + kind
+            if not self.has_gate:
+                places["up_proj" + kind] = "up_proj" + kind
+            places["down_proj" + kind] = "down_proj" + kind
+        return places
+
+    def _take(self, local: str, values: Tensor) -> Tensor:
+        """Return a projection, as a view of one expert's slice of its parameter."""
+        turned = self._turn(values)
+        if not self.has_gate or local.startswith("down_proj"):
+            return turned
+        gate, up = self._halves(turned)
+        return gate if local.startswith("gate_proj") else up
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the 3-D parameters and, where there are any, their biases."""
@@ -141,7 +156,9 @@ class FusedExperts:
         return cast(nn.Parameter, getattr(self.module, name))
 
     def _slice(self, name: str, expert: int) -> Tensor:
-        values = self._parameter(name)[expert]
+        return self._turn(self._parameter(name)[expert])
+
+    def _turn(self, values: Tensor) -> Tensor:
         return values.t() if self.is_transposed and values.ndim == 2 else values
 
     def _halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
