@@ -20,6 +20,7 @@ from orchard.data.templates import Encoded, encode
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings, TestExample
+from orchard.experts.submodel import SubmodelSource
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
 from orchard.methods import build_strategy, check_strategy
 from orchard.models.adapters import AdaptedModel
@@ -188,7 +189,12 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
         ValueError: The base's dtype is too narrow for it.
     """
     options = recipe.model
-    full = words(options.full_targets)
+    targets, full = words(options.lora_targets), words(options.full_targets)
+    if not targets and not full:
+        raise ValueError(
+            "model.lora_targets or model.full_targets must name something, got nothing in both; "
+            "name linear layers, router or experts"
+        )
     if full and options.dtype != "float32":
         raise ValueError(
             f"model.dtype must be float32 with model.full_targets, got {options.dtype}; "
@@ -198,7 +204,7 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
         rank=options.lora_rank,
         alpha=options.lora_alpha,
         dropout=options.lora_dropout,
-        targets=words(options.lora_targets),
+        targets=targets,
         full=full,
     )
 
@@ -225,6 +231,15 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
     )
+    submodels = SubmodelSource(
+        path=recipe.model.path,
+        dtype=recipe.model.dtype,
+        device=recipe.model.device,
+        lora=lora_settings(recipe),
+        tokenizer=experiment.tokenizer,
+        base_digest=model.base_digest,
+        seed=Seeds(recipe.seed).integer("adapters"),
+    )
     return [
         Client(
             client_id=client_id,
@@ -239,6 +254,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             evaluation=evaluation,
             seeds=Seeds(recipe.seed),
             budget_experts=experiment.budgets[client_id],
+            submodels=submodels,
         )
         for client_id, examples in experiment.federation.train.items()
     ]

@@ -10,6 +10,7 @@ from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.quality import EvaluationSettings, TestExample
+from orchard.experts.submodel import SubmodelSource
 from orchard.models.adapters import AdaptedModel
 from orchard.seeding import Seeds
 
@@ -31,6 +32,7 @@ class Client:
         evaluation: How it evaluates.
         seeds: The run's randomness.
         budget_experts: How many experts it can afford to train, over all MoE layers; None = all.
+        submodels: Where it opens models that hold some experts; None = it has no checkpoint.
     """
 
     client_id: str
@@ -45,6 +47,7 @@ class Client:
     evaluation: EvaluationSettings
     seeds: Seeds
     budget_experts: int | None = None
+    submodels: SubmodelSource | None = None
 
     @property
     def num_examples(self) -> int:

@@ -118,7 +118,9 @@ def full_slots(
     }
     if ALL in targets or EXPERTS in targets:
         for layer in view.layers:
-            if not taken & {id(parameter) for parameter in layer.storage.parameters()}:
+            parameters = layer.storage.parameters()
+            # A skeleton has experts on meta: shapes without values.
+            if not taken & {id(p) for p in parameters} and not parameters[0].is_meta:
                 yield from _expert_slots(layer)
     if ALL in targets or ROUTER in targets:
         for layer in view.layers:

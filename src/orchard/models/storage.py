@@ -103,6 +103,23 @@ class FusedExperts:
             local: (self._parameter(name), view(local)) for local, name in self._places().items()
         }
 
+    def projections(self) -> dict[str, tuple[str, ...]]:
+        """Return the projections that each parameter of weights holds, in order."""
+        places = {local: name for local, name in self._places().items() if "_bias" not in local}
+        return {
+            name: tuple(local for local, own in places.items() if own == name)
+            for name in dict.fromkeys(places.values())
+        }
+
+    def halve(self, values: Tensor, locals_: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Cut (out, in) of a parameter's slice into its projections, as views.
+
+        Args:
+            values: One expert's weights in ``nn.Linear`` orientation.
+            locals_: An entry of ``projections``.
+        """
+        return (values,) if len(locals_) == 1 else self._halves(values)
+
     def _places(self) -> dict[str, str]:
         """Return which parameter holds which projection."""
         places = {}

@@ -107,11 +107,6 @@ def check_targets(view: MoEView, settings: LoraSettings) -> None:
             f"model.full_targets must not name what model.lora_targets names, got {min(twice)} in "
             "both; train it in one way"
         )
-    if not settings.targets and not settings.full:
-        raise ValueError(
-            "model.lora_targets or model.full_targets must name something, got nothing in both; "
-            f"name linear layers, {ROUTER} or {EXPERTS}"
-        )
 
 
 def inject_lora(

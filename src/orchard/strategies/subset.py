@@ -111,69 +111,88 @@ def with_subset(strategy: Strategy, settings: SubsetSettings) -> Strategy:
 @contextmanager
 def _masked(client: Client, task: Task, plan: Plan, settings: SubsetSettings) -> Iterator[Plan]:
     model = plan.model or client.model
-    session = _Session(client, task, model, plan, settings)
-    with (
-        detached_experts(model.view) as switch,
-        watch_routing(model.view, session.see),
-    ):
+    sizes = {layer.name: layer.num_experts for layer in model.view.layers}
+    session = _Session(client, task, plan, settings, sizes)
+    session.begin(model)
+    with detached_experts(model.view) as switch, watch_routing(model.view, session.see):
         session.switch = switch
         if settings.cadence == "run":
             place_global(model, task)
-            session.choose_once()
-        yield replace(
-            plan,
-            memory={**plan.memory, **session.memory},
-            hold_still=session.hold_still,
-            observe=session.observe,
-            measure=lambda: {**plan.measure(), **session.measure()},
-        )
+            switch.learning = session.choose_for_round(model)
+        yield session.extend(plan)
 
 
 @contextmanager
 def _carved(client: Client, task: Task, plan: Plan, settings: SubsetSettings) -> Iterator[Plan]:
-    raise NotImplementedError
-    yield plan
+    assert client.submodels is not None, "a client that carves needs a checkpoint"
+    assert plan.model is None, "one submodel at a time"
+    with client.submodels.skeleton(task.shared) as skeleton:
+        sizes = {layer.name: layer.num_experts for layer in skeleton.view.layers}
+        session = _Session(client, task, plan, settings, sizes)
+        chosen = session.choose_for_round(skeleton)
+    model = client.submodels.carve([mask_E.nonzero().flatten().tolist() for mask_E in chosen])
+    session.begin(model)
+    session.switch.learning = chosen
+    names = set(model.adapter_names)
+    with watch_routing(model.view, session.see):
+        yield replace(
+            session.extend(plan),
+            model=model,
+            shared=tuple(name for name in plan.shared if name in names),
+        )
 
 
 class _Session:
-    """One client's round: which experts learn, step by step, and what is seen of the routing."""
+    """One client's round: which experts learn, step by step, and what is seen of the routing.
+
+    Masks are over all experts, in the checkpoint's numbering, whatever the model holds.
+    """
 
     def __init__(
         self,
         client: Client,
         task: Task,
-        model: AdaptedModel,
         plan: Plan,
         settings: SubsetSettings,
+        sizes: dict[str, int],
     ) -> None:
-        self.client, self.task, self.model, self.settings = client, task, model, settings
-        self.layers = model.view.layers
-        self.sizes = [layer.num_experts for layer in self.layers]
-        self.budget = client.budget_experts or sum(self.sizes)
+        self.client, self.task, self.settings = client, task, settings
+        self.sizes = sizes
+        self.budget = client.budget_experts or sum(sizes.values())
+        self.generator = client.seeds.generator("experts", task.round_number, client.client_id)
         self.switch = ExpertSwitch()
         self.memory: dict[str, torch.Tensor] = {}
         self.step = 0
         self.num_learning: list[list[int]] = []
-        self.trained = [torch.zeros(size, dtype=torch.bool) for size in self.sizes]
+        self.trained = [torch.zeros(size, dtype=torch.bool) for size in sizes.values()]
         self.reset_at = num_steps_before_last_epoch(
             client.num_examples, client.training, task.settings
         )
-        self.start_meters()
-        position = {
-            (layer.name, expert): (index, place)
-            for index, layer in enumerate(self.layers)
-            for place, expert in enumerate(layer.expert_ids)
-        }
+        positions = {layer: index for index, layer in enumerate(sizes)}
         self.names: dict[tuple[int, int], list[str]] = {}
         for name in plan.shared:
-            expert = expert_of(name)
-            if expert is not None:
-                self.names.setdefault(position[expert], []).append(name)
-        self.generator = client.seeds.generator("experts", task.round_number, client.client_id)
+            found = expert_of(name)
+            if found is not None:
+                self.names.setdefault((positions[found[0]], found[1]), []).append(name)
+
+    def extend(self, plan: Plan) -> Plan:
+        """Return the plan with the session's answers in it."""
+        return replace(
+            plan,
+            memory={**plan.memory, **self.memory},
+            hold_still=self.hold_still,
+            observe=self.observe,
+            measure=lambda: {**plan.measure(), **self.measure()},
+        )
+
+    def begin(self, model: AdaptedModel) -> None:
+        """Train ``model`` from now on."""
+        self.model = model
+        self.start_meters()
 
     def start_meters(self) -> None:
         """Forget what was seen: meters are of the last local epoch."""
-        self.usage = UsageMeter(self.sizes)
+        self.usage = UsageMeter([layer.num_experts for layer in self.model.view.layers])
         self.importance = MeanImportance()
 
     def see(self, layers: tuple[LayerPass, ...]) -> None:
@@ -195,30 +214,36 @@ class _Session:
             self.start_meters()
         cadence = self.settings.cadence
         if cadence == "batch" or (cadence == "steps" and self.step % self.settings.every == 0):
-            self.switch.learning = self.choose(batches)
-        elif cadence == "round" and self.step == 0:
-            self.switch.learning = self.choose(self.scoring_batches())
+            self.switch.learning = self.choose(self.model, batches)
+        elif self.switch.learning is None:
+            self.switch.learning = self.choose_for_round(self.model)
         self.step += 1
         learning = self.switch.learning
-        assert learning is not None
         self.num_learning.append([int(mask_E.sum()) for mask_E in learning])
-        self.trained = [t | mask_E.cpu() for t, mask_E in zip(self.trained, learning, strict=True)]
+        self.trained = [t | mask_E for t, mask_E in zip(self.trained, learning, strict=True)]
         return [
             name
-            for (index, place), names in self.names.items()
-            if not learning[index][place]
+            for (index, expert), names in self.names.items()
+            if not learning[index][expert]
             for name in names
         ]
 
-    def choose_once(self) -> None:
-        """Take the choice of an earlier round, or choose for the whole run."""
-        names = [f"subset.{layer.name}" for layer in self.layers]
-        kept = self.client.store.load(before_round=self.task.round_number)
-        if kept is not None and names[0] in kept.tensors:
-            self.switch.learning = tuple(kept.tensors[name] for name in names)
+    def choose_for_round(self, model: AdaptedModel) -> ExpertMask:
+        """Return the choice of an earlier round where it is for the run, or choose.
+
+        Args:
+            model: At the global values, with whole routers.
+        """
+        keys = [f"subset.{layer}" for layer in self.sizes]
+        is_kept = self.settings.cadence == "run"
+        kept = self.client.store.load(before_round=self.task.round_number) if is_kept else None
+        if kept is not None and keys[0] in kept.tensors:
+            chosen: ExpertMask = tuple(kept.tensors[key] for key in keys)
         else:
-            self.switch.learning = self.choose(self.scoring_batches())
-        self.memory = dict(zip(names, self.switch.learning, strict=True))
+            chosen = self.choose(model, self.scoring_batches())
+        if is_kept:
+            self.memory = dict(zip(keys, chosen, strict=True))
+        return chosen
 
     def scoring_batches(self) -> list[list[Encoded]]:
         """Draw the batches that a choice for longer than a batch is made on."""
@@ -228,64 +253,69 @@ class _Session:
         drawn = [examples[int(index)] for index in order]
         return [drawn[start : start + size] for start in range(0, len(drawn), size)]
 
-    def choose(self, batches: Sequence[Sequence[Encoded]]) -> ExpertMask:
+    def choose(self, model: AdaptedModel, batches: Sequence[Sequence[Encoded]]) -> ExpertMask:
         """Return the experts to train, ranked on these batches, within the budget."""
-        layers = self.route(batches)
-        union = union_of_choices([layer.choices_TK for layer in layers], self.sizes)
+        layers = route(model, batches)
+        sizes = list(self.sizes.values())
+        union = union_of_choices([layer.choices_TK for layer in layers], sizes)
         kind = self.settings.rank_by
         if kind == "random":
             rank = random_ranks(union, self.generator)
         elif kind == "frequency":
             rank = tuple(
                 torch.bincount(layer.choices_TK.flatten(), minlength=size + 1)[:size].float()
-                for layer, size in zip(layers, self.sizes, strict=True)
+                for layer, size in zip(layers, sizes, strict=True)
             )
         else:
             scores = score(layers, self.settings.importance)
             rank = tuple(layer.ranked_by(kind) for layer in scores)
         return tuple(mask_E.cpu() for mask_E in select_experts(rank, union, self.budget))
 
-    def route(self, batches: Sequence[Sequence[Encoded]]) -> tuple[LayerPass, ...]:
-        """Run batches forward as in evaluation and return their routing as one batch."""
-        passes: list[tuple[LayerPass, ...]] = []
-        was_training = self.model.model.training
-        self.model.model.eval()
-        try:
-            with torch.no_grad(), watch_routing(self.model.view, passes.append):
-                for batch in batches:
-                    forward_losses(self.model, batch)
-        finally:
-            self.model.model.train(was_training)
-        return concatenate(passes)
-
     def observe(self) -> dict[str, torch.Tensor]:
-        """Return usage and importance, and which experts were trained; see the module."""
-        observed = {}
+        """Return usage and importance, and which experts were trained; see the module.
+
+        An expert that the model does not hold was not used and is of no importance.
+        """
         usage = self.usage.usage(self.settings.usage_mode)
         importance = self.importance.mean()
-        for index, layer in enumerate(self.layers):
-            for kind, values_E in (
-                ("usage", usage[index]),
-                ("importance", importance[index]),
-                ("trained", self.trained[index]),
-            ):
-                observed[f"{kind}.{layer.name}"] = values_E.cpu()
+        observed = {}
+        for index, layer in enumerate(self.model.view.layers):
+            ids = torch.tensor(layer.expert_ids)
+            for kind, values in (("usage", usage[index]), ("importance", importance[index])):
+                values_E = torch.zeros(self.sizes[layer.name])
+                values_E[ids] = values.cpu()
+                observed[f"{kind}.{layer.name}"] = values_E
+            observed[f"trained.{layer.name}"] = self.trained[index]
         return observed
 
     def measure(self) -> Metrics:
         """Return the mean share of experts that a step trained, in all and by layer."""
         if not self.num_learning:
             return {}
+        sizes = self.sizes
         shares = {
-            f"client/active_share_{layer.name}": fmean(step[index] for step in self.num_learning)
-            / self.sizes[index]
-            for index, layer in enumerate(self.layers)
+            f"client/active_share_{layer}": fmean(step[index] for step in self.num_learning) / size
+            for index, (layer, size) in enumerate(sizes.items())
         }
         mean_active = fmean(sum(step) for step in self.num_learning)
         return {
             "client/budget_experts": self.budget,
             "client/active_experts": mean_active,
-            "client/active_share": mean_active / sum(self.sizes),
+            "client/active_share": mean_active / sum(sizes.values()),
             "client/trained_experts": num_selected(tuple(self.trained)),
             **shares,
         }
+
+
+def route(model: AdaptedModel, batches: Sequence[Sequence[Encoded]]) -> tuple[LayerPass, ...]:
+    """Run batches forward as in evaluation and return their routing as one batch."""
+    passes: list[tuple[LayerPass, ...]] = []
+    was_training = model.model.training
+    model.model.eval()
+    try:
+        with torch.no_grad(), watch_routing(model.view, passes.append):
+            for batch in batches:
+                forward_losses(model, batch)
+    finally:
+        model.model.train(was_training)
+    return concatenate(passes)
