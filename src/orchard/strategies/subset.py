@@ -113,12 +113,11 @@ def _masked(client: Client, task: Task, plan: Plan, settings: SubsetSettings) ->
     model = plan.model or client.model
     sizes = {layer.name: layer.num_experts for layer in model.view.layers}
     session = _Session(client, task, plan, settings, sizes)
-    session.begin(model)
     with detached_experts(model.view) as switch, watch_routing(model.view, session.see):
         session.switch = switch
         if settings.cadence == "run":
             place_global(model, task)
-            switch.learning = session.choose_for_round(model)
+            switch.learning = session.choose_for_round(route(model, session.scoring_batches()))
         yield session.extend(plan)
 
 
@@ -129,24 +128,24 @@ def _carved(client: Client, task: Task, plan: Plan, settings: SubsetSettings) ->
     with client.submodels.skeleton(task.shared) as skeleton:
         sizes = {layer.name: layer.num_experts for layer in skeleton.view.layers}
         session = _Session(client, task, plan, settings, sizes)
-        chosen = session.choose_for_round(skeleton)
-    model = client.submodels.carve([mask_E.nonzero().flatten().tolist() for mask_E in chosen])
-    session.begin(model)
-    session.switch.learning = chosen
+        layers = route(skeleton, session.scoring_batches())
+    # Usage is of whole routers, as other clients measure it: among its own experts alone, those of
+    # a client with few would all look much used.
+    session.meter(layers)
+    session.reset_at = None
+    session.switch.learning = session.choose_for_round(layers)
+    kept = [mask_E.nonzero().flatten().tolist() for mask_E in session.switch.learning]
+    model = client.submodels.carve(kept)
     names = set(model.adapter_names)
-    with watch_routing(model.view, session.see):
-        yield replace(
-            session.extend(plan),
-            model=model,
-            shared=tuple(name for name in plan.shared if name in names),
-        )
+    yield replace(
+        session.extend(plan),
+        model=model,
+        shared=tuple(name for name in plan.shared if name in names),
+    )
 
 
 class _Session:
-    """One client's round: which experts learn, step by step, and what is seen of the routing.
-
-    Masks are over all experts, in the checkpoint's numbering, whatever the model holds.
-    """
+    """One client's round: which experts learn, step by step, and what is seen of the routing."""
 
     def __init__(
         self,
@@ -161,13 +160,16 @@ class _Session:
         self.budget = client.budget_experts or sum(sizes.values())
         self.generator = client.seeds.generator("experts", task.round_number, client.client_id)
         self.switch = ExpertSwitch()
+        self.model = plan.model or client.model
         self.memory: dict[str, torch.Tensor] = {}
         self.step = 0
         self.num_learning: list[list[int]] = []
         self.trained = [torch.zeros(size, dtype=torch.bool) for size in sizes.values()]
-        self.reset_at = num_steps_before_last_epoch(
+        # Meters are of the last local epoch.
+        self.reset_at: int | None = num_steps_before_last_epoch(
             client.num_examples, client.training, task.settings
         )
+        self.start_meters()
         positions = {layer: index for index, layer in enumerate(sizes)}
         self.names: dict[tuple[int, int], list[str]] = {}
         for name in plan.shared:
@@ -185,20 +187,18 @@ class _Session:
             measure=lambda: {**plan.measure(), **self.measure()},
         )
 
-    def begin(self, model: AdaptedModel) -> None:
-        """Train ``model`` from now on."""
-        self.model = model
-        self.start_meters()
-
     def start_meters(self) -> None:
-        """Forget what was seen: meters are of the last local epoch."""
-        self.usage = UsageMeter([layer.num_experts for layer in self.model.view.layers])
+        """Forget what was seen."""
+        self.usage = UsageMeter(list(self.sizes.values()))
         self.importance = MeanImportance()
 
     def see(self, layers: tuple[LayerPass, ...]) -> None:
         """Meter one forward pass of training; passes of scoring and evaluation do not count."""
-        if not self.model.model.training:
-            return
+        if self.model.model.training:
+            self.meter(layers)
+
+    def meter(self, layers: tuple[LayerPass, ...]) -> None:
+        """Add routing to usage and importance."""
         for index, layer in enumerate(layers):
             self.usage.add(
                 index,
@@ -214,9 +214,10 @@ class _Session:
             self.start_meters()
         cadence = self.settings.cadence
         if cadence == "batch" or (cadence == "steps" and self.step % self.settings.every == 0):
-            self.switch.learning = self.choose(self.model, batches)
+            self.switch.learning = self.choose(route(self.model, batches))
         elif self.switch.learning is None:
-            self.switch.learning = self.choose_for_round(self.model)
+            layers = route(self.model, self.scoring_batches())
+            self.switch.learning = self.choose_for_round(layers)
         self.step += 1
         learning = self.switch.learning
         self.num_learning.append([int(mask_E.sum()) for mask_E in learning])
@@ -228,19 +229,15 @@ class _Session:
             for name in names
         ]
 
-    def choose_for_round(self, model: AdaptedModel) -> ExpertMask:
-        """Return the choice of an earlier round where it is for the run, or choose.
-
-        Args:
-            model: At the global values, with whole routers.
-        """
+    def choose_for_round(self, layers: tuple[LayerPass, ...]) -> ExpertMask:
+        """Return the choice of an earlier round where it is for the run, or choose."""
         keys = [f"subset.{layer}" for layer in self.sizes]
         is_kept = self.settings.cadence == "run"
         kept = self.client.store.load(before_round=self.task.round_number) if is_kept else None
         if kept is not None and keys[0] in kept.tensors:
             chosen: ExpertMask = tuple(kept.tensors[key] for key in keys)
         else:
-            chosen = self.choose(model, self.scoring_batches())
+            chosen = self.choose(layers)
         if is_kept:
             self.memory = dict(zip(keys, chosen, strict=True))
         return chosen
@@ -253,9 +250,8 @@ class _Session:
         drawn = [examples[int(index)] for index in order]
         return [drawn[start : start + size] for start in range(0, len(drawn), size)]
 
-    def choose(self, model: AdaptedModel, batches: Sequence[Sequence[Encoded]]) -> ExpertMask:
-        """Return the experts to train, ranked on these batches, within the budget."""
-        layers = route(model, batches)
+    def choose(self, layers: tuple[LayerPass, ...]) -> ExpertMask:
+        """Return the experts to train, ranked on these passes, within the budget."""
         sizes = list(self.sizes.values())
         union = union_of_choices([layer.choices_TK for layer in layers], sizes)
         kind = self.settings.rank_by
@@ -272,20 +268,14 @@ class _Session:
         return tuple(mask_E.cpu() for mask_E in select_experts(rank, union, self.budget))
 
     def observe(self) -> dict[str, torch.Tensor]:
-        """Return usage and importance, and which experts were trained; see the module.
-
-        An expert that the model does not hold was not used and is of no importance.
-        """
+        """Return usage and importance, and which experts were trained; see the module."""
         usage = self.usage.usage(self.settings.usage_mode)
         importance = self.importance.mean()
         observed = {}
-        for index, layer in enumerate(self.model.view.layers):
-            ids = torch.tensor(layer.expert_ids)
-            for kind, values in (("usage", usage[index]), ("importance", importance[index])):
-                values_E = torch.zeros(self.sizes[layer.name])
-                values_E[ids] = values.cpu()
-                observed[f"{kind}.{layer.name}"] = values_E
-            observed[f"trained.{layer.name}"] = self.trained[index]
+        for index, layer in enumerate(self.sizes):
+            observed[f"usage.{layer}"] = usage[index].cpu()
+            observed[f"importance.{layer}"] = importance[index].cpu()
+            observed[f"trained.{layer}"] = self.trained[index]
         return observed
 
     def measure(self) -> Metrics:
