@@ -17,6 +17,7 @@ from typing import Any
 from orchard.client.client import Client
 from orchard.communication.channel import Channel
 from orchard.communication.messages import LocalSettings, Task, Update
+from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
 from orchard.results import MetricsLog, peak_memory_bytes
 from orchard.seeding import Seeds
@@ -132,7 +133,8 @@ def simulate(
             )
             cohort = sample_clients(clients, schedule, seeds, round_number)
             lines: list[dict[str, Any]] = []
-            updates = _train_cohort(strategy, cohort, task, channel, lines, reporter)
+            coverage = Coverage(state.shared, _rounds_since_sent(log))
+            updates = _train_cohort(strategy, cohort, task, channel, lines, reporter, coverage)
             state = update_server(strategy, state, updates)
             if is_evaluated and after_aggregation:
                 lines.append(_evaluate(strategy, clients, state, after_aggregation, reporter))
@@ -140,6 +142,7 @@ def simulate(
             now = time.monotonic()
             summary = _summarize_round(lines, channel, seconds=now - mark)
             mark = now
+            summary |= coverage.summary()
             for line in (*lines, {"kind": "round", "round": round_number, **summary}):
                 log.append(line)
             save_checkpoint(checkpoints, state, about=about)
@@ -160,6 +163,7 @@ def _train_cohort(
     channel: Channel,
     lines: list[dict[str, Any]],
     reporter: Reporter,
+    coverage: Coverage,
 ) -> Iterator[Update]:
     """Yield the cohort's updates, each trained when it is asked for, and note their metrics."""
     for position, client in enumerate(cohort):
@@ -180,6 +184,7 @@ def _train_cohort(
                 **received.metrics,
             }
         )
+        coverage.add(received)
         yield received
 
 
@@ -212,6 +217,12 @@ def _evaluate(
     }
 
 
+def _rounds_since_sent(log: MetricsLog) -> dict[str, list[int]]:
+    """Return what the last round said of its experts."""
+    rounds = [line for line in log.read() if line["kind"] == "round"]
+    return rounds[-1].get("rounds_since_sent", {}) if rounds else {}
+
+
 def _has_evaluation(log: MetricsLog, round_number: int) -> bool:
     return any(
         line["kind"] == "evaluation" and line["round"] == round_number for line in log.read()
@@ -220,7 +231,7 @@ def _has_evaluation(log: MetricsLog, round_number: int) -> bool:
 
 def _summarize_round(
     lines: Sequence[Mapping[str, Any]], channel: Channel, *, seconds: float
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Return one round's numbers; its overhead is what is neither training nor evaluation."""
     trained = [line for line in lines if line["kind"] == "client"]
     train_seconds = math.fsum(line["client/train_seconds"] for line in trained)
