@@ -81,13 +81,10 @@ def test_options_in_a_list_as_texts_and_an_index_as_text() -> None:
     )
 
 
-def test_letters_follow_the_context_where_there_is_one() -> None:
-    fields = Fields(**{**vars(AG_NEWS), "letters": True})
-    example = read(AG_NEWS_ROW, fields)
-    assert example.instruction == "Which topic?"
-    assert example.context == (
-        "Stocks rose. On Monday.\nA. World\nB. Sports\nC. Business\nD. Sci/Tech"
-    )
+def test_letters_stand_before_the_context_which_a_long_prompt_loses_first() -> None:
+    example = read(AG_NEWS_ROW, Fields(**{**vars(AG_NEWS), "letters": True}))
+    assert example.instruction == ("Which topic?\nA. World\nB. Sports\nC. Business\nD. Sci/Tech\n")
+    assert example.context == "Stocks rose. On Monday."
     assert (example.response, example.options) == ("C", ("A", "B", "C", "D"))
 
 

@@ -132,10 +132,8 @@ def example_from_row(row: Mapping[str, object], *, fields: Fields, where: str) -
         if fields.letters:
             letters = string.ascii_uppercase[: len(options)]
             listed = "".join(f"\n{a}. {b}" for a, b in zip(letters, options, strict=True))
-            if context.strip():
-                context += listed
-            else:
-                instruction += listed
+            # Before the context, because a long prompt loses its end.
+            instruction += f"{listed}\n" if context.strip() else listed
             options = tuple(letters)
         response = options[index]
     return Example(
