@@ -27,7 +27,7 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from orchard.data import world
-from orchard.data.datasets import Example
+from orchard.data.examples import Example
 
 END, PAD = "<|end|>", "<|pad|>"
 

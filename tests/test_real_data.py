@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from federations import RECIPES, run_quickly
+from orchard.engine.progress import Silent
+from orchard.experiment import prepare_experiment, run_experiment
 from orchard.recipe.reading import read_recipe
 
 SHARED = Path(__file__).parent.parent.parent / "shared"
@@ -68,3 +70,39 @@ def test_flex_runs_on_real_text(name: str, some_dolly: Path, tmp_path: Path) -> 
     if name == "flex_closed":  # each client is tested on what it trains on
         assert summary["personal"]["loss"]["mean"] < summary["base"]["loss"]["mean"]
         assert tuple(result["clients"]) == CATEGORIES
+
+
+CHOICES = {
+    "ag_news": ("ag_news.jsonl", 4),
+    "piqa": ("validation.jsonl", 2),
+    "mmlu": ("val.jsonl", 4),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_options_of_real_data_are_chosen_from(name: str, tmp_path: Path) -> None:
+    file, num_options = CHOICES[name]
+    path = SHARED / "data" / name / file
+    if not path.is_file():
+        pytest.skip(f"needs {file} of {name} in ../shared, which is not part of the project")
+    (tmp_path / file).write_text("\n".join(path.read_text().splitlines()[:120]))
+    overrides = [
+        f"model.path={MODEL}",
+        f"data.path={tmp_path / file}",
+        "data.test_per_category=3",
+        "server.rounds=2",
+        "client.steps=3",
+        "client.batch_size=4",
+        "evaluation.max_examples=8",
+    ]
+    recipe = read_recipe(RECIPES / name / "fedavg.toml", overrides).recipe
+    experiment = prepare_experiment(recipe)
+    assert {len(e.options) for test in experiment.test.values() for e in test} == {num_options}
+    summary = run_experiment(experiment, folder=tmp_path / "run", reporter=Silent())["summary"]
+    assert summary["global"]["loss"]["mean"] < summary["base"]["loss"]["mean"]
+    for model in ("base", "global"):
+        accuracy = summary[model]["accuracy"]
+        num_right = accuracy["mean"] * len(experiment.test["client_00"])
+        assert num_right == pytest.approx(round(num_right))
+        # One model on one test set: the clients do not differ.
+        assert (accuracy["spread"], accuracy["worst"]) == (0.0, accuracy["mean"])

@@ -168,6 +168,10 @@ def test_epochs_instead_of_steps_are_allowed() -> None:
         (["data.partition=dirichlet_resample"], "data.test_per_category must be above 0 with"),
         (["strategy.calibration=corpus"], "strategy.calibration_path must be given with"),
         (["evaluation.models=base,glbal"], "evaluation.models must be of base, global, local"),
+        (
+            ["evaluation.metrics=accuracy"],
+            "data.labels or data.options must be given with accuracy",
+        ),
         (["evaluation.metrics=loss,bleu"], "evaluation.metrics must be of loss, rouge_l"),
     ],
 )
@@ -309,6 +313,7 @@ def test_toml_has_every_option_of_the_recipe(tmp_path: Path) -> None:
         ("data.alpha=2.0", "Dirichlet"),
         ("data.examples_per_client=9", "dirichlet_resample"),
         ("data.test_size=0.2", "data.test_per_category = 0"),
+        ("evaluation.length_normalization=tokens", "accuracy in evaluation.metrics"),
     ],
 )
 def test_an_override_without_effect_is_refused(override: str, need: str) -> None:

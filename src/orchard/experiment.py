@@ -15,11 +15,11 @@ from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
 from orchard.communication.channel import DTYPES as WIRE_DTYPES
 from orchard.communication.channel import Cast, Channel
-from orchard.data.datasets import Example
-from orchard.data.templates import Encoded, encode
+from orchard.data.examples import Example
+from orchard.data.templates import Encoded, Template, encode, encode_options
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
-from orchard.evaluation.quality import EvaluationSettings, TestExample
+from orchard.evaluation.quality import EvaluationSettings, TestExample, check_options
 from orchard.experts.submodel import SubmodelSource
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
 from orchard.methods import build_strategy, check_strategy
@@ -58,7 +58,7 @@ class Experiment:
         recipe: Every choice.
         federation: Who holds which examples.
         train: Client id to encoded training examples.
-        test: Client id to encoded held-out examples.
+        test: Client id to encoded held-out examples; with a central test set, all the same list.
         retention: Encoded examples of what the base knew before.
         calibration: Encoded calibration corpus.
         tokenizer: The model's.
@@ -96,29 +96,48 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
             f"{recipe.server.clients_per_round}; there are {num_clients} clients"
         )
     retention, calibration = read_retention(recipe), read_calibration(recipe)
+    if "accuracy" in words(recipe.evaluation.metrics):
+        held_out = [
+            example.options for examples in federation.test.values() for example in examples
+        ]
+        check_options(held_out, whose="the test examples of data.path")
+        check_options(
+            [example.options for example in retention],
+            whose="the examples of evaluation.retention_path",
+        )
     check_device(recipe.model.device)
     view = check_model(recipe.model.path, lora_settings(recipe))
     budgets = expert_budgets(recipe, view, num_clients=num_clients)
     tokenizer = load_tokenizer(recipe.model.path)
 
+    data = recipe.data
+    template: Template = data.template  # type: ignore[assignment]
+
     def encode_all(examples: Sequence[Example]) -> list[Encoded]:
-        data = recipe.data
         return [
-            encode(example, data.template, tokenizer, max_tokens=data.max_tokens)  # type: ignore[arg-type]
-            for example in examples
+            encode(example, template, tokenizer, max_tokens=data.max_tokens) for example in examples
         ]
 
     def encode_test(examples: Sequence[Example]) -> list[TestExample]:
         return [
-            TestExample(encoded, example.response.strip())
+            TestExample(
+                encoded,
+                example.response.strip(),
+                options=encode_options(example, template, tokenizer, max_tokens=data.max_tokens),
+                answer=example.options.index(example.response) if example.options else 0,
+            )
             for encoded, example in zip(encode_all(examples), examples, strict=True)
         ]
 
+    if federation.has_central_test:
+        test = dict.fromkeys(federation.test, encode_test(next(iter(federation.test.values()))))
+    else:
+        test = {client: encode_test(examples) for client, examples in federation.test.items()}
     return Experiment(
         recipe=recipe,
         federation=federation,
         train={client: encode_all(examples) for client, examples in federation.train.items()},
-        test={client: encode_test(examples) for client, examples in federation.test.items()},
+        test=test,
         retention=encode_test(retention),
         calibration=encode_all(calibration),
         tokenizer=tokenizer,
@@ -230,6 +249,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         metrics=words(recipe.evaluation.metrics),
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
+        length_normalization=recipe.evaluation.length_normalization,  # type: ignore[arg-type]
     )
     submodels = SubmodelSource(
         path=recipe.model.path,
@@ -346,6 +366,7 @@ def run_experiment(
             "examples_with_several_clients": federation.duplicates.num_across_clients,
             "training_examples_dropped": federation.num_dropped,
             "truncated_examples": count_truncated(experiment),
+            "has_central_test": federation.has_central_test,
         },
     }
     result = build_result(folder, facts)

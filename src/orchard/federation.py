@@ -8,13 +8,12 @@ from pathlib import Path
 
 from orchard.data import partition, world
 from orchard.data.datasets import (
-    Example,
-    Fields,
     is_client_folder,
     load_examples,
     read_client_folder,
     read_jsonl,
 )
+from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
 from orchard.recipe.options import DataOptions, Recipe
 from orchard.recipe.reading import words
@@ -32,12 +31,14 @@ class Federation:
         test: Client id to held-out examples, which never train.
         duplicates: What stands in more than one place, before any was dropped.
         num_dropped: Training examples that were dropped for it.
+        has_central_test: All clients have one and the same test set, one list.
     """
 
     train: Mapping[str, Sequence[Example]]
     test: Mapping[str, Sequence[Example]]
     duplicates: DuplicateReport
     num_dropped: int
+    has_central_test: bool = False
 
     def notes(self) -> list[str]:
         """Return what a person should know about the data before trusting a result."""
@@ -79,14 +80,20 @@ def build_federation(recipe: Recipe) -> Federation:
         train, test = _split_each(_read_clients(data), data, seeds)
     else:
         train, test = _divide(_read_pool(data), data, seeds)
-    duplicates = partition.find_duplicates(train, test)
+    # One list for all clients is one test set: it counts once.
+    first = next(iter(test))
+    has_central_test = data.test_per_category > 0 and data.partition != "file"
+    splits = {first: test[first]} if has_central_test else test
+    duplicates = partition.find_duplicates(train, splits)
     num_dropped = 0
     if data.duplicates == "drop":
-        train, num_dropped = partition.without_duplicates(train, test)
+        train, num_dropped = partition.without_duplicates(train, splits)
     limit = recipe.evaluation.max_examples
     if limit:
-        test = {client: _sample(examples, limit, seeds) for client, examples in test.items()}
-    return Federation(train, test, duplicates, num_dropped)
+        splits = {client: _sample(examples, limit, seeds) for client, examples in splits.items()}
+    if has_central_test:
+        splits = dict.fromkeys(train, splits[first])
+    return Federation(train, splits, duplicates, num_dropped, has_central_test)
 
 
 def read_retention(recipe: Recipe) -> list[Example]:
@@ -121,7 +128,17 @@ def _sample(examples: Sequence[Example], size: int, seeds: Seeds) -> list[Exampl
 
 
 def _fields(data: DataOptions) -> Fields:
-    return Fields(data.instruction, data.response, data.context, data.category)
+    return Fields(
+        instruction=data.instruction,
+        response=data.response,
+        context=data.context,
+        category=data.category,
+        wording=data.wording,
+        labels=words(data.labels),
+        options=words(data.options),
+        answer=data.answer,  # type: ignore[arg-type]
+        letters=data.letters,
+    )
 
 
 def _require_path(data: DataOptions) -> None:

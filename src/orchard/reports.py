@@ -7,12 +7,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
 
-from orchard.data.datasets import Example
-from orchard.evaluation.quality import METRICS
+from orchard.data.examples import Example
+from orchard.evaluation.quality import METRICS, STDERR
 from orchard.evaluation.rouge import summarize
 from orchard.results import MetricsLog
 
@@ -30,7 +31,7 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         JSON values: ``facts``; ``rounds`` (bytes and seconds of each); ``seconds`` and
         ``overhead_share``; ``metrics``, by model, metric and client; ``summary``, by model and
         metric, with the mean over clients, the worst client, and the spread (the standard
-        deviation over clients).
+        deviation over clients), and where the metric has a standard error, that of the mean.
     """
     lines = MetricsLog(folder / "metrics.jsonl").read()
     rounds = [line for line in lines if line["kind"] == "round"]
@@ -54,7 +55,9 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "downlink_bytes_per_round": [line["round/downlink_bytes"] for line in rounds],
         "train_loss_per_round": [line["round/train_loss"] for line in rounds],
         "metrics": metrics,
-        "summary": _summarize(metrics),
+        "summary": _summarize(
+            metrics, has_central_test=facts.get("data", {}).get("has_central_test", False)
+        ),
     }
 
 
@@ -77,11 +80,14 @@ def _latest_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, d
 
 
 def _summarize(
-    metrics: Mapping[str, Mapping[str, Mapping[str, float]]],
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]], *, has_central_test: bool
 ) -> dict[str, dict[str, dict[str, float]]]:
     summary: dict[str, dict[str, dict[str, float]]] = {}
     for model, by_metric in metrics.items():
         for metric, values in by_metric.items():
+            if metric.endswith(STDERR):
+                continue
+            is_retention = metric.startswith("retention_")
             better = METRICS[metric.removeprefix("retention_")]
             found = summarize(values, higher_is_better=better)
             summary.setdefault(model, {})[metric] = {
@@ -89,7 +95,27 @@ def _summarize(
                 "worst": found.worst,
                 "spread": found.spread,
             }
+            errors = by_metric.get(metric + STDERR)
+            if errors:
+                # What clients must retain is the same for all.
+                summary[model][metric]["mean_stderr"] = mean_stderr(
+                    list(errors.values()), is_shared=has_central_test or is_retention
+                )
     return summary
+
+
+def mean_stderr(errors: Sequence[float], *, is_shared: bool) -> float:
+    """Return the standard error of a mean over clients, from those of the clients.
+
+    Args:
+        errors: The standard error of each client's value.
+        is_shared: Whether all clients were measured on the same examples. Then their errors go
+            together and averaging removes none: the mean of the errors is exact for one model and
+            the most it can be for several. Otherwise they are independent.
+    """
+    if is_shared:
+        return fmean(errors)
+    return math.hypot(*errors) / len(errors)
 
 
 def read_result(folder: str | Path) -> dict[str, Any]:
@@ -123,19 +149,21 @@ def result_table(result: Mapping[str, Any]) -> Table:
     for name in ("mean", "worst", "spread"):
         table.add_column(name, justify="right")
     metrics = result["metrics"]
-    names = list(dict.fromkeys(metric for by_metric in metrics.values() for metric in by_metric))
+    names = list(dict.fromkeys(m for by in result["summary"].values() for m in by))
     for metric in names:
         for position, model in enumerate(model for model in metrics if metric in metrics[model]):
             values = metrics[model][metric]
+            errors = metrics[model].get(metric + STDERR, {})
             summary = result["summary"][model][metric]
             table.add_row(
                 metric if position == 0 else "",
                 model,
                 *(
-                    _format(values[client], metric) if client in values else ""
+                    _format(values[client], metric, errors.get(client)) if client in values else ""
                     for client in clients
                 ),
-                *(_format(summary[name], metric) for name in ("mean", "worst", "spread")),
+                _format(summary["mean"], metric, summary.get("mean_stderr")),
+                *(_format(summary[name], metric) for name in ("worst", "spread")),
             )
         table.add_section()
     return table
@@ -183,7 +211,8 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
         uplink = result["uplink_bytes_per_round"]
         for position, (model, by_metric) in enumerate(result["summary"].items()):
             cells = [
-                f"{_format(by_metric[n]['mean'], n)} ({_format(by_metric[n]['worst'], n)})"
+                f"{_format(by_metric[n]['mean'], n, by_metric[n].get('mean_stderr'))} "
+                f"({_format(by_metric[n]['worst'], n)})"
                 if n in by_metric
                 else ""
                 for n in names
@@ -199,5 +228,7 @@ def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def _format(value: float, metric: str) -> str:
-    return f"{value:.3f}" if metric.endswith("loss") else f"{100 * value:.1f}"
+def _format(value: float, metric: str, stderr: float | None = None) -> str:
+    if metric.endswith("loss"):
+        return f"{value:.3f}"
+    return f"{100 * value:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")

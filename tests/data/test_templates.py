@@ -19,6 +19,7 @@ from orchard.data.templates import (
     collate,
     collate_prompts,
     encode,
+    encode_options,
     encode_prompt,
     prompt_text,
     render_prompt,
@@ -346,3 +347,41 @@ def test_block_numbers_must_be_positive(block_tokens: int, max_blocks: int, mess
 def test_blocks_need_an_example() -> None:
     with pytest.raises(ValueError, match="encoded must hold at least one example"):
         blocks([], block_tokens=2, max_blocks=1)
+
+
+# Options
+
+
+def test_the_right_option_is_encoded_as_in_training() -> None:
+    example = Example("Which?", "left", options=("left", "right there", "up"))
+    found = encode_options(example, "plain", TOKENIZER, max_tokens=64)
+    assert found[0] == encode(example, "plain", TOKENIZER, max_tokens=64)
+    assert [decode(option.input_ids) for option in found] == [
+        f"Which?\n{text}</s>" for text in example.options
+    ]
+
+
+def test_options_share_a_prompt_with_room_for_the_longest() -> None:
+    example = Example("Which one? " + "x" * 100, "a", options=("a", "b" * 20))
+    found = encode_options(example, "plain", TOKENIZER, max_tokens=48)
+    assert found[0].prompt_ids == found[1].prompt_ids
+    assert len(found[1].input_ids) == 48
+    assert [decode(option.input_ids[option.prompt_length :]) for option in found] == [
+        "a</s>",
+        "b" * 20 + "</s>",
+    ]
+    assert all(option.is_truncated for option in found)
+    alone = encode(example, "plain", TOKENIZER, max_tokens=48)
+    assert alone.prompt_length > found[0].prompt_length
+
+
+def test_an_option_above_its_room_loses_its_end() -> None:
+    example = Example("Which?", "a", options=("a", "b" * 100))
+    short, long = encode_options(example, "plain", TOKENIZER, max_tokens=40)
+    assert len(long.input_ids) == 40
+    assert long.input_ids[-1] != TOKENIZER.eos_token_id
+    assert short.input_ids[-1] == TOKENIZER.eos_token_id
+
+
+def test_an_example_without_options_has_none() -> None:
+    assert encode_options(Example("Which?", "a"), "plain", TOKENIZER, max_tokens=40) == ()

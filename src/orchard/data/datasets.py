@@ -8,59 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Example:
-    """One instruction and the response a model should learn to give.
-
-    Attributes:
-        instruction: What is asked; never empty.
-        response: The wanted answer; never empty.
-        context: Text the instruction refers to; "" = none.
-        category: The label that partitions are made of; "" = none.
-    """
-
-    instruction: str
-    response: str
-    context: str = ""
-    category: str = ""
-
-
-@dataclass(frozen=True)
-class Fields:
-    """Which column of a data set holds which part of an example.
-
-    A row without the column ``context`` or ``category`` has none; a row without a column that was
-    named otherwise is an error, because then the name is more likely wrong than the row.
-
-    Attributes:
-        instruction: Column of the instruction, in every row.
-        response: Column of the response, in every row.
-        context: Column of the context; "" = the data set has none.
-        category: Column of the category; "" = the data set has none.
-
-    Raises:
-        ValueError: ``instruction`` or ``response`` is empty.
-    """
-
-    instruction: str = "instruction"
-    response: str = "response"
-    context: str = "context"
-    category: str = "category"
-
-    def __post_init__(self) -> None:
-        """Check that the two required columns have a name."""
-        for part, column in (("instruction", self.instruction), ("response", self.response)):
-            if not column:
-                raise ValueError(
-                    f"fields.{part} must name a column, got ''; name the column of the {part}"
-                )
+from orchard.data.examples import Example as Example
+from orchard.data.examples import Fields as Fields
+from orchard.data.examples import example_from_row, shorten
 
 
 def read_jsonl(path: str | Path, fields: Fields) -> list[Example]:
@@ -87,7 +41,9 @@ def read_jsonl(path: str | Path, fields: Fields) -> list[Example]:
             f"path must be an existing file, got {str(path)!r} (looked in {Path.cwd()}); "
             "check the spelling and the folder"
         )
-    examples = [_example(row, fields=fields, where=where) for where, row in _json_rows(path)]
+    examples = [
+        example_from_row(row, fields=fields, where=where) for where, row in _json_rows(path)
+    ]
     if not examples:
         raise ValueError(
             f"{path} must have at least one example, got none; write one JSON object a line"
@@ -131,7 +87,9 @@ def read_client_folder(folder: str | Path, fields: Fields) -> dict[str, list[Exa
         )
     clients: dict[str, list[Example]] = {}
     for path in files:
-        examples = [_example(row, fields=fields, where=where) for where, row in _json_rows(path)]
+        examples = [
+            example_from_row(row, fields=fields, where=where) for where, row in _json_rows(path)
+        ]
         if not examples:
             raise ValueError(
                 f"client {path.stem!r} must have at least one example, got none in {path}; "
@@ -189,7 +147,9 @@ def read_hub(
         for column, names in label_names.items():
             # -1 is the hub's mark for a row without a label.
             row[column] = names[row[column]] if row[column] not in (None, -1) else None
-        examples.append(_example(row, fields=fields, where=f"row {number} of {name} ({split})"))
+        examples.append(
+            example_from_row(row, fields=fields, where=f"row {number} of {name} ({split})")
+        )
     if not examples:
         raise ValueError(
             f"dataset {name!r} must have at least one example, got none in split {split!r}; "
@@ -281,72 +241,12 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
                 row = json.loads(text)
             except (ValueError, RecursionError) as error:
                 raise ValueError(
-                    f"{where} must be one JSON object, got {_shorten(text)} ({error}); "
+                    f"{where} must be one JSON object, got {shorten(text)} ({error}); "
                     "write every example on a line of its own"
                 ) from error
             if not isinstance(row, dict):
                 raise ValueError(
-                    f"{where} must be one JSON object, got {_shorten(text)}; "
+                    f"{where} must be one JSON object, got {shorten(text)}; "
                     'write {"instruction": ..., "response": ...}'
                 )
             yield where, row
-
-
-def _shorten(text: str) -> str:
-    return repr(text) if len(text) <= 60 else repr(text[:57]) + "..."
-
-
-def _example(row: Mapping[str, object], *, fields: Fields, where: str) -> Example:
-    example = Example(
-        instruction=_text(row, fields.instruction, where=where, required=True),
-        response=_text(row, fields.response, where=where, required=True),
-        context=_optional_text(row, fields.context, default=Fields.context, where=where),
-        category=_optional_text(row, fields.category, default=Fields.category, where=where),
-    )
-    for column, text in (
-        (fields.instruction, example.instruction),
-        (fields.response, example.response),
-    ):
-        if not text.strip():
-            raise ValueError(
-                f"column {column!r} in {where} must not be empty, got {text!r}; "
-                "fill it or remove the row"
-            )
-    return example
-
-
-def _optional_text(row: Mapping[str, object], column: str, *, default: str, where: str) -> str:
-    if not column or (column == default and column not in row):
-        return ""
-    return _text(row, column, where=where, required=False)
-
-
-def _text(row: Mapping[str, object], column: str, *, where: str, required: bool) -> str:
-    """Return the value of a column as text.
-
-    Raises:
-        ValueError: The column is missing, or its value is neither text nor a finite number.
-    """
-    if column not in row:
-        raise ValueError(
-            f"{where} must have the column {column!r}, got {', '.join(map(repr, row)) or 'none'}; "
-            "say in the fields which column holds what"
-        )
-    value = row[column]
-    if value is None and not required:
-        return ""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"column {column!r} in {where} must be valid Unicode, got half of a surrogate "
-                f"pair at character {error.start}; repair the text"
-            ) from error
-        return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
-    raise ValueError(
-        f"column {column!r} in {where} must be text or a number, got "
-        f"{type(value).__name__} {_shorten(str(value))}; convert it to text first"
-    )

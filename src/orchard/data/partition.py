@@ -17,7 +17,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from orchard.data.datasets import Example, content_hash
+from orchard.data.datasets import content_hash
+from orchard.data.examples import Example
 
 # Client id -> indices into the pool.
 Partition: TypeAlias = dict[str, list[int]]

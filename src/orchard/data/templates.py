@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 import numpy as np
 import numpy.typing as npt
 
-from orchard.data.datasets import Example
+from orchard.data.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,6 +134,47 @@ def encode(
         ValueError: ``max_tokens`` is below 2 or has no room for the template, the tokenizer has no
             end token, or ``template`` does not fit as in ``render_prompt``.
     """
+    prompt_ids, (response_ids,), is_truncated = _fit(
+        example, [example.response], template, tokenizer, max_tokens=max_tokens
+    )
+    return _join(prompt_ids, response_ids, is_truncated=is_truncated)
+
+
+def encode_options(
+    example: Example,
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+) -> tuple[Encoded, ...]:
+    """Encode the example with each of its options as the response, behind one and the same prompt.
+
+    As ``encode`` does it, with the room that the longest option needs: the prompt does not tell
+    the options apart. An option that loses its end has lost its end token too.
+
+    Returns:
+        One for each option, in their order; none where the example has no options.
+
+    Raises:
+        ValueError: As in ``encode``.
+    """
+    if not example.options:
+        return ()
+    prompt_ids, responses, is_truncated = _fit(
+        example, example.options, template, tokenizer, max_tokens=max_tokens
+    )
+    return tuple(_join(prompt_ids, ids, is_truncated=is_truncated) for ids in responses)
+
+
+def _fit(
+    example: Example,
+    responses: Sequence[str],
+    template: Template,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_tokens: int,
+) -> tuple[list[int], list[list[int]], bool]:
+    """Return the prompt, the responses with end tokens, and whether anything was left out."""
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}; raise it")
     end_id = tokenizer.eos_token_id
@@ -141,13 +182,18 @@ def encode(
         raise ValueError(
             f"tokenizer must have an end token, got eos_token_id {end_id!r}; set its eos_token"
         )
-    response_ids = [*_plain_ids(example.response, tokenizer), end_id]
+    responses_ids = [[*_plain_ids(response, tokenizer), end_id] for response in responses]
+    num_longest = max(map(len, responses_ids))
     prompt_ids = encode_prompt(template, example, tokenizer)
-    is_truncated = len(prompt_ids) + len(response_ids) > max_tokens
-    if is_truncated:
-        room = max_tokens - min(len(response_ids), max_tokens // 2)
-        prompt_ids = encode_prompt(template, example, tokenizer, max_tokens=room)
-        response_ids = response_ids[: max_tokens - len(prompt_ids)]
+    if len(prompt_ids) + num_longest <= max_tokens:
+        return prompt_ids, responses_ids, False
+    room = max_tokens - min(num_longest, max_tokens // 2)
+    prompt_ids = encode_prompt(template, example, tokenizer, max_tokens=room)
+    room = max_tokens - len(prompt_ids)
+    return prompt_ids, [response_ids[:room] for response_ids in responses_ids], True
+
+
+def _join(prompt_ids: list[int], response_ids: list[int], *, is_truncated: bool) -> Encoded:
     return Encoded(
         input_ids=prompt_ids + response_ids,
         labels=[IGNORED] * len(prompt_ids) + response_ids,

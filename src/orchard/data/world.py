@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from orchard.data.datasets import Example
+from orchard.data.examples import Example
 from orchard.seeding import Seeds
 
 WORLD = Seeds(1871)  # the year in which Veloria was founded

@@ -1,4 +1,4 @@
-"""How good a model is on held-out examples: loss, ROUGE-L, exact match."""
+"""How good a model is on held-out examples: loss, ROUGE-L, exact match, accuracy."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ from statistics import fmean
 from orchard.data.templates import Encoded
 from orchard.evaluation.generation import generate_greedily
 from orchard.evaluation.loss import mean_loss
+from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
 from orchard.evaluation.rouge import exact_match, rouge_l
 from orchard.models.adapters import AdaptedModel
 
 # Whether more is better.
-METRICS = {"loss": False, "rouge_l": True, "exact_match": True}
+METRICS = {"loss": False, "rouge_l": True, "exact_match": True, "accuracy": True}
+
+# Behind the name of a metric: its standard error, which is no metric of its own.
+STDERR = "_stderr"
 
 
 @dataclass(frozen=True)
@@ -23,12 +27,16 @@ class TestExample:
     Attributes:
         encoded: With labels, for the loss.
         reference: The right response, as text.
+        options: The example with each of its options as the response; empty = it has none.
+        answer: The index of the right option; 0 where there is none.
     """
 
     __test__ = False  # not a test case, whatever pytest thinks of the name
 
     encoded: Encoded
     reference: str
+    options: tuple[Encoded, ...] = ()
+    answer: int = 0
 
 
 @dataclass(frozen=True)
@@ -38,12 +46,14 @@ class EvaluationSettings:
     Attributes:
         metrics: Of ``METRICS``.
         max_new_tokens: Longest generated answer.
-        batch_size: Examples at a time.
+        batch_size: Examples at a time; for ``accuracy``, options.
+        length_normalization: Of ``accuracy``, see ``multiple_choice.choose``.
     """
 
     metrics: tuple[str, ...]
     max_new_tokens: int
     batch_size: int
+    length_normalization: LengthNormalization = "none"
 
 
 def evaluate(
@@ -53,7 +63,11 @@ def evaluate(
 
     Returns:
         Metric to value: ``loss`` in nats per response token, ``rouge_l`` (F1, stemmed) and
-        ``exact_match`` as means in [0, 1].
+        ``exact_match`` as means in [0, 1]; ``accuracy``, the share of examples whose right option
+        is the likeliest, with ``accuracy_stderr``, its standard error over examples.
+
+    Raises:
+        ValueError: ``accuracy`` is asked for, and an example has no options.
     """
     values: dict[str, float] = {}
     if "loss" in settings.metrics:
@@ -71,4 +85,33 @@ def evaluate(
             values["rouge_l"] = fmean(rouge_l(answers, references))
         if "exact_match" in settings.metrics:
             values["exact_match"] = fmean(exact_match(answers, references))
+    if "accuracy" in settings.metrics:
+        check_options([example.options for example in examples])
+        chosen = choose(
+            model,
+            [example.options for example in examples],
+            batch_size=settings.batch_size,
+            normalization=settings.length_normalization,
+        )
+        pairs = zip(chosen, examples, strict=True)
+        values["accuracy"] = fmean(index == example.answer for index, example in pairs)
+        values[f"accuracy{STDERR}"] = standard_error(values["accuracy"], len(examples))
     return values
+
+
+def check_options(options: Sequence[Sequence[object]], *, whose: str = "examples") -> None:
+    """Check that every example has options to choose from.
+
+    Args:
+        options: Of each example.
+        whose: What the examples are called in the message.
+
+    Raises:
+        ValueError: One has none.
+    """
+    num_without = sum(not of_one for of_one in options)
+    if num_without:
+        raise ValueError(
+            f"{whose} must all have options with accuracy in evaluation.metrics, got {num_without} "
+            f"of {len(options)} without; give data.labels or data.options, or drop accuracy"
+        )

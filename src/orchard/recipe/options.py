@@ -66,6 +66,27 @@ class DataOptions:
     context: str = option("context", "Column with the context; empty = none.")
     response: str = option("response", "Column with the response.")
     category: str = option("category", "Column with the category; empty = none.")
+    wording: str = option(
+        "",
+        "Instead of an instruction column, its words; {COLUMN} stands for the text of that column.",
+    )
+    labels: str = option("", "Classification: the possible responses, the same for all examples.")
+    options: str = option(
+        "",
+        "Multiple choice: the column with the list of an example's options, or the columns with "
+        "one each.",
+    )
+    answer: str = option(
+        "text",
+        "With labels or options: the response column has the right one's text, or its index from "
+        "0.",
+        choices=("text", "index"),
+    )
+    letters: bool = option(
+        False,
+        "With labels or options: list them in the prompt after the letters A, B, ... and respond "
+        "with the letter.",
+    )
     template: str = option(
         "alpaca", "How an example becomes text.", choices=("alpaca", "chat", "plain")
     )
@@ -264,7 +285,15 @@ class EvaluationOptions:
         "base,global,local,personal",
         "base; global; local (right after local training); personal (global and what is kept).",
     )
-    metrics: str = option("loss,rouge_l,exact_match", "Of loss, rouge_l, exact_match.")
+    metrics: str = option(
+        "loss,rouge_l,exact_match",
+        "Of loss, rouge_l, exact_match, and with labels or options, accuracy.",
+    )
+    length_normalization: str = option(
+        "none",
+        "Accuracy: an option's log-likelihood counts as it is, or divided by its number of tokens.",
+        choices=("none", "tokens"),
+    )
     every: int = option(0, "Rounds between evaluations; 0 = only after the last.", minimum=0)
     max_new_tokens: int = option(64, "Longest generated answer.", minimum=1)
     batch_size: int = option(32, "Examples at a time.", minimum=1)

@@ -235,9 +235,14 @@ def _check_combinations(recipe: Recipe) -> None:
             "strategy.calibration_path must be given with strategy.calibration = corpus, got "
             "nothing; name a JSON Lines file"
         )
+    if "accuracy" in words(evaluation.metrics) and not (data.labels or data.options):
+        raise ValueError(
+            "data.labels or data.options must be given with accuracy in evaluation.metrics, got "
+            "neither; name the labels, or the columns of the options"
+        )
     allowed = {
         "evaluation.models": (evaluation.models, ("base", "global", "local", "personal")),
-        "evaluation.metrics": (evaluation.metrics, ("loss", "rouge_l", "exact_match")),
+        "evaluation.metrics": (evaluation.metrics, _METRICS),
     }
     for key, (text, choices) in allowed.items():
         for word in words(text):
@@ -270,6 +275,10 @@ def _check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             adaptive or "fedadagrad" in methods,
             "fedadagrad, fedadam or fedyogi in strategy.name",
         ),
+        "evaluation.length_normalization": (
+            "accuracy" in words(recipe.evaluation.metrics),
+            "accuracy in evaluation.metrics",
+        ),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
     }
     for key in keys:
@@ -282,4 +291,5 @@ def _check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             raise ValueError(f"{key} must come with {need} to have an effect; drop it or add that")
 
 
+_METRICS = ("loss", "rouge_l", "exact_match", "accuracy")
 _GRAFT_LORA = ("strategy.graft_rank", "strategy.graft_alpha", "strategy.graft_dropout")
