@@ -200,10 +200,17 @@ def _evaluate(
     # The round after this state: personal tensors of this round are the newest before it.
     task = Task(state.round_number + 1, state.shared, LocalSettings(0, 0, 0.0))
     measured = {}
+    # The base and the global model are the same for all, and so may be what they are tested on.
+    common: dict[tuple[int, int], dict[str, float]] = {}
     for position, client in enumerate(clients):
         reporter.working(f"{client.client_id} is evaluated", share=position / len(clients))
+        tests = id(client.test), id(client.retention)
+        known = common.get(tests, {})
+        wanted = models - {"base", "global"} if known else models
         try:
-            measured[client.client_id] = evaluate_client(strategy, client, task, models)
+            own = evaluate_client(strategy, client, task, wanted, known=known)
+            common[tests] = {n: v for n, v in own.items() if n.startswith(("base/", "global/"))}
+            measured[client.client_id] = own
         except Exception as error:
             error.add_note(
                 f"after round {state.round_number}, client {client.client_id}, evaluation"

@@ -206,7 +206,12 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
 
 
 def evaluate_client(
-    strategy: Strategy, client: Client, task: Task, models: Iterable[str]
+    strategy: Strategy,
+    client: Client,
+    task: Task,
+    models: Iterable[str],
+    *,
+    known: Metrics | None = None,
 ) -> dict[str, float]:
     """Evaluate a client's models on its held-out examples.
 
@@ -216,13 +221,15 @@ def evaluate_client(
         task: Holds the global values; its round is the one after those values.
         models: Of ``base``, ``global`` and ``personal`` (global values plus what the client
             keeps). Where a client keeps nothing, its personal model is the global one.
+        known: Values of the base or global model on the same examples, measured before.
 
     Returns:
         ``model/metric`` to value, and ``model/retention_metric`` where the client has retention
         examples.
     """
-    metrics: dict[str, float] = {}
+    metrics = dict(known or {})
     models = set(models)
+    has_global = "global" in models or any(name.startswith("global/") for name in metrics)
     if "base" in models:
         with client.model.without_adapters():
             metrics |= _measure(client, "base")
@@ -231,7 +238,7 @@ def evaluate_client(
         metrics |= _measure(client, "global")
     if "personal" in models:
         with strategy.prepare(client, task) as plan:
-            if plan.personal or "global" not in models:
+            if plan.personal or not has_global:
                 _place(client, task, plan)
                 metrics |= _measure(client, "personal", plan.model)
             else:
