@@ -2,12 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
-from tiny_models import FAMILIES, randomize
+from tiny_models import FAMILIES, batch_of, randomize
 
 GROUPED = ("deepseek_v2", "deepseek_v3")
 LISTED = ("switch", "deepseek_moe_16b")
@@ -40,3 +41,9 @@ def load_whole(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
         path, dtype=dtype, experts_implementation="eager"
     )
     return model.eval()
+
+
+def logits_of(model: Any) -> Tensor:
+    """Run a tiny model on its batch."""
+    with torch.no_grad():
+        return model(**batch_of(model)).logits

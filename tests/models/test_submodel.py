@@ -1,7 +1,5 @@
-"""Submodels and skeletons: what they hold, what they compute, and what they cost."""
+"""Submodels: what they hold, and what they compute."""
 
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +16,7 @@ from orchard.models.moe import MoELayer, MoEView
 from orchard.models.routing import record_routing
 from orchard.models.streaming import checkpoint_reader, streamed_experts
 from orchard.models.submodel import load_skeleton, load_submodel
-from tiny_checkpoints import FUSED, GROUPED, LISTED, load_whole, save
+from tiny_checkpoints import FUSED, GROUPED, load_whole, logits_of, save
 from tiny_models import EXPERT_WIDTH, EXPERTS, FAMILIES, WIDTH, batch_of
 
 Kept = Sequence[Sequence[int]]
@@ -64,11 +62,6 @@ def restricted(view: MoEView, kept: Kept) -> Iterator[None]:
         functional.linear = plain
         for handle in handles:
             handle.remove()
-
-
-def logits_of(model: Any) -> Tensor:
-    with torch.no_grad():
-        return model(**batch_of(model)).logits
 
 
 def assert_same_model(got: Any, expected: Any) -> None:
@@ -257,68 +250,6 @@ def test_a_wrong_choice_is_an_error(kept: Kept, message: str, tmp_path: Path) ->
         load_submodel(path, kept, dtype="float32")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_experts_are_streamed_through_a_skeleton(family: str, tmp_path: Path) -> None:
-    if family in LISTED:
-        with (
-            pytest.raises(ValueError, match="must be fused parameters to be read one by one"),
-            streamed_experts(view_moe(FAMILIES[family]()), lambda layer, expert: {}),
-        ):
-            pass
-        return
-    # With groups, where a family has them: a skeleton's routers are whole.
-    FAMILIES[family]().save_pretrained(tmp_path)
-    whole, view = view_moe(load_whole(str(tmp_path))), load_skeleton(str(tmp_path), dtype="float32")
-    batch = batch_of(whole.model)
-    with record_routing(whole) as expected, torch.no_grad():
-        logits = whole.model(**batch).logits
-    read = checkpoint_reader(str(tmp_path), "float32")
-    with streamed_experts(view, read), record_routing(view) as record:
-        streamed = view.model(**batch).logits
-    assert not streamed.requires_grad
-    torch.testing.assert_close(streamed, logits, rtol=0, atol=1e-5)
-    for got, want in zip(record.layers, expected.layers, strict=True):
-        assert torch.equal(got.choices_TK, want.choices_TK)
-        torch.testing.assert_close(got.weights_TK, want.weights_TK)
-        torch.testing.assert_close(got.probabilities_TE, want.probabilities_TE)
-    assert view.names() == whole.names()
-    assert all(not vars(layer.experts).get("forward") for layer in view.layers)
-
-
-def test_each_chosen_expert_is_read_once_and_may_be_another(tmp_path: Path) -> None:
-    path = save("qwen2_moe", tmp_path)
-    view, whole = load_skeleton(path, dtype="float32"), view_moe(load_whole(path))
-    read, seen = checkpoint_reader(path, "float32"), []
-
-    def trained(layer: int, expert: int) -> dict[str, Tensor]:
-        seen.append((layer, expert))
-        tensors = dict(read(layer, expert))
-        return {**tensors, "down_proj": tensors["down_proj"] * 2} if expert == 3 else tensors
-
-    for layer in whole.layers:
-        layer.expert_tensors(3)["down_proj"].detach().mul_(2)
-    with streamed_experts(view, trained), record_routing(view) as record:
-        streamed = logits_of(view.model)
-    torch.testing.assert_close(streamed, logits_of(whole.model), rtol=0, atol=1e-5)
-    chosen = [
-        (layer, expert)
-        for layer in (0, 1)
-        for expert in record.expert_counts(layer).nonzero().flatten().tolist()
-    ]
-    assert seen == chosen
-
-
-def test_an_expert_of_another_dtype_is_an_error(tmp_path: Path) -> None:
-    path = save("qwen2_moe", tmp_path)
-    view = load_skeleton(path, dtype="float32")
-    with (
-        pytest.raises(ValueError, match="must return tensors of torch.float32, got torch.bfloat16"),
-        streamed_experts(view, checkpoint_reader(path, "bfloat16")),
-    ):
-        logits_of(view.model)
-    assert all(not vars(layer.experts).get("forward") for layer in view.layers)
-
-
 def test_shards_are_one_model(tmp_path: Path) -> None:
     path = save("qwen2_moe", tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
@@ -333,89 +264,3 @@ def test_shards_are_one_model(tmp_path: Path) -> None:
 def test_the_packaged_model_is_carved() -> None:
     view = load_submodel("orchard:tiny", [[0, 2, 7]] * 4, dtype="float32")
     assert [layer.expert_ids for layer in view.layers] == [(0, 2, 7)] * 4
-
-
-LARGE = {
-    "vocab_size": 256,
-    "hidden_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "num_experts": 64,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 448,
-    "shared_expert_intermediate_size": 64,
-    "intermediate_size": 64,
-    "decoder_sparse_step": 1,
-}
-MEASURE = """
-import resource, sys
-import torch
-import transformers.models.qwen2_moe.modeling_qwen2_moe
-from orchard.models.streaming import checkpoint_reader, streamed_experts
-from orchard.models.submodel import load_skeleton, load_submodel
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-path, what = sys.argv[1:]
-input_ids = torch.arange(256).reshape(2, 128)
-# Once on a small model, so that what is loaded lazily is there.
-load_submodel("orchard:tiny", [[0]] * 4, dtype="bfloat16")
-before = peak()
-if what == "submodel":
-    view = load_submodel(path, [range(layer, 64, 8) for layer in range(4)], dtype="bfloat16")
-    with torch.no_grad():
-        view.model(input_ids)
-else:
-    view = load_skeleton(path, dtype="bfloat16")
-    with streamed_experts(view, checkpoint_reader(path, "bfloat16")):
-        view.model(input_ids)
-print(peak() - before)
-"""
-
-
-@pytest.fixture(scope="module")
-def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Write a random checkpoint of 350 MB, nearly all of it experts, one tensor each."""
-    import transformers
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("large")
-    config = transformers.Qwen2MoeConfig(**LARGE)
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        value = torch.empty(tensor.shape, dtype=torch.bfloat16).normal_(
-            0, 0.02, generator=generator
-        )
-        if name.endswith("experts.gate_up_proj"):
-            prefix = name.removesuffix(".gate_up_proj")
-            for expert, (gate, up) in enumerate(v.chunk(2) for v in value):
-                tensors[f"{prefix}.{expert}.gate_proj.weight"] = gate.clone()
-                tensors[f"{prefix}.{expert}.up_proj.weight"] = up.clone()
-        elif name.endswith("experts.down_proj"):
-            prefix = name.removesuffix(".down_proj")
-            for expert, down in enumerate(value):
-                tensors[f"{prefix}.{expert}.down_proj.weight"] = down.clone()
-        else:
-            tensors[name] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-@pytest.mark.parametrize("what", ["submodel", "streamed"])
-def test_memory_is_that_of_the_part(what: str, large: Path) -> None:
-    size = (large / "model.safetensors").stat().st_size
-    assert size > 300e6
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(large), what],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < (0.3 if what == "submodel" else 0.2) * size

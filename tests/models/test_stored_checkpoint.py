@@ -74,7 +74,7 @@ def test_files_without_an_index_count_together(tmp_path: Path) -> None:
     save_file({"b": TENSORS["b"]}, tmp_path / "two.safetensors")
     assert set(Checkpoint(tmp_path).tensors) == {"a", "b"}
     save_file({"a": TENSORS["a"]}, tmp_path / "two.safetensors")
-    with pytest.raises(ValueError, match="got a in one.safetensors and two.safetensors"):
+    with pytest.raises(ValueError, match=r"got a in one\.safetensors and two.safetensors"):
         Checkpoint(tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_the_index_says_which_files_count(tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
     assert Checkpoint(tmp_path).tensors["a"].shape == (2, 3, 4)
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
-    with pytest.raises(ValueError, match="got two.safetensors missing; download them again"):
+    with pytest.raises(ValueError, match=r"got two\.safetensors missing; download them again"):
         Checkpoint(tmp_path)
 
 
@@ -100,10 +100,10 @@ def test_a_damaged_file_is_an_error(folder: Path, length: int) -> None:
 def test_a_file_cut_after_opening_is_an_error(folder: Path) -> None:
     checkpoint = Checkpoint(folder)
     file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-120])
+    last = max(TENSORS, key=lambda name: checkpoint.tensors[name].start)
+    file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ValueError, match="must hold readable weights, got an end before byte"):
-        for name in TENSORS:
-            checkpoint.read(name)
+        checkpoint.read(last)
 
 
 def test_a_folder_without_weights_is_an_error(tmp_path: Path) -> None:
