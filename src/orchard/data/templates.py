@@ -150,7 +150,8 @@ def encode_options(
 ) -> tuple[Encoded, ...]:
     """Encode the example with each of its options as the response, behind one and the same prompt.
 
-    As ``encode`` does it; the one of the right option is what ``encode`` returns. An option that loses its end has lost its end token too.
+    As ``encode`` does it; the one of the right option is what ``encode`` returns. An option that
+    loses its end has lost its end token too.
 
     Returns:
         One for each option, in their order; none where the example has no options.
