@@ -97,12 +97,15 @@ def test_options_of_real_data_are_chosen_from(name: str, tmp_path: Path) -> None
     ]
     recipe = read_recipe(RECIPES / name / "fedavg.toml", overrides).recipe
     experiment = prepare_experiment(recipe)
-    assert {len(e.options) for test in experiment.test.values() for e in test} == {num_options}
+    held_out = experiment.test["client_00"]
+    assert {len(example.options) for example in held_out} == {num_options}
+    # What a model is asked in a test is what it is trained on, shortened prompts included.
+    assert all(example.options[example.answer] == example.encoded for example in held_out)
     summary = run_experiment(experiment, folder=tmp_path / "run", reporter=Silent())["summary"]
     assert summary["global"]["loss"]["mean"] < summary["base"]["loss"]["mean"]
     for model in ("base", "global"):
         accuracy = summary[model]["accuracy"]
-        num_right = accuracy["mean"] * len(experiment.test["client_00"])
+        num_right = accuracy["mean"] * len(held_out)
         assert num_right == pytest.approx(round(num_right))
         # One model on one test set: the clients do not differ.
         assert (accuracy["spread"], accuracy["worst"]) == (0.0, accuracy["mean"])

@@ -352,7 +352,7 @@ def test_blocks_need_an_example() -> None:
 # Options
 
 
-def test_the_right_option_is_encoded_as_in_training() -> None:
+def test_options_are_encoded_as_in_training() -> None:
     example = Example("Which?", "left", options=("left", "right there", "up"))
     found = encode_options(example, "plain", TOKENIZER, max_tokens=64)
     assert found[0] == encode(example, "plain", TOKENIZER, max_tokens=64)
@@ -371,8 +371,16 @@ def test_options_share_a_prompt_with_room_for_the_longest() -> None:
         "b" * 20 + "</s>",
     ]
     assert all(option.is_truncated for option in found)
-    alone = encode(example, "plain", TOKENIZER, max_tokens=48)
-    assert alone.prompt_length > found[0].prompt_length
+
+
+@pytest.mark.parametrize("answer", ["a", "b" * 20])
+def test_the_length_of_a_shortened_prompt_does_not_give_the_answer_away(answer: str) -> None:
+    """Not in training either: a model would learn to read it there."""
+    example = Example("Which one? " + "x" * 100, answer, options=("a", "b" * 20))
+    trained = encode(example, "plain", TOKENIZER, max_tokens=48)
+    options = encode_options(example, "plain", TOKENIZER, max_tokens=48)
+    assert trained == options[example.options.index(answer)]
+    assert trained.prompt_length == 48 - 21
 
 
 def test_an_option_above_its_room_loses_its_end() -> None:

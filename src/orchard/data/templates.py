@@ -122,7 +122,8 @@ def encode(
     ``max_tokens // 2`` and the prompt to the rest; what one does not need the other may use. A
     prompt above its room loses the end of its text (see ``encode_prompt``), a response above its
     room loses its end and with it the end token, because the model should not learn to stop
-    there. Every encoded example has at least one label.
+    there. Every encoded example has at least one label. An example with options leaves room for
+    the longest of them, so that the length of its prompt does not give the right one away.
 
     Args:
         example: What to encode.
@@ -134,8 +135,8 @@ def encode(
         ValueError: ``max_tokens`` is below 2 or has no room for the template, the tokenizer has no
             end token, or ``template`` does not fit as in ``render_prompt``.
     """
-    prompt_ids, (response_ids,), is_truncated = _fit(
-        example, [example.response], template, tokenizer, max_tokens=max_tokens
+    prompt_ids, (response_ids, *_), is_truncated = _fit(
+        example, [example.response, *example.options], template, tokenizer, max_tokens=max_tokens
     )
     return _join(prompt_ids, response_ids, is_truncated=is_truncated)
 
@@ -149,8 +150,8 @@ def encode_options(
 ) -> tuple[Encoded, ...]:
     """Encode the example with each of its options as the response, behind one and the same prompt.
 
-    As ``encode`` does it, with the room that the longest option needs: the prompt does not tell
-    the options apart. An option that loses its end has lost its end token too.
+    As ``encode`` does it; the one of the right option is what ``encode`` returns. An option that
+    loses its end has lost its end token too.
 
     Returns:
         One for each option, in their order; none where the example has no options.
