@@ -16,6 +16,7 @@ from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.models.adapters import AdaptedModel
+from orchard.models.unbinding import unbound_experts
 from orchard.trees import Tree, clone, zeros_like
 
 HoldStill: TypeAlias = Callable[[Sequence[Sequence[Encoded]]], Collection[str]]
@@ -165,7 +166,7 @@ def train(
     aux = settings.router_aux_coefficient
     model.model.train()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), unbound_experts(model.view):
             torch.manual_seed(dropout_seed)
             for step in draw_batches(len(examples), settings, local, generator):
                 batches = [[examples[index] for index in batch] for batch in step]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from orchard.experts.selection import ExpertMask
 from orchard.models.moe import MoELayer, MoEView
+from orchard.models.storage import FusedExperts
 
 
 @dataclass
@@ -59,33 +60,29 @@ def detached_experts(view: MoEView) -> Iterator[ExpertSwitch]:
 
 
 def _forward_fused(layer: MoELayer, index: int, switch: ExpertSwitch) -> Callable[..., Tensor]:
-    experts = layer.experts
+    storage = layer.storage
+    assert isinstance(storage, FusedExperts)
 
-    def run(*inputs: Tensor) -> Tensor:
-        # Looked up at each call: adapters give the module another class while they are active.
-        output: Tensor = type(experts).forward(experts, *inputs)
-        return output
-
-    def forward(
-        hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *rest: Any
-    ) -> Tensor:
+    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x_TD, choices_TK, weights_TK = hidden_states, top_k_index, top_k_weights
         if switch.learning is None or not torch.is_grad_enabled():
-            return run(x_TD, choices_TK, weights_TK, *rest)
+            return storage.run_routed(x_TD, choices_TK, weights_TK)
         learning_E = switch.learning[index].to(choices_TK.device)
         if bool(learning_E.all()):
-            return run(x_TD, choices_TK, weights_TK, *rest)
+            return storage.run_routed(x_TD, choices_TK, weights_TK)
         num_experts = len(learning_E)
         # The last place stands for "none", which the experts skip.
         is_still_E = torch.cat((~learning_E, learning_E.new_zeros(1)))
         is_still_TK = is_still_E[choices_TK.clamp(max=num_experts)]
-        y_TD = run(x_TD, choices_TK.masked_fill(is_still_TK, num_experts), weights_TK, *rest)
+        y_TD = storage.run_routed(
+            x_TD, choices_TK.masked_fill(is_still_TK, num_experts), weights_TK
+        )
         token_P, place_P = torch.where(is_still_TK)
         if len(token_P) == 0:
             return y_TD
         with torch.no_grad():
             weights_P1 = weights_TK[token_P, place_P, None]
-            own_PD = run(
+            own_PD = storage.run_routed(
                 x_TD[token_P], choices_TK[token_P, place_P, None], torch.ones_like(weights_P1)
             )
         weighted_PD = weights_TK[token_P, place_P, None] * own_PD

@@ -158,12 +158,39 @@ class FusedExperts:
 
     def run(self, expert: int, x_TD: Tensor) -> Tensor:
         """Run one expert with the fused product of gate and up, as the module does."""
+        return self._run(x_TD, lambda name: self._parameter(name)[expert])
+
+    def run_routed(self, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts, (T, D), as the module's eager forward.
+
+        Values and gradients are the same. The module indexes its parameters once per expert, and
+        each of those indexings has a gradient of the size of the whole parameter; here they are
+        unbound once, so that the backward pass writes each gradient once.
+
+        Args:
+            x_TD: What the experts read.
+            choices_TK: Each token's experts; E stands for none.
+            weights_TK: What multiplies their outputs.
+        """
+        names = dict.fromkeys(self._places().values())
+        parameters = {name: self._parameter(name).unbind() for name in names}
+        y_TD = torch.zeros_like(x_TD)
+        # One transfer of the choices, not one for each expert.
+        for expert in sorted(set(choices_TK.flatten().tolist()) - {self.num_experts}):
+            token_P, place_P = torch.where(choices_TK == expert)
+            own = {name: slices[expert] for name, slices in parameters.items()}
+            own_PD = self._run(x_TD[token_P], own.__getitem__)
+            weighted_PD = own_PD * weights_TK[token_P, place_P, None]
+            y_TD = y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
+        return y_TD
+
+    def _run(self, x_TD: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         first = "gate_up_proj" if self.has_gate else "up_proj"
-        bias = self._slice(f"{first}_bias", expert) if self.has_bias else None
-        hidden = functional.linear(x_TD, self._slice(first, expert), bias)
+        bias = read(f"{first}_bias") if self.has_bias else None
+        hidden = functional.linear(x_TD, self._turn(read(first)), bias)
         hidden_TF = self._function("_apply_gate" if self.has_gate else "act_fn")(hidden)
-        bias = self._slice("down_proj_bias", expert) if self.has_bias else None
-        return self.finish(functional.linear(hidden_TF, self._slice("down_proj", expert), bias))
+        bias = read("down_proj_bias") if self.has_bias else None
+        return self.finish(functional.linear(hidden_TF, self._turn(read("down_proj")), bias))
 
     def finish(self, y_TD: Tensor) -> Tensor:
         """Apply the norm behind the experts, where there is one."""
