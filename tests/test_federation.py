@@ -73,7 +73,7 @@ def test_clients_share_the_encoded_central_test_set(news: Path) -> None:
         assert isinstance(encoded, TestExample)
         assert len(encoded.options) == 4
         assert encoded.options[encoded.answer] == encoded.encoded
-        assert encoded.reference == example.response == "ABCD"[encoded.answer]
+        assert encoded.reference == example.response == TOPICS[encoded.answer]
 
 
 def test_clients_with_test_sets_of_their_own_do_not_share(news: Path) -> None:
