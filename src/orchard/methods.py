@@ -20,8 +20,8 @@ from orchard.strategies.flex import FlexSettings, flex
 from orchard.strategies.hfedmoe import HfedmoeSettings, hfedmoe
 from orchard.strategies.local import local
 from orchard.strategies.scaffold import scaffold
+from orchard.strategies.session import SubsetSettings
 from orchard.strategies.strategy import Strategy, by_num_examples, uniformly
-from orchard.strategies.subset import SubsetSettings
 
 ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
 

@@ -28,14 +28,17 @@ class LayerPass:
 
 
 @contextmanager
-def watch_routing(view: MoEView, see: Callable[[tuple[LayerPass, ...]], None]) -> Iterator[None]:
+def watch_routing(
+    view: MoEView, see: Callable[[tuple[LayerPass, ...]], None], *, keep_graph: bool = False
+) -> Iterator[None]:
     """Call ``see`` after every forward pass of a model while the context lasts.
 
     Args:
         view: The model; its padding is read from the ``attention_mask`` that it is called with.
         see: Gets one ``LayerPass`` per MoE layer.
+        keep_graph: Leave its probabilities in the graph of the forward pass.
     """
-    with record_routing(view) as record:
+    with record_routing(view, keep_graph=keep_graph) as record:
 
         def before(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             mask_BS = kwargs.get("attention_mask")

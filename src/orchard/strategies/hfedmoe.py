@@ -23,14 +23,10 @@ from orchard.client.client import Client
 from orchard.communication.messages import Task, Update
 from orchard.experts.selection import passing, preference
 from orchard.server.aggregation import mean
+from orchard.strategies.expert_names import Expert, expert_of, is_router
+from orchard.strategies.session import SubsetSettings
 from orchard.strategies.strategy import Aggregate, Contribution, Strategy, Trained
-from orchard.strategies.subset import (
-    SubsetSettings,
-    expert_of,
-    is_router,
-    layer_values,
-    with_subset,
-)
+from orchard.strategies.subset import layer_values, with_subset
 from orchard.trees import Tree
 
 NOBODY_PREFERS = 1e-12  # per example: decides only where no client has any preference at all
@@ -105,7 +101,7 @@ def _unnormalized(kind: str) -> Aggregate:
     """
 
     def aggregate(updates: Iterable[Update], shared: Tree) -> dict[str, torch.Tensor]:
-        experts: set[tuple[str, int]] = set()
+        experts: set[Expert] = set()
         sum_of_weights: dict[str, float] = {}
 
         def read() -> Iterable[Update]:
