@@ -45,6 +45,9 @@ def watch_routing(
             # While a text is generated, the mask is longer than what is fed.
             fits = mask_BS is not None and mask_BS.shape == kwargs["input_ids"].shape
             record.token_mask_BS = mask_BS if fits else None
+            # Somebody may have run parts of the model alone, as FLEx's choice of experts does.
+            for layer in record.layers:
+                layer.passes.clear()
 
         def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             shape = kwargs["input_ids"].shape
@@ -61,6 +64,7 @@ def watch_routing(
                     )
                 )
                 layer.passes.clear()
+            record.token_mask_BS = None
             see(tuple(passes))
 
         handles = [

@@ -26,7 +26,7 @@ from orchard.server.aggregation import mean
 from orchard.strategies.expert_names import Expert, expert_of, is_router
 from orchard.strategies.session import SubsetSettings
 from orchard.strategies.strategy import Aggregate, Contribution, Strategy, Trained
-from orchard.strategies.subset import layer_values, with_subset
+from orchard.strategies.subset import layer_values, marked, send_only, with_subset
 from orchard.trees import Tree
 
 NOBODY_PREFERS = 1e-12  # per example: decides only where no client has any preference at all
@@ -66,24 +66,14 @@ def hfedmoe(strategy: Strategy, settings: HfedmoeSettings) -> Strategy:
             tuple(was_trained.values()) if settings.require_trained else None,
         )
         mass = preference(list(usage.values()), list(importance.values()), passed)
-        is_sent = dict(zip(usage, passed, strict=True))
-        weight = {}
-        for name, own in sent.weight.items():
-            expert = expert_of(name)
-            if expert is not None:
-                layer, index = expert
-                if settings.experts == "all" or bool(is_sent[layer][index]):
-                    weight[name] = own
-            elif is_router(name) and settings.router != "examples":
-                weight[name] = mass if mass > 0 else NOBODY_PREFERS * client.num_examples
-            else:
-                weight[name] = own
-        return replace(
-            sent,
-            delta={name: sent.delta[name] for name in weight},
-            weight=weight,
-            metrics={**sent.metrics, "client/preference": mass},
-        )
+        used = {None, *marked(dict(zip(usage, passed, strict=True)))}
+        if settings.experts == "usage":
+            sent = send_only(sent, lambda name: expert_of(name) in used)
+        weight = dict(sent.weight)
+        if settings.router != "examples":
+            own = mass if mass > 0 else NOBODY_PREFERS * client.num_examples
+            weight |= dict.fromkeys(filter(is_router, weight), own)
+        return replace(sent, weight=weight, metrics={**sent.metrics, "client/preference": mass})
 
     aggregate = strategy.aggregate
     if settings.router in ("literal", "damped"):
