@@ -314,12 +314,60 @@ def test_toml_has_every_option_of_the_recipe(tmp_path: Path) -> None:
         ("data.examples_per_client=9", "dirichlet_resample"),
         ("data.test_size=0.2", "data.test_per_category = 0"),
         ("evaluation.length_normalization=tokens", "accuracy in evaluation.metrics"),
+        ("client.budget=25%", "hfedmoe, .* or fedavg_dropout in strategy.name"),
+        ("client.memory_bytes=12GB", "hfedmoe, .* or fedavg_dropout in strategy.name"),
+        ("strategy.entropy_coefficient=0.1", "seermoe in strategy.name"),
+        ("selection.mode=carve", "one of hfedmoe, .*seermoe in strategy.name"),
+        ("selection.scoring_batches=2", "one of hfedmoe, .*seermoe in strategy.name"),
+        ("selection.rank_by=random", "hfedmoe in strategy.name"),
+        ("selection.threshold=0.0", "hfedmoe in strategy.name"),
     ],
 )
 def test_an_override_without_effect_is_refused(override: str, need: str) -> None:
     values = {"data.partition": ("category", "x"), "data.test_per_category": (5, "x")}
     with pytest.raises(ValueError, match=need):
         resolve(values, [override])
+
+
+@pytest.mark.parametrize(
+    ("method", "override", "need"),
+    [
+        ("fedavg_dropout", "selection.mode=carve", "one of hfedmoe"),
+        ("fedmoe", "selection.rank_by=random", "hfedmoe in strategy.name"),
+        ("pflmoe", "selection.cadence=run", "hfedmoe in strategy.name"),
+        ("seermoe", "selection.usage_mode=relative", "hfedmoe in strategy.name"),
+        ("hfedmoe", "selection.every=4", "selection.cadence = steps"),
+        ("hfedmoe", "selection.scoring_batches=2", "selection.cadence = round or run"),
+        ("flex + hfedmoe", "selection.scoring_batches=2", "selection.cadence = round or run"),
+        ("fedavg_random", "strategy.entropy_coefficient=1.0", "seermoe in strategy.name"),
+    ],
+)
+def test_an_option_that_a_method_decides_itself_is_refused(
+    method: str, override: str, need: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{override.partition('=')[0]} must come with .*{need}"):
+        resolve({"strategy.name": (method, "x")}, [override])
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("fedavg_dropout", ["client.budget=25%"]),
+        ("flex + hfedmoe", ["client.budget=25%", "selection.threshold=0.5"]),
+        ("hfedmoe", ["selection.rank_by=random", "selection.cadence=steps", "selection.every=4"]),
+        ("hfedmoe", ["selection.cadence=round", "selection.scoring_batches=2"]),
+        ("fedmoe", ["selection.mode=carve", "selection.scoring_batches=2"]),
+        ("seermoe", ["strategy.entropy_coefficient=1.0", "client.memory_bytes=12GB"]),
+    ],
+)
+def test_options_of_budgets_have_an_effect(method: str, overrides: list[str]) -> None:
+    assert resolve({"strategy.name": (method, "x")}, overrides)
+
+
+def test_a_rank_without_redundancy_has_no_use_for_its_weight() -> None:
+    values = {"strategy.name": ("hfedmoe", "x"), "selection.rank_by": ("specific", "x")}
+    with pytest.raises(ValueError, match=r"selection\.rank_by = information"):
+        resolve(values, ["selection.beta=0.2"])
 
 
 def test_a_lora_option_of_a_dense_graft_is_refused() -> None:

@@ -14,14 +14,19 @@ from orchard.experts.grafting import GraftSettings
 from orchard.experts.importance import ImportanceSettings
 from orchard.recipe.options import Recipe
 from orchard.server.optimizers import SGD
+from orchard.strategies.fedavg_dropout import fedavg_dropout
+from orchard.strategies.fedavg_random import fedavg_random
+from orchard.strategies.fedmoe import fedmoe
 from orchard.strategies.fedopt import adaptive, fedavgm
 from orchard.strategies.fedprox import fedprox
 from orchard.strategies.flex import FlexSettings, flex
 from orchard.strategies.hfedmoe import HfedmoeSettings, hfedmoe
 from orchard.strategies.local import local
+from orchard.strategies.pflmoe import pflmoe
 from orchard.strategies.scaffold import scaffold
+from orchard.strategies.seermoe import seermoe
+from orchard.strategies.session import SubsetSettings
 from orchard.strategies.strategy import Strategy, by_num_examples, uniformly
-from orchard.strategies.subset import SubsetSettings
 
 ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
 
@@ -117,6 +122,17 @@ def _hfedmoe(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     )
 
 
+def _seermoe(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    coefficient = recipe.strategy.entropy_coefficient
+    return seermoe(strategy, subset_settings(recipe), entropy_coefficient=coefficient)
+
+
+def _with_subset(
+    method: Callable[[Strategy, SubsetSettings], Strategy],
+) -> Callable[[Strategy, Recipe, int], Strategy]:
+    return lambda strategy, recipe, num_clients: method(strategy, subset_settings(recipe))
+
+
 def _scaffold(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     cohort = recipe.server.clients_per_round or num_clients
     return scaffold(strategy, participation=cohort / num_clients)
@@ -156,6 +172,36 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "Fang et al., 2026, arXiv:2601.00583",
             "budget",
             _hfedmoe,
+        ),
+        "fedavg_dropout": Method(
+            "clients that cannot afford all experts drop out",
+            "the reference of Fang et al., 2026, arXiv:2601.00583",
+            "budget",
+            lambda strategy, recipe, num_clients: fedavg_dropout(strategy),
+        ),
+        "fedavg_random": Method(
+            "clients train random experts",
+            "the control of Fang et al., 2026, arXiv:2601.00583",
+            "budget",
+            _with_subset(fedavg_random),
+        ),
+        "pflmoe": Method(
+            "clients train and send the experts that they use most",
+            "Guo et al., 2021, as Fang et al., 2026, arXiv:2601.00583, describe it",
+            "budget",
+            _with_subset(pflmoe),
+        ),
+        "fedmoe": Method(
+            "a submodel of the most used experts for each client",
+            "Mei et al., 2024, arXiv:2408.11304",
+            "budget",
+            _with_subset(fedmoe),
+        ),
+        "seermoe": Method(
+            "clients prune experts and train sharper routers",
+            "Muzio et al., 2024, arXiv:2404.05089",
+            "budget",
+            _seermoe,
         ),
         "flex": Method(
             "a personal expert grafted beside the frozen ones",

@@ -53,7 +53,7 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": max((line["round/peak_memory_bytes"] for line in rounds), default=0),
         "uplink_bytes_per_round": [line["round/uplink_bytes"] for line in rounds],
         "downlink_bytes_per_round": [line["round/downlink_bytes"] for line in rounds],
-        "train_loss_per_round": [line["round/train_loss"] for line in rounds],
+        "train_loss_per_round": [line.get("round/train_loss") for line in rounds],
         "metrics": metrics,
         "summary": _summarize(
             metrics, has_central_test=facts.get("data", {}).get("has_central_test", False)

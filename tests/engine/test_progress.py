@@ -50,6 +50,14 @@ def test_bytes_have_decimal_units(count: float, text: str) -> None:
     assert format_bytes(count) == text
 
 
+def test_a_round_without_training_has_no_loss() -> None:
+    to = console()
+    lines = Lines(to)
+    lines.begin(title="fedavg_dropout", num_rounds=1, round_number=0)
+    lines.completed(1, loss=None, uplink_bytes=500)
+    assert written(to).splitlines()[1] == "fedavg_dropout: round 1/1 nobody trained uplink 500 B"
+
+
 def test_lines_writes_one_line_per_round() -> None:
     to = console()
     report(Lines(to))

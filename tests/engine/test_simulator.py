@@ -30,7 +30,9 @@ def final_tensors(folder: Path) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.parametrize("method", ["fedavg", "flex", "scaffold", "fedadam", "flex+local"])
+@pytest.mark.parametrize(
+    "method", ["fedavg", "flex", "scaffold", "fedadam", "flex+local", "fedmoe"]
+)
 def test_two_rounds_resumed_to_four_equal_four_in_one_go(method: str, tmp_path: Path) -> None:
     recipe = quick_recipe(method, "server.rounds=4")
     run_quickly(tmp_path / "whole", recipe)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -24,6 +24,7 @@ class Situation:
         anchor: Name to the global value that training started from.
         memory: Name to tensor that the client keeps and the strategy's plan gave.
         broadcast: Everything that the server sent, by name.
+        watched: What the strategy's plan watched of the micro-batch's forward pass, in its graph.
     """
 
     task_loss: torch.Tensor
@@ -32,6 +33,7 @@ class Situation:
     anchor: Tree
     memory: Tree
     broadcast: Tree
+    watched: Tree = field(default_factory=dict)
 
 
 Objective: TypeAlias = Callable[[Situation], torch.Tensor]

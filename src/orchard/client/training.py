@@ -121,6 +121,7 @@ def train(
     dropout_seed: int,
     keep_mean_gradient: bool = False,
     hold_still: HoldStill | None = None,
+    watch: Callable[[], Tree] = dict,
 ) -> TrainingReport:
     """Train the named tensors from their present values, in place.
 
@@ -140,6 +141,7 @@ def train(
         hold_still: Which of the names an optimizer step must not move; None = moves all. What
             stays does so bit for bit: no decay, no momentum, and no optimizer state before the
             first step that moves it.
+        watch: For the objective, called after every forward pass; see ``Situation``.
 
     Raises:
         FloatingPointError: The loss is NaN or infinite.
@@ -188,6 +190,7 @@ def train(
                             anchor=anchor,
                             memory=memory,
                             broadcast=broadcast,
+                            watched=watch(),
                         )
                     )
                     torch.autograd.backward(loss)

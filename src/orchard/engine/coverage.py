@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from orchard.communication.messages import Update
-from orchard.strategies.subset import expert_of
+from orchard.strategies.expert_names import expert_of
 
 FROZEN_ROUNDS = 3  # from so many rounds without an update an expert is called frozen
 

@@ -26,8 +26,8 @@ class Reporter(Protocol):
     def working(self, what: str, *, share: float) -> None:
         """Show what is being done, and which share of the round is done, in [0, 1]."""
 
-    def completed(self, round_number: int, *, loss: float, uplink_bytes: int) -> None:
-        """Show a completed round: its mean training loss and the bytes that clients sent."""
+    def completed(self, round_number: int, *, loss: float | None, uplink_bytes: int) -> None:
+        """Show a completed round: its mean training loss, if any, and the bytes clients sent."""
 
     def end(self) -> None:
         """Stop showing."""
@@ -42,7 +42,7 @@ class Silent:
     def working(self, what: str, *, share: float) -> None:
         """Show nothing."""
 
-    def completed(self, round_number: int, *, loss: float, uplink_bytes: int) -> None:
+    def completed(self, round_number: int, *, loss: float | None, uplink_bytes: int) -> None:
         """Show nothing."""
 
     def end(self) -> None:
@@ -65,10 +65,10 @@ class Lines:
     def working(self, what: str, *, share: float) -> None:
         """Say nothing: a line per round is enough."""
 
-    def completed(self, round_number: int, *, loss: float, uplink_bytes: int) -> None:
+    def completed(self, round_number: int, *, loss: float | None, uplink_bytes: int) -> None:
         """Write the round's line."""
         self._write(
-            f"{self._title}: round {round_number}/{self._num_rounds} loss {loss:.3f} "
+            f"{self._title}: round {round_number}/{self._num_rounds} {format_loss(loss)} "
             f"uplink {format_bytes(uplink_bytes)}"
         )
 
@@ -119,7 +119,7 @@ class Bar:
         assert self._task is not None
         self._progress.update(self._task, completed=self._round + share, what=what)
 
-    def completed(self, round_number: int, *, loss: float, uplink_bytes: int) -> None:
+    def completed(self, round_number: int, *, loss: float | None, uplink_bytes: int) -> None:
         """Move the bar to the end of the round."""
         assert self._task is not None
         self._round = round_number
@@ -128,7 +128,7 @@ class Bar:
             self._task,
             completed=round_number,
             round=f"{round_number}/{self._num_rounds}",
-            numbers=f"loss {loss:.3f} · up {format_bytes(self._total_bytes)}",
+            numbers=f"{format_loss(loss)} · up {format_bytes(self._total_bytes)}",
             what="",
         )
 
@@ -150,6 +150,11 @@ def make_console() -> Console:
 def choose_reporter(console: Console) -> Reporter:
     """Return a bar for a terminal and plain lines for anything else."""
     return Bar(console) if console.is_terminal else Lines(console)
+
+
+def format_loss(loss: float | None) -> str:
+    """Return a round's training loss, or that there is none."""
+    return "nobody trained" if loss is None else f"loss {loss:.3f}"
 
 
 def format_bytes(count: float) -> str:

@@ -148,7 +148,7 @@ def simulate(
             save_checkpoint(checkpoints, state, about=about)
             reporter.completed(
                 round_number,
-                loss=summary["round/train_loss"],
+                loss=summary.get("round/train_loss"),
                 uplink_bytes=int(summary["round/uplink_bytes"]),
             )
     finally:
@@ -239,15 +239,20 @@ def _has_evaluation(log: MetricsLog, round_number: int) -> bool:
 def _summarize_round(
     lines: Sequence[Mapping[str, Any]], channel: Channel, *, seconds: float
 ) -> dict[str, Any]:
-    """Return one round's numbers; its overhead is what is neither training nor evaluation."""
+    """Return one round's numbers; its overhead is what is neither training nor evaluation.
+
+    Clients that dropped out have no part in the training loss; without any other there is none.
+    """
     trained = [line for line in lines if line["kind"] == "client"]
+    losses = [line["client/train_loss"] for line in trained if "client/train_loss" in line]
     train_seconds = math.fsum(line["client/train_seconds"] for line in trained)
     evaluation_seconds = math.fsum(
         line["seconds"] for line in lines if line["kind"] == "evaluation"
     ) + math.fsum(line.get("client/evaluation_seconds", 0.0) for line in trained)
     return {
-        "round/train_loss": math.fsum(line["client/train_loss"] for line in trained) / len(trained),
+        **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
         "round/num_clients": len(trained),
+        "round/num_dropped_out": len(trained) - len(losses),
         "round/seconds": seconds,
         "round/train_seconds": train_seconds,
         "round/evaluation_seconds": evaluation_seconds,

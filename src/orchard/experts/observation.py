@@ -28,20 +28,26 @@ class LayerPass:
 
 
 @contextmanager
-def watch_routing(view: MoEView, see: Callable[[tuple[LayerPass, ...]], None]) -> Iterator[None]:
+def watch_routing(
+    view: MoEView, see: Callable[[tuple[LayerPass, ...]], None], *, keep_graph: bool = False
+) -> Iterator[None]:
     """Call ``see`` after every forward pass of a model while the context lasts.
 
     Args:
         view: The model; its padding is read from the ``attention_mask`` that it is called with.
         see: Gets one ``LayerPass`` per MoE layer.
+        keep_graph: Leave its probabilities in the graph of the forward pass.
     """
-    with record_routing(view) as record:
+    with record_routing(view, keep_graph=keep_graph) as record:
 
         def before(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
             mask_BS = kwargs.get("attention_mask")
             # While a text is generated, the mask is longer than what is fed.
             fits = mask_BS is not None and mask_BS.shape == kwargs["input_ids"].shape
             record.token_mask_BS = mask_BS if fits else None
+            # Somebody may have run parts of the model alone, as FLEx's choice of experts does.
+            for layer in record.layers:
+                layer.passes.clear()
 
         def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             shape = kwargs["input_ids"].shape
@@ -58,6 +64,7 @@ def watch_routing(view: MoEView, see: Callable[[tuple[LayerPass, ...]], None]) -
                     )
                 )
                 layer.passes.clear()
+            record.token_mask_BS = None
             see(tuple(passes))
 
         handles = [

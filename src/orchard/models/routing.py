@@ -265,11 +265,12 @@ def record_routing(
     token_mask_BS: Tensor | None = None,
     decoder_token_mask_BS: Tensor | None = None,
     keep_probabilities: bool = True,
+    keep_graph: bool = False,
 ) -> Iterator[RoutingRecord]:
     """Record what every router of a model decides inside the ``with`` block.
 
     Hooks observe and never change a value; they are removed on exit, also after an exception.
-    What is kept is detached. The second forward of gradient checkpointing, inside backward, is
+    The second forward of gradient checkpointing, inside backward, is
     not recorded again.
 
     Args:
@@ -279,6 +280,7 @@ def record_routing(
         decoder_token_mask_BS: The mask for the decoder layers of an encoder-decoder model, where
             ``token_mask_BS`` serves the encoder.
         keep_probabilities: Keep ``probabilities_TE``, the largest part of the record.
+        keep_graph: Keep them in the graph of the forward pass; all else is detached in any case.
 
     Yields:
         The record, filled by each forward pass.
@@ -294,7 +296,7 @@ def record_routing(
     handles: list[torch.utils.hooks.RemovableHandle] = []
     try:
         for index, layer in enumerate(view.layers):
-            observer = _Observer(layer, record, index, keep_probabilities)
+            observer = _Observer(layer, record, index, keep_probabilities, keep_graph)
             handles += observer.attach(is_decoder=_is_decoder(view, layer))
         yield record
     finally:
@@ -311,12 +313,18 @@ class _Observer:
     """Hooks of one layer: the router gives logits, the call of fused experts gives the rest."""
 
     def __init__(
-        self, layer: MoELayer, record: RoutingRecord, index: int, keep_probabilities: bool
+        self,
+        layer: MoELayer,
+        record: RoutingRecord,
+        index: int,
+        keep_probabilities: bool,
+        keep_graph: bool,
     ) -> None:
         self.layer = layer
         self.record = record
         self.entries = record.layers[index].passes
         self.keep_probabilities = keep_probabilities
+        self.keep_graph = keep_graph
         self.is_decoder = False
         self.logits_TE: Tensor | None = None
 
@@ -345,7 +353,7 @@ class _Observer:
             # Such a router (DeepSeek-MoE-16B) computes exactly this product and keeps it.
             (x, *_) = (*args, *kwargs.values())
             tensors = self.layer.router_tensors()
-            with torch.no_grad():
+            with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
                 logits_TE = functional.linear(
                     x.reshape(-1, x.shape[-1]), tensors["weight"], tensors.get("bias")
                 )
@@ -363,7 +371,9 @@ class _Observer:
     def append(self, logits_TE: Tensor | None, choices_TK: Tensor, weights_TK: Tensor) -> None:
         probabilities_TE = None
         if self.keep_probabilities and logits_TE is not None:
-            probabilities_TE = _to_probabilities(logits_TE.detach())
+            probabilities_TE = _to_probabilities(
+                logits_TE if self.keep_graph else logits_TE.detach()
+            )
         # Copies: a block may go on to change its routing in place.
         choices_TK = choices_TK.detach().clone()
         weights_TK = weights_TK.detach().clone()

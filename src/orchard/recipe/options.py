@@ -149,6 +149,9 @@ class StrategyOptions:
     calibration_blocks: int = option(128, "FLEx: at most so many blocks of tokens.", minimum=1)
     calibration_tokens: int = option(512, "FLEx: tokens per block.", minimum=8)
     prox_mu: float = option(0.01, "FedProx: strength of the pull to the global values.", minimum=0)
+    entropy_coefficient: float = option(
+        0.01, "SEER-MoE: weight of the routing entropy beside the task loss.", minimum=0
+    )
 
 
 @dataclass(frozen=True)

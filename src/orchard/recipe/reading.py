@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from orchard.recipe.effects import check_is_used
 from orchard.recipe.options import Recipe, Scalar
 
 
@@ -111,7 +112,7 @@ def resolve(values: Mapping[str, tuple[Any, str]], overrides: Sequence[str] = ()
             sections[name] = merged[name]
     recipe = Recipe(**sections)
     _check_combinations(recipe)
-    _check_is_used(recipe, [key for key, source in sources.items() if source == "command line"])
+    check_is_used(recipe, [key for key, source in sources.items() if source == "command line"])
     return Resolved(recipe, sources)
 
 
@@ -250,46 +251,4 @@ def _check_combinations(recipe: Recipe) -> None:
                 raise ValueError(f"{key} must be of {', '.join(choices)}, got {word}")
 
 
-def _check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
-    """Refuse an override that the rest of the recipe leaves without effect."""
-    data, methods = recipe.data, recipe.strategy.name.split("+")
-    grafts, is_lora = "flex" in methods, recipe.strategy.graft_kind == "lora"
-    adaptive = bool({"fedadam", "fedyogi"} & set(methods))
-    is_drawn = data.partition in ("iid", "dirichlet", "dirichlet_resample")
-    needs: dict[str, tuple[bool, str]] = {
-        "data.num_clients": (is_drawn, "data.partition = iid or a Dirichlet one"),
-        "data.alpha": ("dirichlet" in data.partition, "a Dirichlet data.partition"),
-        "data.examples_per_client": (
-            data.partition == "dirichlet_resample",
-            "data.partition = dirichlet_resample",
-        ),
-        "data.categories": (data.partition != "file", "another data.partition than file"),
-        "data.test_per_category": (data.partition != "file", "another data.partition than file"),
-        "data.test_size": (data.test_per_category == 0, "data.test_per_category = 0"),
-        "strategy.prox_mu": ("fedprox" in methods, "fedprox in strategy.name"),
-        "server.momentum": ("fedavgm" in methods, "fedavgm in strategy.name"),
-        "server.dampening": ("fedavgm" in methods, "fedavgm in strategy.name"),
-        "server.beta1": (adaptive, "fedadam or fedyogi in strategy.name"),
-        "server.beta2": (adaptive, "fedadam or fedyogi in strategy.name"),
-        "server.tau": (
-            adaptive or "fedadagrad" in methods,
-            "fedadagrad, fedadam or fedyogi in strategy.name",
-        ),
-        "evaluation.length_normalization": (
-            "accuracy" in words(recipe.evaluation.metrics),
-            "accuracy in evaluation.metrics",
-        ),
-        "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
-    }
-    for key in keys:
-        is_used, need = needs.get(key, (True, ""))
-        if key.startswith(("strategy.graft_", "strategy.calibration")):
-            is_used, need = grafts, "flex in strategy.name"
-        if grafts and key in _GRAFT_LORA:
-            is_used, need = is_lora, "strategy.graft_kind = lora"
-        if not is_used:
-            raise ValueError(f"{key} must come with {need} to have an effect; drop it or add that")
-
-
 _METRICS = ("loss", "rouge_l", "exact_match", "accuracy")
-_GRAFT_LORA = ("strategy.graft_rank", "strategy.graft_alpha", "strategy.graft_dropout")

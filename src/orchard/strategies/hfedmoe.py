@@ -23,14 +23,10 @@ from orchard.client.client import Client
 from orchard.communication.messages import Task, Update
 from orchard.experts.selection import passing, preference
 from orchard.server.aggregation import mean
+from orchard.strategies.expert_names import Expert, expert_of, is_router
+from orchard.strategies.session import SubsetSettings
 from orchard.strategies.strategy import Aggregate, Contribution, Strategy, Trained
-from orchard.strategies.subset import (
-    SubsetSettings,
-    expert_of,
-    is_router,
-    layer_values,
-    with_subset,
-)
+from orchard.strategies.subset import layer_values, marked, send_only, with_subset
 from orchard.trees import Tree
 
 NOBODY_PREFERS = 1e-12  # per example: decides only where no client has any preference at all
@@ -70,24 +66,14 @@ def hfedmoe(strategy: Strategy, settings: HfedmoeSettings) -> Strategy:
             tuple(was_trained.values()) if settings.require_trained else None,
         )
         mass = preference(list(usage.values()), list(importance.values()), passed)
-        is_sent = dict(zip(usage, passed, strict=True))
-        weight = {}
-        for name, own in sent.weight.items():
-            expert = expert_of(name)
-            if expert is not None:
-                layer, index = expert
-                if settings.experts == "all" or bool(is_sent[layer][index]):
-                    weight[name] = own
-            elif is_router(name) and settings.router != "examples":
-                weight[name] = mass if mass > 0 else NOBODY_PREFERS * client.num_examples
-            else:
-                weight[name] = own
-        return replace(
-            sent,
-            delta={name: sent.delta[name] for name in weight},
-            weight=weight,
-            metrics={**sent.metrics, "client/preference": mass},
-        )
+        used = {None, *marked(dict(zip(usage, passed, strict=True)))}
+        if settings.experts == "usage":
+            sent = send_only(sent, lambda name: expert_of(name) in used)
+        weight = dict(sent.weight)
+        if settings.router != "examples":
+            own = mass if mass > 0 else NOBODY_PREFERS * client.num_examples
+            weight |= dict.fromkeys(filter(is_router, weight), own)
+        return replace(sent, weight=weight, metrics={**sent.metrics, "client/preference": mass})
 
     aggregate = strategy.aggregate
     if settings.router in ("literal", "damped"):
@@ -105,7 +91,7 @@ def _unnormalized(kind: str) -> Aggregate:
     """
 
     def aggregate(updates: Iterable[Update], shared: Tree) -> dict[str, torch.Tensor]:
-        experts: set[tuple[str, int]] = set()
+        experts: set[Expert] = set()
         sum_of_weights: dict[str, float] = {}
 
         def read() -> Iterable[Update]:

@@ -43,6 +43,8 @@ class Plan:
         keep_mean_gradient: Whether training reports its mean gradient of the shared names.
         model: The model to train in the place of the client's, such as a submodel.
         hold_still: Which names an optimizer step must not move; None = it moves all of them.
+        drops_out: Whether the client leaves the round: it neither trains nor keeps nor sends.
+        watch: Called after each forward pass of training; tensors in its graph, for the objective.
         observe: Called after training; what was seen in it, for ``weigh``.
         measure: Called after training; scalars to add to the client's metrics.
     """
@@ -53,6 +55,8 @@ class Plan:
     keep_mean_gradient: bool = False
     model: AdaptedModel | None = None
     hold_still: HoldStill | None = None
+    drops_out: bool = False
+    watch: Callable[[], Tree] = dict
     observe: Callable[[], Tree] = dict
     measure: Callable[[], Metrics] = dict
 
@@ -91,6 +95,7 @@ class Contribution:
     metrics: Metrics = field(default_factory=dict)
 
 
+_DROPPED_OUT = Contribution({}, {}, {}, {"client/dropped_out": 1.0, "client/train_seconds": 0.0})
 Prepare: TypeAlias = Callable[[Client, Task], AbstractContextManager[Plan]]
 Weigh: TypeAlias = Callable[[Client, Task, Trained], Contribution]
 Aggregate: TypeAlias = Callable[[Iterable[Update], Tree], Tree]
@@ -142,8 +147,7 @@ def _place(client: Client, task: Task, plan: Plan) -> None:
     """Load fresh adapters, over them the global values, over them the client's own."""
     model = plan.model or client.model
     place_global(model, task)
-    kept = client.store.load(before_round=task.round_number)
-    if kept is not None:
+    if kept := client.store.load(before_round=task.round_number):
         model.load({name: kept.tensors[name] for name in plan.personal})
 
 
@@ -158,7 +162,8 @@ def place_global(model: AdaptedModel, task: Task) -> None:
 def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
     """Train one client for one round and return what it sends.
 
-    Its personal tensors are on its disk when this returns.
+    Its personal tensors are on its disk when this returns. A client that drops out sends no name,
+    and its local model is what it was sent.
 
     Raises:
         FloatingPointError: The loss is NaN or infinite.
@@ -166,35 +171,8 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
     """
     with strategy.prepare(client, task) as plan:
         _place(client, task, plan)
-        model = plan.model or client.model
-        report = train(
-            model,
-            client.train,
-            shared=plan.shared,
-            personal=plan.personal,
-            objective=strategy.objective,
-            memory=plan.memory,
-            broadcast=task.shared,
-            settings=client.training,
-            local=task.settings,
-            generator=client.seeds.generator("batches", task.round_number, client.client_id),
-            dropout_seed=client.seeds.integer("dropout", task.round_number, client.client_id),
-            keep_mean_gradient=plan.keep_mean_gradient,
-            hold_still=plan.hold_still,
-        )
-        delta = _delta(model, plan, task)
-        sent = strategy.weigh(client, task, Trained(plan, delta, report, plan.observe()))
-        kept = {**model.read(plan.personal), **sent.memory}
-        if kept:
-            client.store.save(Personal(kept), round_number=task.round_number)
-        metrics: dict[str, float] = {
-            "client/train_loss": report.loss,
-            "client/train_seconds": report.seconds,
-            "client/num_tokens": report.num_tokens,
-            "client/num_examples": client.num_examples,
-            **plan.measure(),
-            **sent.metrics,
-        }
+        sent = _DROPPED_OUT if plan.drops_out else _train(strategy, client, task, plan)
+        metrics = {"client/num_examples": client.num_examples, **sent.metrics}
         if task.evaluate_local:
             started = time.monotonic()
             metrics |= _measure(client, "local", plan.model)
@@ -203,6 +181,40 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
     leaked = sorted(sent.delta.keys() - (task.shared.keys() - set(plan.personal)))
     assert not leaked, f"{leaked[0]} in an update, which is no global value"
     return Update(client.client_id, task.round_number, sent.delta, sent.weight, metrics)
+
+
+def _train(strategy: Strategy, client: Client, task: Task, plan: Plan) -> Contribution:
+    """Train by a plan, save what the client keeps, and return what it sends."""
+    model = plan.model or client.model
+    turn = task.round_number, client.client_id
+    report = train(
+        model,
+        client.train,
+        shared=plan.shared,
+        personal=plan.personal,
+        objective=strategy.objective,
+        memory=plan.memory,
+        broadcast=task.shared,
+        settings=client.training,
+        local=task.settings,
+        generator=client.seeds.generator("batches", *turn),
+        dropout_seed=client.seeds.integer("dropout", *turn),
+        keep_mean_gradient=plan.keep_mean_gradient,
+        hold_still=plan.hold_still,
+        watch=plan.watch,
+    )
+    trained = Trained(plan, _delta(model, plan, task), report, plan.observe())
+    sent = strategy.weigh(client, task, trained)
+    if kept := {**model.read(plan.personal), **sent.memory}:
+        client.store.save(Personal(kept), round_number=task.round_number)
+    metrics = {
+        "client/train_loss": report.loss,
+        "client/train_seconds": report.seconds,
+        "client/num_tokens": report.num_tokens,
+        **plan.measure(),
+        **sent.metrics,
+    }
+    return replace(sent, metrics=metrics)
 
 
 def evaluate_client(
@@ -224,8 +236,7 @@ def evaluate_client(
         known: Values of the base or global model on the same examples, measured before.
 
     Returns:
-        ``model/metric`` to value, and ``model/retention_metric`` where the client has retention
-        examples.
+        ``model/metric`` to value; ``model/retention_metric`` too where there is retention.
     """
     metrics = dict(known or {})
     models = set(models)
@@ -242,11 +253,8 @@ def evaluate_client(
                 _place(client, task, plan)
                 metrics |= _measure(client, "personal", plan.model)
             else:
-                metrics |= {
-                    name.replace("global/", "personal/", 1): value
-                    for name, value in metrics.items()
-                    if name.startswith("global/")
-                }
+                same = {k: v for k, v in metrics.items() if k.startswith("global/")}
+                metrics |= {k.replace("global/", "personal/", 1): v for k, v in same.items()}
     return metrics
 
 
@@ -280,26 +288,21 @@ def update_server(strategy: Strategy, state: ServerState, updates: Iterable[Upda
     """Aggregate one round's updates, read once as a stream, and move the global tree.
 
     Raises:
-        ValueError: An update does not fit the global tree, or nobody trained.
+        ValueError: An update does not fit the global tree, or there is none.
     """
-    counted = _Counted(updates)
-    delta = strategy.aggregate(counted, state.shared)
-    if counted.count == 0:
+    num_updates = 0
+
+    def count() -> Iterator[Update]:
+        nonlocal num_updates
+        for update in updates:
+            num_updates += 1
+            yield update
+
+    delta = strategy.aggregate(count(), state.shared)
+    if num_updates == 0:
         raise ValueError(
             f"round {state.round_number + 1} must have at least one update, got none; "
-            "a round in which nobody trained does not count"
+            "a round in which nobody answered does not count"
         )
     shared, slots = strategy.optimizer.step(state.shared, delta, state.slots)
     return replace(state, round_number=state.round_number + 1, shared=shared, slots=slots)
-
-
-class _Counted:
-    """A stream that counts what was read of it."""
-
-    def __init__(self, updates: Iterable[Update]) -> None:
-        self._updates, self.count = updates, 0
-
-    def __iter__(self) -> Iterator[Update]:
-        for update in self._updates:
-            self.count += 1
-            yield update

@@ -1,0 +1,95 @@
+"""Which options have an effect, given the rest of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from orchard.recipe.options import Recipe
+
+Need: TypeAlias = tuple[bool, str]
+"""Whether an option has an effect, and what it takes."""
+
+_GRAFT_LORA = ("strategy.graft_rank", "strategy.graft_alpha", "strategy.graft_dropout")
+_SUBSETS = ("hfedmoe", "fedavg_random", "pflmoe", "fedmoe", "seermoe")
+
+
+def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
+    """Refuse an override that the rest of the recipe leaves without effect.
+
+    Args:
+        recipe: The recipe, overrides included.
+        keys: What was overridden.
+
+    Raises:
+        ValueError: An option has no effect.
+    """
+    data, methods = recipe.data, [name.strip() for name in recipe.strategy.name.split("+")]
+    grafts, is_lora = "flex" in methods, recipe.strategy.graft_kind == "lora"
+    adaptive = bool({"fedadam", "fedyogi"} & set(methods))
+    is_drawn = data.partition in ("iid", "dirichlet", "dirichlet_resample")
+    needs: dict[str, Need] = {
+        "data.num_clients": (is_drawn, "data.partition = iid or a Dirichlet one"),
+        "data.alpha": ("dirichlet" in data.partition, "a Dirichlet data.partition"),
+        "data.examples_per_client": (
+            data.partition == "dirichlet_resample",
+            "data.partition = dirichlet_resample",
+        ),
+        "data.categories": (data.partition != "file", "another data.partition than file"),
+        "data.test_per_category": (data.partition != "file", "another data.partition than file"),
+        "data.test_size": (data.test_per_category == 0, "data.test_per_category = 0"),
+        "strategy.prox_mu": ("fedprox" in methods, "fedprox in strategy.name"),
+        "strategy.entropy_coefficient": ("seermoe" in methods, "seermoe in strategy.name"),
+        "server.momentum": ("fedavgm" in methods, "fedavgm in strategy.name"),
+        "server.dampening": ("fedavgm" in methods, "fedavgm in strategy.name"),
+        "server.beta1": (adaptive, "fedadam or fedyogi in strategy.name"),
+        "server.beta2": (adaptive, "fedadam or fedyogi in strategy.name"),
+        "server.tau": (
+            adaptive or "fedadagrad" in methods,
+            "fedadagrad, fedadam or fedyogi in strategy.name",
+        ),
+        "evaluation.length_normalization": (
+            "accuracy" in recipe.evaluation.metrics,
+            "accuracy in evaluation.metrics",
+        ),
+        "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
+        **_needs_of_budgets(recipe, methods),
+    }
+    for key in keys:
+        is_used, need = needs.get(key, (True, ""))
+        if key.startswith(("strategy.graft_", "strategy.calibration")):
+            is_used, need = grafts, "flex in strategy.name"
+        if grafts and key in _GRAFT_LORA:
+            is_used, need = is_lora, "strategy.graft_kind = lora"
+        if not is_used:
+            raise ValueError(f"{key} must come with {need} to have an effect; drop it or add that")
+
+
+def _needs_of_budgets(recipe: Recipe, methods: Sequence[str]) -> dict[str, Need]:
+    """Return what the options of budgets and of the choice of experts need."""
+    selection, hfedmoe = recipe.selection, "hfedmoe" in methods
+    subset = bool({*_SUBSETS} & {*methods})
+    has_budget = subset or "fedavg_dropout" in methods
+    names = ", ".join(_SUBSETS)
+    of_budgets = (has_budget, f"{names} or fedavg_dropout in strategy.name")
+    is_scored = selection.cadence in ("round", "run")
+    needs: dict[str, Need] = {
+        "client.budget": of_budgets,
+        "client.memory_bytes": of_budgets,
+        "selection.mode": (subset, f"one of {names} in strategy.name"),
+        "selection.scoring_batches": (
+            (subset and not hfedmoe) or (hfedmoe and is_scored),
+            "selection.cadence = round or run" if hfedmoe else f"one of {names} in strategy.name",
+        ),
+    }
+    # The other methods rank by what they are named for, and are not asked how.
+    needs |= {
+        f"selection.{name}": (hfedmoe, "hfedmoe in strategy.name")
+        for name in vars(selection)
+        if f"selection.{name}" not in needs
+    }
+    if hfedmoe:
+        needs["selection.every"] = (selection.cadence == "steps", "selection.cadence = steps")
+        ranks = selection.rank_by == "information"
+        needs["selection.beta"] = (ranks, "selection.rank_by = information")
+    return needs
