@@ -60,7 +60,7 @@ def train_and_measure(
             model = AdaptedModel(
                 base.view, LORA, tokenizer=_Tokenizer(), base_digest=base.digest, seed=0
             )
-        vocabulary = int(model.model.get_input_embeddings().weight.shape[0])
+        vocabulary: int = model.model.config.get_text_config().vocab_size  # type: ignore[union-attr,operator]
         generator = np.random.default_rng(0)
         examples = []
         for _ in range(8):
