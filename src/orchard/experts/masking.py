@@ -75,21 +75,31 @@ def _forward_fused(layer: MoELayer, index: int, switch: ExpertSwitch) -> Callabl
         learning_E = switch.learning[index].to(choices_TK.device)
         if bool(learning_E.all()):
             return run(x_TD, choices_TK, weights_TK, *rest)
-        num_experts = len(learning_E)
-        # The last place stands for "none", which the experts skip.
-        is_still_E = torch.cat((~learning_E, learning_E.new_zeros(1)))
-        is_still_TK = is_still_E[choices_TK.clamp(max=num_experts)]
-        y_TD = run(x_TD, choices_TK.masked_fill(is_still_TK, num_experts), weights_TK, *rest)
-        token_P, place_P = torch.where(is_still_TK)
-        if len(token_P) == 0:
-            return y_TD
-        with torch.no_grad():
+        # One pair of token and expert at a time, so that a family's experts need not know how to
+        # skip a place; and added up by place, so that the order does not depend on the device.
+        is_pair_TK = choices_TK < len(learning_E)
+        learns_TK = is_pair_TK & learning_E[choices_TK.clamp(max=len(learning_E) - 1)]
+        parts = []
+        for learns, chosen_TK in ((True, learns_TK), (False, is_pair_TK & ~learns_TK)):
+            token_P, place_P = torch.where(chosen_TK)
+            if len(token_P) == 0:
+                continue
+            choices_P1 = choices_TK[token_P, place_P, None]
             weights_P1 = weights_TK[token_P, place_P, None]
-            own_PD = run(
-                x_TD[token_P], choices_TK[token_P, place_P, None], torch.ones_like(weights_P1)
-            )
-        weighted_PD = weights_TK[token_P, place_P, None] * own_PD
-        return y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
+            if learns:
+                y_PD = run(x_TD[token_P], choices_P1, weights_P1, *rest)
+            else:
+                with torch.no_grad():
+                    ones_P1 = torch.ones_like(weights_P1)
+                    own_PD = run(x_TD[token_P], choices_P1, ones_P1, *rest)
+                y_PD = (weights_P1 * own_PD).to(own_PD.dtype)
+            parts.append((token_P, place_P, y_PD))
+        if not parts:
+            return run(x_TD, choices_TK, weights_TK, *rest)
+        pairs_TKD = parts[0][2].new_zeros((*choices_TK.shape, x_TD.shape[-1]))
+        for token_P, place_P, y_PD in parts:
+            pairs_TKD = pairs_TKD.index_put((token_P, place_P), y_PD)
+        return pairs_TKD.sum(dim=1)
 
     return forward
 
