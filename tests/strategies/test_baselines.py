@@ -86,8 +86,8 @@ def test_clients_move_no_more_experts_than_they_afford(method: str, tmp_path: Pa
             # Two steps of four examples need not use all that may learn.
             assert {layer for layer, _ in moved} == {f"layers.{i}" for i in range(4)}
             assert update.metrics["client/budget_experts"] == budget
-            assert update.metrics["client/active_experts"] <= len(moved)
-            assert update.metrics["client/trained_experts"] == len(moved)
+            assert update.metrics["client/active_experts"] <= budget
+            assert len(moved) <= update.metrics["client/trained_experts"] <= budget
 
 
 @pytest.mark.parametrize("method", BASELINES)
@@ -237,7 +237,8 @@ def test_clients_draw_different_experts(tmp_path: Path) -> None:
 def test_pflmoe_sends_the_experts_that_it_trained(tmp_path: Path) -> None:
     federation = Federation(tmp_path, quick_recipe("pflmoe"))
     for update in federation.play():
-        assert sent_experts(update) == moved_experts(update)
+        assert moved_experts(update) <= sent_experts(update)
+        assert len(sent_experts(update)) == update.metrics["client/trained_experts"] < NUM_EXPERTS
         rest = [name for name in federation.model.adapter_names if expert_of(name) is None]
         assert update.delta.keys() >= set(rest)
         assert len({*update.weight.values()}) == 1

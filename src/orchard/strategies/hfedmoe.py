@@ -87,7 +87,8 @@ def _unnormalized(kind: str) -> Aggregate:
 
     With alpha(c) a client's preference over the number of experts that anyone sent (Eq. 20):
     ``literal`` makes the new router the sum of alpha(c) times the client's (Eq. 21), which shrinks
-    it, and ``damped`` adds alpha(c) times the client's delta to the old one.
+    it, and ``damped`` adds alpha(c) times the client's delta to the old one. Where nobody sent an
+    expert there is no alpha, and routers are averaged by examples.
     """
 
     def aggregate(updates: Iterable[Update], shared: Tree) -> dict[str, torch.Tensor]:
@@ -103,8 +104,10 @@ def _unnormalized(kind: str) -> Aggregate:
                 yield update
 
         delta = mean(read())
+        if not experts:
+            return delta
         for name, total in sum_of_weights.items():
-            alpha = total / max(len(experts), 1)
+            alpha = total / len(experts)
             moved = alpha * delta[name]
             delta[name] = moved if kind == "damped" else moved + (alpha - 1) * shared[name].float()
         return delta

@@ -214,7 +214,7 @@ class Session:
         return observed
 
     def trained(self) -> ExpertMask:
-        """Return the experts that learned in at least one step."""
+        """Return the experts that learned in at least one step in which a token chose them."""
         return tuple(torch.stack(masks).any(dim=0) for masks in zip(*self.active, strict=True))
 
     def measure(self) -> Metrics:
