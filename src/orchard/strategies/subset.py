@@ -33,6 +33,7 @@ from orchard.experts.masking import ExpertSwitch, detached_experts
 from orchard.experts.observation import LayerPass, concatenate, score, watch_routing
 from orchard.experts.selection import (
     ExpertMask,
+    all_experts,
     num_selected,
     random_ranks,
     select_experts,
@@ -43,7 +44,7 @@ from orchard.results import Metrics
 from orchard.strategies.strategy import Plan, Strategy, place_global
 from orchard.trees import Tree
 
-RANKS = ("information", "importance", "cumulative", "specific", "frequency", "random")
+RANKS = ("information", "importance", "cumulative", "specific", "frequency", "random", "none")
 CADENCES = ("batch", "steps", "round", "run")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.")
 _ROUTER = re.compile(r"(.+)\.router(_bias)?\.")
@@ -56,7 +57,8 @@ class SubsetSettings:
     Attributes:
         mode: ``mask`` holds all experts and trains some; ``carve`` holds the chosen ones alone.
         rank_by: ``information`` (HFedMoE's I), ``importance`` (its s), ``cumulative``,
-            ``specific``, ``frequency`` (how many tokens chose the expert) or ``random``.
+            ``specific``, ``frequency`` (how many tokens chose the expert), ``random``, or ``none``,
+            which trains every expert whatever the budget and needs no scoring pass.
         cadence: Choose anew for every ``batch``, every so many ``steps``, each ``round``, or once
             in a ``run``.
         every: Optimizer steps between choices of cadence ``steps``.
@@ -115,7 +117,9 @@ def _masked(client: Client, task: Task, plan: Plan, settings: SubsetSettings) ->
     session = _Session(client, task, plan, settings, sizes)
     with detached_experts(model.view) as switch, watch_routing(model.view, session.see):
         session.switch = switch
-        if settings.cadence == "run":
+        if settings.rank_by == "none":
+            switch.learning = all_experts(list(sizes.values()))
+        elif settings.cadence == "run":
             place_global(model, task)
             switch.learning = session.choose_for_round(route(model, session.scoring_batches()))
         yield session.extend(plan)
@@ -157,7 +161,8 @@ class _Session:
     ) -> None:
         self.client, self.task, self.settings = client, task, settings
         self.sizes = sizes
-        self.budget = client.budget_experts or sum(sizes.values())
+        budget = client.budget_experts if settings.rank_by != "none" else None
+        self.budget = budget or sum(sizes.values())
         self.generator = client.seeds.generator("experts", task.round_number, client.client_id)
         self.switch = ExpertSwitch()
         self.model = plan.model or client.model
@@ -212,8 +217,9 @@ class _Session:
         """Choose for the coming step where it is time to, and return the names that stay."""
         if self.step == self.reset_at:
             self.start_meters()
-        cadence = self.settings.cadence
-        if cadence == "batch" or (cadence == "steps" and self.step % self.settings.every == 0):
+        cadence, every = self.settings.cadence, self.settings.every
+        is_due = cadence == "batch" or (cadence == "steps" and self.step % every == 0)
+        if is_due and self.settings.rank_by != "none":
             self.switch.learning = self.choose(route(self.model, batches))
         elif self.switch.learning is None:
             layers = route(self.model, self.scoring_batches())
