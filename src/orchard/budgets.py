@@ -87,6 +87,11 @@ def check_selection(recipe: Recipe, view: MoEView) -> None:
             f"selection.threshold must be at most {smallest}, got {selection.threshold}; it is in "
             f"units of 1/{smallest}, and no usage is above 1: no expert would ever be sent"
         )
+    if selection.mode == "carve" and selection.rank_by == "none":
+        raise ValueError(
+            "selection.rank_by must choose with selection.mode = carve, got none; "
+            "take mode = mask to train all experts"
+        )
     if selection.mode == "carve" and selection.cadence in ("batch", "steps"):
         raise ValueError(
             f"selection.cadence must be round or run with selection.mode = carve, got "

@@ -167,8 +167,11 @@ class SelectionOptions:
     rank_by: str = option(
         "information",
         "HFedMoE: what is best: information (I), importance (s), cumulative, specific, frequency "
-        "of use, or random.",
-        choices=("information", "importance", "cumulative", "specific", "frequency", "random"),
+        "of use, random, or none, which trains all experts whatever the budget.",
+        choices=(
+            *("information", "importance", "cumulative", "specific", "frequency", "random"),
+            "none",
+        ),
     )
     cadence: str = option(
         "batch",

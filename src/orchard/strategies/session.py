@@ -31,7 +31,7 @@ from orchard.results import Metrics
 from orchard.strategies.expert_names import expert_of
 from orchard.strategies.strategy import Plan
 
-RANKS = ("information", "importance", "cumulative", "specific", "frequency", "random")
+RANKS = ("information", "importance", "cumulative", "specific", "frequency", "random", "none")
 CADENCES = ("batch", "steps", "round", "run")
 
 Look: TypeAlias = Callable[[], tuple[LayerPass, ...]]
@@ -45,7 +45,8 @@ class SubsetSettings:
     Attributes:
         mode: ``mask`` holds all experts and trains some; ``carve`` holds the chosen ones alone.
         rank_by: ``information`` (HFedMoE's I), ``importance`` (its s), ``cumulative``,
-            ``specific``, ``frequency`` (how many tokens chose the expert) or ``random``.
+            ``specific``, ``frequency`` (how many tokens chose the expert), ``random``, or ``none``,
+            which trains every expert whatever the budget and needs no scoring pass.
         cadence: Choose anew for every ``batch``, every so many ``steps``, each ``round``, or once
             in a ``run``.
         every: Optimizer steps between choices of cadence ``steps``.
@@ -77,7 +78,8 @@ class Session:
         """Start with nothing chosen; ``sizes`` is E by layer, of the whole model."""
         self.client, self.task, self.settings = client, task, settings
         self.sizes = sizes
-        self.budget = client.budget_experts or sum(sizes.values())
+        budget = client.budget_experts if settings.rank_by != "none" else None
+        self.budget = budget or sum(sizes.values())
         self.generator = client.seeds.generator("experts", task.round_number, client.client_id)
         self.switch = ExpertSwitch()
         self.model = plan.model or client.model
