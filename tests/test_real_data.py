@@ -94,6 +94,7 @@ def test_options_of_real_data_are_chosen_from(name: str, tmp_path: Path) -> None
         "client.steps=3",
         "client.batch_size=4",
         "evaluation.max_examples=8",
+        "evaluation.metrics=loss,accuracy",
     ]
     recipe = read_recipe(RECIPES / name / "fedavg.toml", overrides).recipe
     experiment = prepare_experiment(recipe)

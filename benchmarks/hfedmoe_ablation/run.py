@@ -42,7 +42,7 @@ from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog, peak_memory_bytes, write_json
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint
-from orchard.strategies.subset import is_router
+from orchard.strategies.expert_names import is_router
 from orchard.trees import Tree, digest
 
 HERE = Path(__file__).parent

@@ -148,7 +148,7 @@ def _rounds_to(runs: Sequence[dict[str, Any]], targets: dict[int, float]) -> str
     for own in runs:
         curve, target = own["accuracy_by_round"], targets.get(own["seed"])
         reached = [n for n, value in enumerate(curve) if target is not None and value >= target]
-        found.append(str(reached[0]) if reached else "–")
+        found.append(str(reached[0]) if reached else "-")
     return " ".join(found)
 
 

@@ -236,9 +236,11 @@ def test_clients_draw_different_experts(tmp_path: Path) -> None:
 
 def test_pflmoe_sends_the_experts_that_it_trained(tmp_path: Path) -> None:
     federation = Federation(tmp_path, quick_recipe("pflmoe"))
-    for update in federation.play():
+    updates = federation.play()
+    assert any(len(sent_experts(update)) < NUM_EXPERTS for update in updates)
+    for update in updates:
         assert moved_experts(update) <= sent_experts(update)
-        assert len(sent_experts(update)) == update.metrics["client/trained_experts"] < NUM_EXPERTS
+        assert len(sent_experts(update)) == update.metrics["client/trained_experts"]
         rest = [name for name in federation.model.adapter_names if expert_of(name) is None]
         assert update.delta.keys() >= set(rest)
         assert len({*update.weight.values()}) == 1

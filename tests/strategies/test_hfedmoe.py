@@ -129,7 +129,7 @@ def test_without_a_limit_nothing_is_masked(tmp_path: Path) -> None:
             assert equal(own.delta, other.delta)
 
 
-@pytest.mark.parametrize("rank_by", RANKS)
+@pytest.mark.parametrize("rank_by", [rank for rank in RANKS if rank != "none"])
 @pytest.mark.parametrize("cadence", CADENCES)
 def test_every_way_to_choose_keeps_the_budget(
     rank_by: str, cadence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,6 +163,15 @@ def test_every_way_to_choose_keeps_the_budget(
     assert update.metrics["client/trained_experts"] == len(moved(update))
     kept = clients[0].store.load(before_round=2)
     assert (kept is not None) == (cadence == "run")
+
+
+def test_without_a_ranking_all_experts_train_whatever_the_budget(tmp_path: Path) -> None:
+    everything = ["selection.rank_by=none", "selection.threshold=0.0"]
+    plain = play(quick_recipe("fedavg", BUDGETS[0]), tmp_path / "plain")
+    without = play(quick_recipe("hfedmoe", *everything), tmp_path / "none")
+    for own, other in zip(without, plain, strict=True):
+        assert own.metrics["client/budget_experts"] == 32
+        assert equal(own.delta, other.delta)
 
 
 def test_trained_experts_are_those_that_a_token_of_a_step_chose(tmp_path: Path) -> None:
