@@ -174,7 +174,6 @@ def train(
                 batches = [[examples[index] for index in batch] for batch in step]
                 step_labels = sum(example.num_labels for batch in batches for example in batch)
                 allowed = names - frozenset(hold_still(batches)) if hold_still else names
-                model.drop_gradients()
                 step_loss = 0.0
                 for batch in batches:
                     losses_T, router_loss = forward_losses(model, batch, with_router_loss=aux > 0)
@@ -209,8 +208,13 @@ def train(
                 if settings.max_grad_norm > 0:
                     torch.nn.utils.clip_grad_norm_(leaves.values(), settings.max_grad_norm)
                 optimizer.step()
+                # Leaves hold the model's own gradients; kept, they would be there twice.
+                optimizer.zero_grad()
+                model.drop_gradients()
                 losses.append(step_loss)
     finally:
+        # Not left to the garbage collector: the next client's moments would come on top.
+        optimizer.state.clear()
         model.drop_gradients()
         model.model.eval()
         model.set_trainable(())
