@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from orchard.memory import peak_memory_bytes, release_freed_memory
 from orchard.results import (
     MetricsLog,
     environment,
-    peak_memory_bytes,
     write_atomically,
     write_json,
 )
@@ -124,3 +124,10 @@ def test_peak_memory_is_in_bytes_and_never_falls() -> None:
     block = bytearray(32 << 20)
     after = peak_memory_bytes()
     assert len(block) < before <= after < 1 << 40
+
+
+def test_freed_memory_can_be_given_back() -> None:
+    blocks = [bytearray(64 << 10) for _ in range(200)]
+    del blocks[::2]
+    release_freed_memory()
+    assert sum(len(block) for block in blocks) == 100 * (64 << 10)

@@ -34,12 +34,13 @@ from orchard.experiment import (
     prepare_experiment,
     run_experiment,
 )
+from orchard.memory import peak_memory_bytes
 from orchard.methods import build_strategy
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import threads
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
-from orchard.results import MetricsLog, peak_memory_bytes, write_json
+from orchard.results import MetricsLog, write_json
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint
 from orchard.strategies.expert_names import is_router

@@ -121,20 +121,33 @@ def test_the_end_token_does_not_count_and_a_cut_option_has_none() -> None:
     assert a == b
 
 
-@pytest.mark.parametrize(("answers", "num_rows"), [(ANSWERS[0], 1), (ANSWERS[2], 1)])
+@pytest.mark.parametrize(
+    ("family", "answers", "shapes"),
+    [
+        ("qwen2_moe", ANSWERS[0], [(1, 3)]),
+        ("qwen2_moe", ANSWERS[2], [(1, 5)]),
+        # What follows the prompt is read behind it: the first tokens of the longer two.
+        ("qwen2_moe", ANSWERS[1], [(1, 3), (2, 2)]),
+        # A window over the prompt would count its padding: whole rows, once that was seen.
+        ("gpt_oss", ANSWERS[1], [(1, 3), (2, 5)]),
+    ],
+)
 def test_options_share_forward_passes(
-    answers: Sequence[Sequence[int]], num_rows: int, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    answers: Sequence[Sequence[int]],
+    shapes: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, seen = stirred(), []
+    model, seen = stirred(family), []
     real = model.model.forward
 
     def count(**inputs: torch.Tensor) -> object:
-        seen.append(inputs["input_ids"].shape[0])
+        seen.append(tuple(inputs["input_ids"].shape))
         return real(**inputs)
 
     monkeypatch.setattr(model.model, "forward", count)
     log_likelihoods(model, [[option([4, 5, 6], a) for a in answers]], batch_size=8)
-    assert seen == [num_rows]
+    assert seen == shapes
 
 
 def test_a_model_that_cannot_leave_out_logits_scores_the_same(
@@ -144,8 +157,20 @@ def test_a_model_that_cannot_leave_out_logits_scores_the_same(
     expected = log_likelihoods(model, questions(), batch_size=4)
     real = model.model.forward
 
-    def forward(input_ids: object, attention_mask: object, use_cache: bool) -> object:
-        return real(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+    def forward(
+        input_ids: object,
+        attention_mask: object,
+        use_cache: bool,
+        position_ids: object = None,
+        past_key_values: object = None,
+    ) -> object:
+        return real(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            use_cache=use_cache,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+        )
 
     monkeypatch.setattr(model.model, "forward", forward)
     found = log_likelihoods(model, questions(), batch_size=4)

@@ -15,6 +15,7 @@ from orchard.client.objectives import Objective, Situation, causal_lm
 from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
+from orchard.memory import release_freed_memory
 from orchard.models.adapters import AdaptedModel
 from orchard.models.unbinding import unbound_experts
 from orchard.trees import Tree, clone, zeros_like
@@ -218,6 +219,7 @@ def train(
         model.drop_gradients()
         model.model.eval()
         model.set_trainable(())
+        release_freed_memory()
     mean_gradient = {name: total / len(losses) for name, total in gradient_sum.items()}
     return TrainingReport(
         loss=math.fsum(losses) / len(losses),

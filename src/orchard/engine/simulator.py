@@ -19,7 +19,8 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
-from orchard.results import MetricsLog, peak_memory_bytes
+from orchard.memory import peak_memory_bytes
+from orchard.results import MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from orchard.strategies.strategy import Strategy, evaluate_client, train_client, update_server

@@ -12,6 +12,7 @@ from orchard.evaluation.loss import mean_loss
 from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
 from orchard.evaluation.rouge import exact_match, rouge_l
 from orchard.models.adapters import AdaptedModel
+from orchard.models.unbinding import unbound_experts
 
 # Whether more is better.
 METRICS = {"loss": False, "rouge_l": True, "exact_match": True, "accuracy": True}
@@ -69,6 +70,13 @@ def evaluate(
     Raises:
         ValueError: ``accuracy`` is asked for, and an example has no options.
     """
+    with unbound_experts(model.view):
+        return _evaluate(model, examples, settings)
+
+
+def _evaluate(
+    model: AdaptedModel, examples: Sequence[TestExample], settings: EvaluationSettings
+) -> dict[str, float]:
     values: dict[str, float] = {}
     if "loss" in settings.metrics:
         encoded = [example.encoded for example in examples]

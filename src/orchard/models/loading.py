@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from orchard.memory import release_freed_memory
 from orchard.models.detection import view_config, view_moe
 from orchard.models.moe import MoEView
 from orchard.models.targets import LoraSettings, check_targets
@@ -185,6 +186,7 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
         raise ValueError(
             f"model.path must hold readable weights, got {path} ({error}); download them again"
         ) from error
+    release_freed_memory()
     model = model.to(device).eval().requires_grad_(False)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return Base(view_moe(model), digest(state))

@@ -116,11 +116,13 @@ def full_slots(
         for parameter in view.model.parameters()
         if {paths[id(parameter)], paths[id(parameter)].rpartition(".")[0]} & set(adapted)
     }
+    # A skeleton has experts on meta, shapes without values, and all else elsewhere.
+    is_on_meta = all(parameter.is_meta for parameter in view.model.parameters())
     if ALL in targets or EXPERTS in targets:
         for layer in view.layers:
             parameters = layer.storage.parameters()
-            # A skeleton has experts on meta: shapes without values.
-            if not taken & {id(p) for p in parameters} and not parameters[0].is_meta:
+            is_there = is_on_meta or not parameters[0].is_meta
+            if is_there and not taken & {id(p) for p in parameters}:
                 yield from _expert_slots(layer)
     if ALL in targets or ROUTER in targets:
         for layer in view.layers:

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from orchard.memory import release_freed_memory
 from orchard.models.carving import carve_layer, check_carvable, check_kept, select_rows
 from orchard.models.checkpoint import Checkpoint
 from orchard.models.conversion import StoredExperts, StoredModel, match_checkpoint
@@ -56,6 +57,7 @@ def load_submodel(
             values = _read_experts(model, stored.checkpoint, experts, layer.expert_ids, dtype)
             parameter = nn.Parameter(values.to(device), requires_grad=False)
             setattr(layer.experts, attribute, parameter)
+    release_freed_memory()
     return _view(model, layers)
 
 

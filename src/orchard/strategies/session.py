@@ -27,6 +27,7 @@ from orchard.experts.selection import (
     union_of_choices,
 )
 from orchard.models.adapters import AdaptedModel
+from orchard.models.unbinding import unbound_experts
 from orchard.results import Metrics
 from orchard.strategies.expert_names import expert_of
 from orchard.strategies.strategy import Plan
@@ -246,7 +247,7 @@ def route(model: AdaptedModel, batches: Sequence[Sequence[Encoded]]) -> tuple[La
     was_training = model.model.training
     model.model.eval()
     try:
-        with torch.no_grad(), watch_routing(model.view, passes.append):
+        with torch.no_grad(), unbound_experts(model.view), watch_routing(model.view, passes.append):
             for batch in batches:
                 forward_losses(model, batch)
     finally:

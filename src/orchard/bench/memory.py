@@ -12,6 +12,7 @@ from orchard.client.training import TrainingSettings, train
 from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.experts.submodel import SubmodelSource
+from orchard.memory import peak_memory_bytes
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import load_base, threads
 from orchard.models.targets import LoraSettings
@@ -49,7 +50,7 @@ def train_and_measure(
         steps: Timed optimizer steps, after one that is not.
         num_threads: CPU threads.
     """
-    before = peak_resident_bytes()
+    before = peak_memory_bytes()
     with threads(num_threads):
         if experts_per_layer:
             source = SubmodelSource(path, "float32", "cpu", LORA, _Tokenizer(), "", 0)
@@ -85,20 +86,9 @@ def train_and_measure(
             seconds = report.seconds
         delta = {n: t.detach() - shared[n] for n, t in model.parameters(shared).items()}
     return {
-        "peak_memory_bytes": peak_resident_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
         "process_bytes": before,
         "tokens_per_second": report.num_tokens / seconds,
         "train_loss": report.loss,
         "trained_elements": sum(tensor.numel() for tensor in delta.values()),
     }
-
-
-def peak_resident_bytes() -> int:
-    """Return the most memory that this process has had in RAM.
-
-    Not ``ru_maxrss``: on Linux that begins with the peak of whoever started the process.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return 1024 * int(line.split()[1])
-    raise OSError("/proc/self/status must have VmHWM, got none; this measurement needs Linux")

@@ -1,0 +1,190 @@
+"""What a client needs in memory to train, from a model's configuration alone.
+
+A model of the peak, part by part, of a client in a process of its own. It errs on the side of too
+much: batches as long as ``data.max_tokens`` allows, and every tensor that training ever holds at
+the same time as the activations that it may meet. ``docs/how-to/fit_a_budget.md`` compares it with
+what was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from orchard.models.footprint import Footprint, activation_bytes, measure_footprint
+from orchard.models.loading import DTYPES
+from orchard.models.targets import EXPERTS, LoraSettings
+
+PROCESS_BYTES = 400_000_000
+"""Python with torch, transformers and PEFT imported, on a CPU: 362 MB were measured."""
+_FLOAT = 4  # bytes of what is trained, whatever the base's dtype
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes at the peak of a client's local training, by what they are for.
+
+    Attributes:
+        process: Code and libraries.
+        weights: The model that is held.
+        adapters: Trainable tensors beside it: LoRA factors, grafts.
+        received: The global values of what is trained.
+        optimizer: Moments, of what has moved.
+        gradients: Of one optimizer step.
+        folded: Expert weights with their adapters in them, a second copy where experts have any.
+        activations: What autograd keeps of one micro-batch, and the logits.
+    """
+
+    process: int
+    weights: int
+    adapters: int
+    received: int
+    optimizer: int
+    gradients: int
+    folded: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All parts together."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True)
+class TrainingShape:
+    """What of a recipe decides how much memory training takes.
+
+    Attributes:
+        lora: What is trained.
+        dtype: Of the base.
+        batch_size: Examples of a micro-batch.
+        num_tokens: Of the longest example.
+        optimizer: ``adamw`` or ``sgd``.
+        is_carved: Whether a client holds only the experts that it trains.
+        num_choices: How often in a round a client chooses experts: what a choice moves for the
+            first time gets optimizer state, which stays to the end of the round.
+        personal: Elements that are trained and never received, such as a graft.
+    """
+
+    lora: LoraSettings
+    dtype: str
+    batch_size: int
+    num_tokens: int
+    optimizer: str
+    is_carved: bool
+    num_choices: int
+    personal: int = 0
+
+
+class Requirements:
+    """What training needs with more or fewer experts."""
+
+    def __init__(self, config: Any, shape: TrainingShape) -> None:
+        """Read the sizes off a model without values.
+
+        Args:
+            config: A transformers config.
+            shape: How it is trained.
+
+        Raises:
+            ValueError: A target fits nothing.
+        """
+        self._config, self._shape = config, shape
+        self.footprint: Footprint = measure_footprint(config, shape.lora, dtype=shape.dtype)
+        self._counted: dict[str, tuple[dict[str, int], int]] = {}
+        self._traced: dict[tuple[int, ...], int] = {}
+
+    def spread(self, budget: int) -> tuple[int, ...]:
+        """Divide a budget over the MoE layers, as evenly as their sizes allow.
+
+        Args:
+            budget: Experts over all layers, at least one for each.
+        """
+        sizes = list(self.footprint.layers.values())
+        kept = [0] * len(sizes)
+        left = min(budget, sum(sizes))
+        while left:
+            open_ = [index for index, size in enumerate(sizes) if kept[index] < size]
+            # Earlier layers take what does not divide.
+            for index in open_[:left]:
+                kept[index] += 1
+            left -= min(left, len(open_))
+        return tuple(kept)
+
+    def peak(self, budget: int) -> PeakMemory:
+        """Return the peak with ``budget`` experts over all layers.
+
+        Raises:
+            ValueError: The family's forward pass cannot be measured without values.
+        """
+        shape, sizes = self._shape, self.footprint
+        chosen = self.spread(budget)
+        held = chosen if shape.is_carved else tuple(sizes.layers.values())
+        moved = tuple(
+            min(size, own * shape.num_choices)
+            for size, own in zip(sizes.layers.values(), chosen, strict=True)
+        )
+        own_bytes = zip(sizes.expert_bytes.values(), held, strict=True)
+        expert_bytes = [size * number for size, number in own_bytes]
+        has_adapters = EXPERTS in shape.lora.targets
+        # Folding makes one layer's update in float32 before it is added.
+        width = DTYPES[shape.dtype].itemsize
+        update = max(expert_bytes) * _FLOAT // width
+        states = 2 if shape.optimizer == "adamw" else 0
+        return PeakMemory(
+            process=PROCESS_BYTES,
+            weights=sizes.dense_bytes + sum(expert_bytes),
+            adapters=_FLOAT * (self.trainable(held, kind="lora") + shape.personal),
+            received=_FLOAT * self.trainable(held),
+            optimizer=_FLOAT * states * (self.trainable(moved) + shape.personal),
+            gradients=_FLOAT * (self.trainable(held) + shape.personal),
+            folded=(sum(expert_bytes) + 2 * update) if has_adapters else 0,
+            activations=self._activations(held),
+        )
+
+    def trainable(self, experts: Sequence[int], *, kind: str = "all") -> int:
+        """Return the trainable elements of everything with so many experts in each layer.
+
+        Args:
+            experts: In each MoE layer.
+            kind: ``all``, or ``lora`` for adapters alone.
+        """
+        sizes = self.footprint
+        per_expert, rest = self._elements(kind)
+        return rest + sum(
+            number * per_expert[layer] // sizes.layers[layer]
+            for layer, number in zip(sizes.layers, experts, strict=True)
+        )
+
+    def _elements(self, kind: str) -> tuple[dict[str, int], int]:
+        """Return trainable elements of the experts of each layer, and of all else."""
+        if kind not in self._counted:
+            of_layer, rest = dict.fromkeys(self.footprint.layers, 0), 0
+            for name, elements in self.footprint.trainable.items():
+                if kind == "lora" and ".lora_" not in name:
+                    continue
+                layer, is_expert, _ = name.partition(".experts.")
+                if is_expert:
+                    of_layer[layer] += elements
+                else:
+                    rest += elements
+            self._counted[kind] = of_layer, rest
+        return self._counted[kind]
+
+    def _activations(self, held: Sequence[int]) -> int:
+        shape, key = self._shape, tuple(held)
+        if key not in self._traced:
+            self._traced[key] = activation_bytes(
+                self._config,
+                shape.lora,
+                held,
+                dtype=shape.dtype,
+                batch_size=shape.batch_size,
+                num_tokens=shape.num_tokens,
+            )
+        places = shape.batch_size * shape.num_tokens
+        # Logits and their gradient as the model gives them; in float32, they, their log-softmax
+        # and its gradient.
+        width = DTYPES[shape.dtype].itemsize
+        return self._traced[key] + places * self.footprint.vocabulary * (2 * width + 3 * _FLOAT)
