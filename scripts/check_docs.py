@@ -41,7 +41,8 @@ _FENCE = re.compile(r"^(```+|~~~+)[ ]*(\S*)[^\n]*\n(.*?)^\1[ ]*$", re.MULTILINE 
 _LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")
 _HEADING = re.compile(r"^#{1,6}\s+(.*?)\s*#*$", re.MULTILINE)
 _TEST = re.compile(r"(tests/[\w/]+\.py)(?:::(test_\w+))?")
-_SOURCE = re.compile(r"`((?:src|recipes|examples|scripts)/[\w./-]+)`")
+_SOURCE = re.compile(r"`((?:src|recipes|examples|scripts|benchmarks)/[\w./-]+)`")
+_DEFINED = re.compile(r"`(src/[\w/]+\.py)::(?:\w+\.)?(\w+)`")
 
 
 def pages() -> list[Path]:
@@ -84,7 +85,11 @@ def check_links(page: Path, text: str) -> Iterator[str]:
 
 
 def check_names(text: str) -> Iterator[str]:
-    """Yield every file and test that is named but does not exist; NAME stands for any name."""
+    """Yield every file, test and function that is named but does not exist.
+
+    NAME stands for any name; ``src/orchard/trees.py::clone`` and ``FILE.py::Class.method`` are
+    functions.
+    """
     for path, test in sorted(set(_TEST.findall(text))):
         file = ROOT / path
         if not file.is_file():
@@ -94,6 +99,11 @@ def check_names(text: str) -> Iterator[str]:
     for path in sorted(set(_SOURCE.findall(text))):
         if not Path(path).stem.isupper() and not (ROOT / path).exists():
             yield f"names {path}, which does not exist"
+    for path, name in sorted(set(_DEFINED.findall(text))):
+        file = ROOT / path
+        code = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if not re.search(rf"^\s*(?:(?:def|class) {name}\b|{name}: )", code, re.MULTILINE):
+            yield f"names {path}::{name}, which does not exist"
 
 
 def commands(text: str) -> Iterator[str]:

@@ -1,0 +1,39 @@
+"""Choices of experts that cannot work are refused before any model is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from federations import quick_recipe
+from orchard.experiment import prepare_experiment
+
+# The packaged tiny model has 4 MoE layers of 8 experts.
+
+
+@pytest.mark.parametrize("usage_mode", ["softmax_mean", "hit_rate", "relative"])
+def test_a_threshold_that_stands_for_a_usage_above_1_is_refused(usage_mode: str) -> None:
+    mode = f"selection.usage_mode={usage_mode}"
+    prepare_experiment(quick_recipe("hfedmoe", "selection.threshold=8.0", mode))
+    with pytest.raises(ValueError, match=r"^selection\.threshold must be at most 8, got 8\.01; .*"):
+        prepare_experiment(quick_recipe("hfedmoe", "selection.threshold=8.01", mode))
+
+
+@pytest.mark.parametrize("method", ["hfedmoe", "fedmoe", "fedavg_dropout"])
+@pytest.mark.parametrize("budget", ["3", "12%"])
+def test_a_budget_below_one_expert_a_layer_is_refused(method: str, budget: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"^client\.budget must afford one expert in each of the 4"
+    ):
+        prepare_experiment(quick_recipe(method, f"client.budget={budget}"))
+
+
+def test_a_budget_without_experts_to_choose_from_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must name experts with strategy\.name = hfedmoe"):
+        prepare_experiment(quick_recipe("hfedmoe", "model.lora_targets=q_proj,router"))
+
+
+@pytest.mark.parametrize("cadence", ["batch", "steps"])
+def test_a_carved_client_cannot_choose_between_steps(cadence: str) -> None:
+    recipe = quick_recipe("hfedmoe", "selection.mode=carve", f"selection.cadence={cadence}")
+    with pytest.raises(ValueError, match=r"^selection\.cadence must be round or run with"):
+        prepare_experiment(recipe)
