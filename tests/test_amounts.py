@@ -104,6 +104,7 @@ def test_drawn_shares_lie_between_the_ends(first: int, second: int, seed: int) -
 
 def test_draws_are_of_whole_numbers_and_reach_both_ends() -> None:
     assert set(counts("uniform(2, 4)", 64, num_clients=100)) == {2, 3, 4}
+    assert {*counts("uniform(98%, 100%)", 100, num_clients=100)} == {98, 99, 100}
 
 
 def test_draws_are_uniform() -> None:

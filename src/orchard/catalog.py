@@ -71,7 +71,8 @@ def print_catalog() -> None:
         methods.add_row(name, method.about, method.source)
     console.print(methods)
     console.print(
-        "Methods join by +, such as flex+fedadam: one server optimizer, any of the others.\n",
+        "Methods join by +, such as flex+fedadam: at most one server optimizer and one way to fit "
+        "a budget, any of the others.\n",
         highlight=False,
     )
     console.print("[bold]Model families[/bold] that the parity tests cover:", highlight=False)

@@ -187,7 +187,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
         "pflmoe": Method(
             "clients train and send the experts that they use most",
-            "Guo et al., 2021, as Fang et al., 2026, arXiv:2601.00583, describe it",
+            "Guo et al., 2020, arXiv:2012.15589, as arXiv:2601.00583 describes it",
             "budget",
             _with_subset(pflmoe),
         ),

@@ -214,8 +214,6 @@ def train(
                 model.drop_gradients()
                 losses.append(step_loss)
     finally:
-        # Not left to the garbage collector: the next client's moments would come on top.
-        optimizer.state.clear()
         model.drop_gradients()
         model.model.eval()
         model.set_trainable(())

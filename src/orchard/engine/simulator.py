@@ -246,6 +246,7 @@ def _summarize_round(
     """
     trained = [line for line in lines if line["kind"] == "client"]
     losses = [line["client/train_loss"] for line in trained if "client/train_loss" in line]
+    prepare_seconds = math.fsum(line["client/prepare_seconds"] for line in trained)
     train_seconds = math.fsum(line["client/train_seconds"] for line in trained)
     evaluation_seconds = math.fsum(
         line["seconds"] for line in lines if line["kind"] == "evaluation"
@@ -255,6 +256,7 @@ def _summarize_round(
         "round/num_clients": len(trained),
         "round/num_dropped_out": len(trained) - len(losses),
         "round/seconds": seconds,
+        "round/prepare_seconds": prepare_seconds,
         "round/train_seconds": train_seconds,
         "round/evaluation_seconds": evaluation_seconds,
         "round/overhead_seconds": seconds - train_seconds - evaluation_seconds,

@@ -117,7 +117,7 @@ def parse_amounts(
     Args:
         text: One amount for all clients, a comma-separated list with one for each, or
             ``uniform(low, high)``. The ends of ``uniform`` are both sizes, both numbers or both
-            shares, and both can be drawn.
+            shares, which are drawn in steps of 1 %; both can be drawn.
         name: Of the option, for errors.
         num_clients: How many amounts to return.
         generator: For ``uniform``; nothing else draws from it.
@@ -197,8 +197,10 @@ def _draw(
         )
     _check_order(low.value <= high.value, text, name=name)
     if low.is_share:
-        draws = generator.random(num_clients).tolist()
-        values = [low.value + (high.value - low.value) * Fraction(draw) for draw in draws]
+        # In steps of a percent, so that the whole of the experts can be drawn too.
+        num_steps = math.floor((high.value - low.value) * 100)
+        draws = _draw_integers(0, num_steps, num_clients, generator)
+        values = [low.value + Fraction(draw, 100) for draw in draws]
     else:
         ends = int(low.value), int(high.value)
         values = [Fraction(draw) for draw in _draw_integers(*ends, num_clients, generator)]

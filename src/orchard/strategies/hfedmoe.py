@@ -9,7 +9,8 @@ Fang et al., 2026, arXiv:2601.00583. In words:
 3. After training it sends the experts that its data used enough, and everything that is no expert.
 4. The server averages each expert over the clients that sent it, by their examples; an expert
    that nobody sent keeps its value.
-5. Routers are averaged by preference: usage times importance over the experts that a client sent.
+5. Routers are averaged by preference: usage times importance over the experts that a client
+   used enough.
 """
 
 from __future__ import annotations
@@ -65,14 +66,20 @@ def hfedmoe(strategy: Strategy, settings: HfedmoeSettings) -> Strategy:
             settings.threshold,
             tuple(was_trained.values()) if settings.require_trained else None,
         )
+        # Of a layer that was carved only its own experts can be sent.
+        held = {expert_of(name) for name in trained.delta}
+        passed = tuple(
+            torch.tensor([bool(p) and (layer, e) in held for e, p in enumerate(mask_E)])
+            for layer, mask_E in zip(usage, passed, strict=True)
+        )
         mass = preference(list(usage.values()), list(importance.values()), passed)
         used = {None, *marked(dict(zip(usage, passed, strict=True)))}
         if settings.experts == "usage":
             sent = send_only(sent, lambda name: expert_of(name) in used)
         weight = dict(sent.weight)
         if settings.router != "examples":
-            own = mass if mass > 0 else NOBODY_PREFERS * client.num_examples
-            weight |= dict.fromkeys(filter(is_router, weight), own)
+            own = {n: mass if mass > 0 else NOBODY_PREFERS * w for n, w in weight.items()}
+            weight |= {name: own[name] for name in filter(is_router, weight)}
         return replace(sent, weight=weight, metrics={**sent.metrics, "client/preference": mass})
 
     aggregate = strategy.aggregate

@@ -1,7 +1,7 @@
 """PFL-MoE: Personalized Federated Learning Based on Mixture of Experts, as HFedMoE describes it.
 
-Guo et al., 2021; HFedMoE (Fang et al., 2026, arXiv:2601.00583) compares with a reading of it for
-MoE language models. In words:
+Guo et al., 2020, arXiv:2012.15589; HFedMoE (Fang et al., 2026, arXiv:2601.00583) compares with a
+reading of it for MoE language models. In words:
 
 1. In each round a client trains the experts that its data uses most, as many as it affords.
 2. It sends those experts, and everything that is no expert.

@@ -243,6 +243,13 @@ class Session:
 
 def route(model: AdaptedModel, batches: Sequence[Sequence[Encoded]]) -> tuple[LayerPass, ...]:
     """Run batches forward as in evaluation and return their routing as one batch."""
+    return concatenate(route_each(model, batches))
+
+
+def route_each(
+    model: AdaptedModel, batches: Sequence[Sequence[Encoded]]
+) -> list[tuple[LayerPass, ...]]:
+    """Run batches forward as in evaluation and return the routing of each."""
     passes: list[tuple[LayerPass, ...]] = []
     was_training = model.model.training
     model.model.eval()
@@ -252,4 +259,4 @@ def route(model: AdaptedModel, batches: Sequence[Sequence[Encoded]]) -> tuple[La
                 forward_losses(model, batch)
     finally:
         model.model.train(was_training)
-    return concatenate(passes)
+    return passes

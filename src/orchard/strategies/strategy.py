@@ -169,10 +169,16 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
         FloatingPointError: The loss is NaN or infinite.
         ValueError: Global or personal tensors do not fit the model.
     """
+    started = time.monotonic()
     with strategy.prepare(client, task) as plan:
         _place(client, task, plan)
+        prepare_seconds = time.monotonic() - started
         sent = _DROPPED_OUT if plan.drops_out else _train(strategy, client, task, plan)
-        metrics = {"client/num_examples": client.num_examples, **sent.metrics}
+        metrics = {
+            "client/num_examples": client.num_examples,
+            "client/prepare_seconds": prepare_seconds,
+            **sent.metrics,
+        }
         if task.evaluate_local:
             started = time.monotonic()
             metrics |= _measure(client, "local", plan.model)
@@ -232,7 +238,8 @@ def evaluate_client(
         client: The client.
         task: Holds the global values; its round is the one after those values.
         models: Of ``base``, ``global`` and ``personal`` (global values plus what the client
-            keeps). Where a client keeps nothing, its personal model is the global one.
+            keeps). Where a client keeps nothing and holds the whole model, its personal model is
+            the global one.
         known: Values of the base or global model on the same examples, measured before.
 
     Returns:
@@ -249,7 +256,7 @@ def evaluate_client(
         metrics |= _measure(client, "global")
     if "personal" in models:
         with strategy.prepare(client, task) as plan:
-            if plan.personal or not has_global:
+            if plan.personal or plan.model is not None or not has_global:
                 _place(client, task, plan)
                 metrics |= _measure(client, "personal", plan.model)
             else:

@@ -21,9 +21,9 @@ import torch
 from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.experts.masking import detached_experts
-from orchard.experts.observation import LayerPass, watch_routing
+from orchard.experts.observation import LayerPass, concatenate, watch_routing
 from orchard.strategies.expert_names import Expert
-from orchard.strategies.session import Session, SubsetSettings, route
+from orchard.strategies.session import Session, SubsetSettings, route, route_each
 from orchard.strategies.strategy import Contribution, Plan, Strategy, place_global
 from orchard.trees import Tree
 
@@ -94,12 +94,13 @@ def _carved(client: Client, task: Task, plan: Plan, settings: SubsetSettings) ->
     with client.submodels.skeleton(task.shared) as skeleton:
         sizes = {layer.name: layer.num_experts for layer in skeleton.view.layers}
         session = Session(client, task, plan, settings, sizes)
-        layers = route(skeleton, session.scoring_batches())
+        passes = route_each(skeleton, session.scoring_batches())
     # Usage is of whole routers, as other clients measure it: among its own experts alone, those of
     # a client with few would all look much used.
-    session.meter(layers)
+    for layers in passes:
+        session.meter(layers)
     session.is_metering = False
-    session.switch.learning = session.choose_for_round(lambda: layers)
+    session.switch.learning = session.choose_for_round(lambda: concatenate(passes))
     kept = [mask_E.nonzero().flatten().tolist() for mask_E in session.switch.learning]
     model = client.submodels.carve(kept)
     session.model = model

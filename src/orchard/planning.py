@@ -1,0 +1,1 @@
+"""What a recipe asks of each client, before any weight is loaded."""
