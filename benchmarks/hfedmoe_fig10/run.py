@@ -24,6 +24,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 HERE = Path(__file__).parent
+EVERY = 2  # rounds between evaluations
 RECIPES = (
     "fedavg",
     "fedavg_dropout",
@@ -43,7 +44,7 @@ def run(recipe: str, seed: int, *, model: str, data: str) -> None:
     command = [
         *(sys.executable, "-c", "from orchard.cli import main; main()", "run"),
         f"recipes/ag_news/{recipe}.toml",
-        *(f"model.path={model}", f"data.path={data}", f"seed={seed}", "evaluation.every=1"),
+        *(f"model.path={model}", f"data.path={data}", f"seed={seed}", f"evaluation.every={EVERY}"),
         *("--out", str(out), "--resume"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -67,7 +68,7 @@ def summarize(folder: Path) -> dict[str, Any]:
             curve[line["round"]] = values[f"{kind}/accuracy"]
             error = values[f"{kind}/accuracy_stderr"]
     return {
-        "accuracy_by_round": [curve[number] for number in sorted(curve)],
+        "accuracy_by_round": {n: curve[n] for n in sorted(curve) if n % EVERY == 0},
         "accuracy_stderr": error,
         **{
             name.removeprefix("experts/"): [line.get(name) for line in rounds]
@@ -96,7 +97,7 @@ def write_table() -> None:
         if found:
             results[recipe] = [json.loads(path.read_text()) for path in found]
     best = {
-        reference: {r["seed"]: max(r["accuracy_by_round"]) for r in results.get(reference, [])}
+        reference: {r["seed"]: max(_curve(r).values()) for r in results.get(reference, [])}
         for reference in ("fedavg", "fedavg_dropout")
     }
     columns = [
@@ -115,7 +116,7 @@ def write_table() -> None:
     ]
     lines = [_row(columns), _row(["---", *["---:"] * (len(columns) - 1)])]
     for recipe, runs in results.items():
-        finals = [100 * r["accuracy_by_round"][-1] for r in runs]
+        finals = [100 * list(_curve(r).values())[-1] for r in runs]
         spread = f" ± {stdev(finals):.1f}" if len(finals) > 1 else ""
         lines.append(
             _row(
@@ -124,7 +125,7 @@ def write_table() -> None:
                     str(len(runs)),
                     f"{fmean(finals):.1f}{spread}",
                     " ".join(f"{final:.1f}" for final in finals),
-                    f"{fmean(100 * max(r['accuracy_by_round']) for r in runs):.1f}",
+                    f"{fmean(100 * max(_curve(r).values()) for r in runs):.1f}",
                     _rounds_to(runs, best["fedavg"]),
                     _rounds_to(runs, best["fedavg_dropout"]),
                     _mean(runs, "active_share", 100),
@@ -143,14 +144,19 @@ def write_table() -> None:
     (HERE / "table.md").write_text("\n".join([*lines, "", note]) + "\n")
 
 
+def _curve(result: dict[str, Any]) -> dict[int, float]:
+    """Return round to accuracy, in order."""
+    return {int(number): value for number, value in result["accuracy_by_round"].items()}
+
+
 def _rounds_to(runs: Sequence[dict[str, Any]], targets: dict[int, float]) -> str:
     """Return the first round at or above each seed's target; a dash where it is never reached."""
     if not targets:
         return ""
     found = []
     for own in runs:
-        curve, target = own["accuracy_by_round"], targets.get(own["seed"])
-        reached = [n for n, value in enumerate(curve) if target is not None and value >= target]
+        curve, target = _curve(own), targets.get(own["seed"])
+        reached = [n for n, value in curve.items() if target is not None and value >= target]
         found.append(str(reached[0]) if reached else "-")
     return " ".join(found)
 

@@ -1,14 +1,36 @@
-"""How many experts each client can afford, checked before any model is loaded."""
+"""How many experts each client can afford, found before any model is loaded."""
 
 from __future__ import annotations
 
-from orchard.methods import METHODS, check_strategy
-from orchard.models.moe import MoEView
+from dataclasses import dataclass
+
+from orchard.client.requirements import Requirements, TrainingShape
+from orchard.experts.grafting import GraftSettings
+from orchard.methods import METHODS, check_strategy, graft_settings, lora_settings
+from orchard.models.checkpoint import open_checkpoint
+from orchard.models.moe import MoELayer, MoEView
 from orchard.models.targets import ALL, EXPERTS
 from orchard.recipe.amounts import parse_amounts
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.seeding import Seeds
+
+_DROPOUT = "fedavg_dropout"
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What one client can afford.
+
+    Attributes:
+        budget: Experts over all MoE layers; None = no limit; 0 where it cannot take part.
+        memory_bytes: What ``client.memory_bytes`` gives it; None where the budget says it.
+        reason: Why it cannot take part; empty where it can.
+    """
+
+    budget: int | None
+    memory_bytes: int | None = None
+    reason: str = ""
 
 
 def expert_budgets(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[int | None, ...]:
@@ -22,8 +44,27 @@ def expert_budgets(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[
     Raises:
         ValueError: A budget cannot be read, is too small to train on, or the method cannot use it.
     """
+    limits = client_limits(recipe, view, num_clients=num_clients)
+    # There a client that affords nothing drops out, as one does that affords a part.
+    if _DROPOUT not in check_strategy(recipe.strategy.name):
+        for limit in limits:
+            if limit.reason:
+                raise ValueError(limit.reason)
+    return tuple(limit.budget for limit in limits)
+
+
+def client_limits(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[Limit, ...]:
+    """Return what every client can afford, in order, those that cannot take part included.
+
+    Args:
+        recipe: Says ``client.budget`` or ``client.memory_bytes``.
+        view: The model, which may be on the meta device.
+        num_clients: Clients of the federation.
+
+    Raises:
+        ValueError: A budget cannot be read, or the method cannot use it.
+    """
     methods = check_strategy(recipe.strategy.name)
-    budget_methods = [name for name in methods if METHODS[name].part == "budget"]
     client = recipe.client
     if client.budget and client.memory_bytes:
         raise ValueError(
@@ -31,14 +72,14 @@ def expert_budgets(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[
             f"{client.budget} and {client.memory_bytes}; a budget follows from the memory"
         )
     key = "client.budget" if client.budget else "client.memory_bytes"
-    if not budget_methods:
+    if not any(METHODS[name].part == "budget" for name in methods):
         if client.budget or client.memory_bytes:
             able = [name for name, method in METHODS.items() if method.part == "budget"]
             raise ValueError(
                 f"{key} must be empty with strategy.name = {recipe.strategy.name}, which trains "
                 f"all experts; choose one of {', '.join(able)}"
             )
-        return (None,) * num_clients
+        return (Limit(None),) * num_clients
     trained = {*words(recipe.model.lora_targets), *words(recipe.model.full_targets)}
     if not trained & {EXPERTS, ALL}:
         raise ValueError(
@@ -46,25 +87,124 @@ def expert_budgets(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[
             f"{recipe.strategy.name}, got {', '.join(sorted(trained))}; it chooses among experts"
         )
     check_selection(recipe, view)
-    if not (client.budget or client.memory_bytes):
-        return (None,) * num_clients
     generator = Seeds(recipe.seed).generator("budgets")
-    num_experts = sum(layer.num_experts for layer in view.layers)
     if client.memory_bytes:
-        raise NotImplementedError
+        caps = parse_amounts(
+            client.memory_bytes,
+            name=key,
+            num_clients=num_clients,
+            generator=generator,
+            kind="bytes",
+        )
+        requirements = build_requirements(recipe, view)
+        known = {cap: _afford(cap, requirements) for cap in set(caps)}
+        return tuple(
+            _named(known[cap], f"client {number}") for number, cap in enumerate(caps, start=1)
+        )
+    if not client.budget:
+        return (Limit(None),) * num_clients
+    num_experts = sum(layer.num_experts for layer in view.layers)
     amounts = parse_amounts(
         client.budget, name=key, num_clients=num_clients, generator=generator, kind="experts"
     )
     budgets = [amount.resolve(num_experts, name=key) for amount in amounts]
+    return tuple(
+        _counted(budget, f"client {number}", view) for number, budget in enumerate(budgets, start=1)
+    )
+
+
+def _counted(budget: int, who: str, view: MoEView) -> Limit:
     num_layers = len(view.layers)
-    for position, budget in enumerate(budgets):
-        if budget < num_layers:
-            raise ValueError(
-                f"{key} must afford one expert in each of the {num_layers} MoE layers, got "
-                f"{budget} of {num_experts} experts for client {position + 1}; the smallest that "
-                f"works is {num_layers}, or {100 * num_layers / num_experts:.3g}%"
-            )
-    return tuple(budgets)
+    num_experts = sum(layer.num_experts for layer in view.layers)
+    if budget >= num_layers:
+        return Limit(budget)
+    return Limit(
+        0,
+        reason=f"client.budget must afford one expert in each of the {num_layers} MoE layers, got "
+        f"{budget} of {num_experts} experts for {who}; the smallest that works is {num_layers}, or "
+        f"{100 * num_layers / num_experts:.3g}%",
+    )
+
+
+def _afford(cap: int, requirements: Requirements) -> Limit:
+    """Return the most experts whose predicted peak is within ``cap`` bytes."""
+    sizes = requirements.footprint.layers.values()
+    low, high = len(sizes), sum(sizes)
+    smallest = requirements.peak(low)
+    if smallest.total > cap:
+        dense = smallest.process + requirements.footprint.dense_bytes
+        below = (
+            f"{_show(dense - cap)} below the dense part of the model alone"
+            if cap < dense
+            else f"{_show(smallest.total - cap)} too little"
+        )
+        return Limit(
+            0,
+            cap,
+            "client.memory_bytes must hold training with one expert in each of the "
+            f"{low} MoE layers, {_show(smallest.total)}, got {_show(cap)} for {{who}}, {below}; "
+            "raise it, lower client.batch_size or data.max_tokens, or take selection.mode = carve",
+        )
+    while low < high:
+        middle = (low + high + 1) // 2
+        if requirements.peak(middle).total <= cap:
+            low = middle
+        else:
+            high = middle - 1
+    return Limit(low, cap)
+
+
+def _named(limit: Limit, who: str) -> Limit:
+    return Limit(limit.budget, limit.memory_bytes, limit.reason.replace("{who}", who))
+
+
+def _show(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.3g} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.3g} MB"
+
+
+def build_requirements(recipe: Recipe, view: MoEView) -> Requirements:
+    """Return what training by a recipe needs in memory, with more or fewer experts.
+
+    Args:
+        recipe: Says how.
+        view: The model, which may be on the meta device.
+
+    Raises:
+        ValueError: The checkpoint's headers cannot be read.
+    """
+    methods = check_strategy(recipe.strategy.name)
+    selection, client = recipe.selection, recipe.client
+    chooses = any(METHODS[name].part == "budget" for name in methods) and _DROPOUT not in methods
+    num_choices = 1
+    if "hfedmoe" in methods and selection.cadence in ("batch", "steps"):
+        # By epochs there are as many as the data has batches: all experts may get their turn.
+        every = selection.every if selection.cadence == "steps" else 1
+        num_choices = -(-client.steps // every) if client.steps else 1_000_000
+    graft = graft_settings(recipe) if "flex" in methods else None
+    shape = TrainingShape(
+        lora=lora_settings(recipe),
+        dtype=recipe.model.dtype,
+        batch_size=client.batch_size,
+        num_tokens=recipe.data.max_tokens,
+        optimizer=client.optimizer,
+        is_carved=chooses and selection.mode == "carve",
+        num_choices=num_choices,
+        personal=sum(graft_elements(layer, graft) for layer in view.layers) if graft else 0,
+    )
+    stored_bytes = open_checkpoint(recipe.model.path).num_bytes
+    return Requirements(view.model.config, shape, stored_bytes=stored_bytes)
+
+
+def graft_elements(layer: MoELayer, settings: GraftSettings) -> int:
+    """Return the trainable elements of a graft and its gate in ``layer``."""
+    tensors = layer.expert_tensors(0)
+    if settings.kind == "dense":
+        own = sum(tensor.numel() for tensor in tensors.values())
+    else:
+        # A factor of rank rows for the input and one of rank columns for the output.
+        own = settings.rank * sum(sum(t.shape) for t in tensors.values() if t.ndim == 2)
+    gate = {"none": 0, "router_row": layer.width, "closed": layer.width + 1}[settings.gate]
+    return own + gate
 
 
 def check_selection(recipe: Recipe, view: MoEView) -> None:

@@ -137,6 +137,42 @@ def partition(
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what a recipe asks of each client, before any weight is loaded."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.engine.progress import make_console
+        from orchard.planning import make_plan, plan_as_json, plan_sentences, plan_table
+
+        made = make_plan(_resolve(recipe, overrides).recipe)
+        if as_json:
+            print(plan_as_json(made))
+            return
+        console = make_console()
+        console.print(plan_table(made))
+        for sentence in plan_sentences(made):
+            console.print(sentence, style="yellow", highlight=False)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure: memory.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
+    traceback: Traceback = False,
+) -> None:
+    """Measure this machine: always two things in one run, medians and ratios."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.bench import run_bench
+
+        print(run_bench(name, as_json=as_json, repeats=repeats))
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     traceback: Traceback = False,

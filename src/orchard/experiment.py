@@ -22,7 +22,7 @@ from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings, TestExample, check_options
 from orchard.experts.submodel import SubmodelSource
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
-from orchard.methods import build_strategy, check_strategy
+from orchard.methods import build_strategy, check_strategy, lora_settings
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import (
     check_device,
@@ -31,7 +31,6 @@ from orchard.models.loading import (
     load_tokenizer,
     threads,
 )
-from orchard.models.targets import LoraSettings
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import (
     format_value,
@@ -198,33 +197,6 @@ def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
         tokenizer=tokenizer,
         base_digest=base.digest,
         seed=Seeds(recipe.seed).integer("adapters"),
-    )
-
-
-def lora_settings(recipe: Recipe) -> LoraSettings:
-    """Return what of the model a recipe trains.
-
-    Raises:
-        ValueError: The base's dtype is too narrow for it.
-    """
-    options = recipe.model
-    targets, full = words(options.lora_targets), words(options.full_targets)
-    if not targets and not full:
-        raise ValueError(
-            "model.lora_targets or model.full_targets must name something, got nothing in both; "
-            "name linear layers, router or experts"
-        )
-    if full and options.dtype != "float32":
-        raise ValueError(
-            f"model.dtype must be float32 with model.full_targets, got {options.dtype}; "
-            "small steps would be rounded away"
-        )
-    return LoraSettings(
-        rank=options.lora_rank,
-        alpha=options.lora_alpha,
-        dropout=options.lora_dropout,
-        targets=targets,
-        full=full,
     )
 
 

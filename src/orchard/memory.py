@@ -7,6 +7,7 @@ import resource
 import sys
 from pathlib import Path
 
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _STATUS = Path("/proc/self/status")
 
 
@@ -23,14 +24,28 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def return_memory_at_once() -> None:
+    """Let glibc give every freed block of 1 MiB or more back to the system; else nothing.
+
+    For a process with little memory. Left alone, glibc keeps such blocks for the next ones, up to
+    32 MiB each, and what fits badly adds up: training adapters of a model of 9 million parameters
+    took 0.77 GB instead of 1.19, and 25 % more CPU time.
+    """
+    mallopt = getattr(_libc(), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
 def release_freed_memory() -> None:
     """Give freed memory back to the system where the C library keeps it (glibc); else nothing.
 
     glibc keeps what was freed below a block that is still in use, and never needs it again if what
     comes next is larger: after a model of 0.8 GB was loaded as float32 (1.7 GB), 1.0 GB.
     """
-    if sys.platform != "linux":
-        return
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    trim = getattr(_libc(), "malloc_trim", None)
     if trim is not None:
         trim(0)
+
+
+def _libc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if sys.platform == "linux" else None

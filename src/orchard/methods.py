@@ -12,7 +12,9 @@ from types import MappingProxyType
 
 from orchard.experts.grafting import GraftSettings
 from orchard.experts.importance import ImportanceSettings
+from orchard.models.targets import LoraSettings
 from orchard.recipe.options import Recipe
+from orchard.recipe.reading import words
 from orchard.server.optimizers import SGD
 from orchard.strategies.fedavg_dropout import fedavg_dropout
 from orchard.strategies.fedavg_random import fedavg_random
@@ -70,9 +72,10 @@ def _fedavgm(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     return fedavgm(strategy, lr=s.lr or 1.0, momentum=s.momentum, dampening=s.dampening)
 
 
-def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+def graft_settings(recipe: Recipe) -> GraftSettings:
+    """Return what a client's grafts are made of."""
     s = recipe.strategy
-    graft = GraftSettings(
+    return GraftSettings(
         kind=s.graft_kind,
         rank=s.graft_rank,
         alpha=s.graft_alpha,
@@ -80,10 +83,14 @@ def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
         gate=s.graft_gate,
         mix=s.graft_mix,
     )
+
+
+def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    s = recipe.strategy
     return flex(
         strategy,
         FlexSettings(
-            graft=graft,
+            graft=graft_settings(recipe),
             choice=s.graft_choice,
             calibration=s.calibration,
             calibration_blocks=s.calibration_blocks,
@@ -259,6 +266,33 @@ def check_strategy(name: str) -> tuple[str, ...]:
             "nothing is shared that it could act on"
         )
     return tuple(name for part in _PARTS for name in of_part[part])
+
+
+def lora_settings(recipe: Recipe) -> LoraSettings:
+    """Return what of the model a recipe trains.
+
+    Raises:
+        ValueError: The base's dtype is too narrow for it.
+    """
+    options = recipe.model
+    targets, full = words(options.lora_targets), words(options.full_targets)
+    if not targets and not full:
+        raise ValueError(
+            "model.lora_targets or model.full_targets must name something, got nothing in both; "
+            "name linear layers, router or experts"
+        )
+    if full and options.dtype != "float32":
+        raise ValueError(
+            f"model.dtype must be float32 with model.full_targets, got {options.dtype}; "
+            "small steps would be rounded away"
+        )
+    return LoraSettings(
+        rank=options.lora_rank,
+        alpha=options.lora_alpha,
+        dropout=options.lora_dropout,
+        targets=targets,
+        full=full,
+    )
 
 
 def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:

@@ -1,1 +1,47 @@
 """Measurements of this machine, each one command: ``orchard bench NAME``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+
+def _memory(repeats: int) -> dict[str, Any]:
+    from orchard.bench.memory import bench_memory
+
+    return bench_memory(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
+BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType({"memory": _memory})
+"""Name to what runs it, given how many repeats, and returns what it found."""
+
+
+def run_bench(name: str, *, as_json: bool, repeats: int) -> str:
+    """Run one measurement and return what it found, as JSON or as one line for each figure.
+
+    Raises:
+        ValueError: There is no measurement of this name.
+    """
+    if name not in BENCHES:
+        raise ValueError(f"NAME must be of {', '.join(BENCHES)}, got {name}; choose one of these")
+    found = BENCHES[name](repeats)
+    if as_json:
+        return json.dumps(found, indent=1)
+    return "\n".join(_lines(found, ""))
+
+
+def _lines(found: Mapping[str, Any], prefix: str) -> list[str]:
+    lines = []
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            lines += _lines(value, f"{prefix}{key}.")
+        else:
+            lines.append(
+                f"{prefix}{key}: {value:.4g}"
+                if isinstance(value, float)
+                else f"{prefix}{key}: {value}"
+            )
+    return lines

@@ -16,7 +16,7 @@ from orchard.models.footprint import Footprint, activation_bytes, measure_footpr
 from orchard.models.loading import DTYPES
 from orchard.models.targets import EXPERTS, LoraSettings
 
-PROCESS_BYTES = 400_000_000
+PROCESS_BYTES = 370_000_000
 """Python with torch, transformers and PEFT imported, on a CPU: 362 MB were measured."""
 _FLOAT = 4  # bytes of what is trained, whatever the base's dtype
 
@@ -34,6 +34,7 @@ class PeakMemory:
         gradients: Of one optimizer step.
         folded: Expert weights with their adapters in them, a second copy where experts have any.
         activations: What autograd keeps of one micro-batch, and the logits.
+        loading: Of the file, while the model is read from it; before there is anything else.
     """
 
     process: int
@@ -44,11 +45,13 @@ class PeakMemory:
     gradients: int
     folded: int
     activations: int
+    loading: int
 
     @property
     def total(self) -> int:
-        """All parts together."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """What is the larger: all parts of training together, or loading."""
+        parts: int = sum(getattr(self, field.name) for field in fields(self)) - self.loading
+        return max(parts, self.process + self.weights + self.loading)
 
 
 @dataclass(frozen=True)
@@ -80,20 +83,26 @@ class TrainingShape:
 class Requirements:
     """What training needs with more or fewer experts."""
 
-    def __init__(self, config: Any, shape: TrainingShape) -> None:
+    def __init__(self, config: Any, shape: TrainingShape, *, stored_bytes: int) -> None:
         """Read the sizes off a model without values.
 
         Args:
             config: A transformers config.
             shape: How it is trained.
+            stored_bytes: Of the checkpoint's tensors, from its file headers.
 
         Raises:
             ValueError: A target fits nothing.
         """
-        self._config, self._shape = config, shape
+        self._config, self._shape, self._stored_bytes = config, shape, stored_bytes
         self.footprint: Footprint = measure_footprint(config, shape.lora, dtype=shape.dtype)
         self._counted: dict[str, tuple[dict[str, int], int]] = {}
         self._traced: dict[tuple[int, ...], int] = {}
+
+    @property
+    def personal(self) -> int:
+        """Elements that are trained and never sent."""
+        return self._shape.personal
 
     def spread(self, budget: int) -> tuple[int, ...]:
         """Divide a budget over the MoE layers, as evenly as their sizes allow.
@@ -139,8 +148,10 @@ class Requirements:
             received=_FLOAT * self.trainable(held),
             optimizer=_FLOAT * states * (self.trainable(moved) + shape.personal),
             gradients=_FLOAT * (self.trainable(held) + shape.personal),
-            folded=(sum(expert_bytes) + 2 * update) if has_adapters else 0,
+            folded=(sum(expert_bytes) * _FLOAT // width + 2 * update) if has_adapters else 0,
             activations=self._activations(held),
+            # A carved model is read slice by slice, and what was read of a file can be dropped.
+            loading=0 if shape.is_carved else self._stored_bytes,
         )
 
     def trainable(self, experts: Sequence[int], *, kind: str = "all") -> int:
@@ -184,7 +195,6 @@ class Requirements:
                 num_tokens=shape.num_tokens,
             )
         places = shape.batch_size * shape.num_tokens
-        # Logits and their gradient as the model gives them; in float32, they, their log-softmax
-        # and its gradient.
-        width = DTYPES[shape.dtype].itemsize
-        return self._traced[key] + places * self.footprint.vocabulary * (2 * width + 3 * _FLOAT)
+        # Three at a time, each in float32 at most: logits, those with a label, their log-softmax;
+        # on the way back the log-softmax, its gradient and that of the logits.
+        return self._traced[key] + places * self.footprint.vocabulary * 3 * _FLOAT

@@ -1,0 +1,66 @@
+"""Checkpoints with random weights, for measurements."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+from orchard.models.loading import DTYPES
+from orchard.models.moe import MoEView
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Qwen2-MoE model.
+
+    Attributes:
+        layers: MoE layers, all of them.
+        width: D.
+        heads: Of attention.
+        experts: E, routed, in each layer.
+        top_k: K.
+        expert_width: F of a routed expert.
+        shared_width: F of the shared expert.
+        vocabulary: V; input and output embeddings are one tensor.
+    """
+
+    layers: int = 8
+    width: int = 512
+    heads: int = 8
+    experts: int = 32
+    top_k: int = 2
+    expert_width: int = 1024
+    shared_width: int = 512
+    vocabulary: int = 4096
+
+
+def write_random_checkpoint(folder: Path, shape: Shape, *, dtype: str, seed: int) -> None:
+    """Write a model without tokenizer to ``folder``, as ``save_pretrained`` does."""
+    config = Qwen2MoeConfig(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        moe_intermediate_size=shape.expert_width,
+        shared_expert_intermediate_size=shape.shared_width,
+        tie_word_embeddings=True,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = Qwen2MoeForCausalLM(config)
+    model.to(DTYPES[dtype]).save_pretrained(folder)
+
+
+def expert_share(view: MoEView) -> float:
+    """Return the share of a model's parameters that are in routed experts."""
+    experts = sum(p.numel() for layer in view.layers for p in layer.storage.parameters())
+    return experts / sum(p.numel() for p in view.model.parameters())
