@@ -80,6 +80,7 @@ def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
         gate=s.graft_gate,
         mix=s.graft_mix,
     )
+    has_budget = any(METHODS[n].part == "budget" for n in check_strategy(s.name))
     return flex(
         strategy,
         FlexSettings(
@@ -88,6 +89,7 @@ def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
             calibration=s.calibration,
             calibration_blocks=s.calibration_blocks,
             calibration_tokens=s.calibration_tokens,
+            holds_all=not (has_budget and recipe.selection.mode == "carve"),
         ),
     )
 
