@@ -214,11 +214,6 @@ def check_selection(recipe: Recipe, view: MoEView) -> None:
         ValueError: No usage can reach the threshold, or two options do not go together.
     """
     selection, methods = recipe.selection, check_strategy(recipe.strategy.name)
-    if selection.mode == "carve" and "flex" in methods:
-        raise ValueError(
-            f"selection.mode must be mask with strategy.name = {recipe.strategy.name}, got carve; "
-            "grafts are on a whole model"
-        )
     if "hfedmoe" not in methods:
         return  # the others decide for themselves what these options say
     smallest = min(layer.num_experts for layer in view.layers)

@@ -87,6 +87,7 @@ def graft_settings(recipe: Recipe) -> GraftSettings:
 
 def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     s = recipe.strategy
+    has_budget = any(METHODS[n].part == "budget" for n in check_strategy(s.name))
     return flex(
         strategy,
         FlexSettings(
@@ -95,6 +96,7 @@ def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
             calibration=s.calibration,
             calibration_blocks=s.calibration_blocks,
             calibration_tokens=s.calibration_tokens,
+            holds_all=not (has_budget and recipe.selection.mode == "carve"),
         ),
     )
 

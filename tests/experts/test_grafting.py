@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from orchard import trees
-from orchard.experts.grafting import Graft, Grafts, GraftSettings, grafted
+from orchard.experts.grafting import Graft, Grafts, GraftSettings, Origin, grafted
 from orchard.models.adapters import AdaptedModel
 from orchard.models.moe import MoELayer
 from tiny_adapted import adapt, stir
@@ -420,7 +420,8 @@ def test_a_graft_has_the_norm_behind_its_expert() -> None:
     norm = nn.RMSNorm(WIDTH)
     layer.experts.add_module("post_expert_norm", norm)
     layer.storage.has_post_norm = True  # type: ignore[attr-defined]
-    graft = Graft(layer, 3, NO_GATE)
+    origin = Origin(layer.expert_tensors(3), layer.router_tensors()["weight"][3])
+    graft = Graft(layer, origin, NO_GATE)
     x_BSD = torch.randn(1, 4, WIDTH, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         _, y_BSD = graft(x_BSD)

@@ -415,9 +415,16 @@ def test_methods_that_choose_once_a_round_need_no_cadence_to_carve(tmp_path: Pat
         assert clients[0].budget_experts == 8
 
 
-def test_grafts_and_carved_models_do_not_go_together(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"selection\.mode must be mask with strategy\.name"):
-        build(quick_recipe("flex+fedmoe", "selection.mode=carve"), tmp_path)
+def test_grafts_go_with_every_way_to_carve(tmp_path: Path) -> None:
+    for method in SUBSETS:
+        recipe = quick_recipe(f"flex+{method}", "selection.mode=carve")
+        federation = Federation(tmp_path / method, recipe)
+        del federation.clients[1:]
+        (update,) = federation.play()
+        assert not any("graft" in name for name in update.delta)
+        kept = federation.clients[0].store.load(before_round=2)
+        assert kept is not None
+        assert any(".graft." in name for name in kept.tensors)
 
 
 def test_two_ways_to_fit_a_budget_are_refused() -> None:

@@ -8,19 +8,23 @@ It starts as a pretrained expert of that layer. As LoRA it *aliases* that expert
 are never copied, a client's own tensors are the adapter, the gate and one index. Attaching uses
 hooks and leaves the model's code and tensors alone; detaching gives the base back bit for bit.
 
+Whatever a federation does to that expert, a graft starts as it was in the base: beside an expert
+that is trained itself it holds the base's values, and beside a model that does not hold the expert
+it holds what is read for it, one expert a layer.
+
 Source: FLEx (Liu et al., 2025, arXiv:2506.00965). Additive output, gate without bias started at
 the router's row, and LoRA on the graft are readings of the authors' code; see the card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from orchard.models.adapters import AdaptedModel
@@ -54,21 +58,38 @@ class GraftSettings:
     mix: str = "additive"
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The pretrained expert that a graft starts as.
+
+    Attributes:
+        tensors: Its projections, named and oriented as ``MoELayer.expert_tensors`` does.
+        row_D: Its row of the router.
+    """
+
+    tensors: Mapping[str, Tensor]
+    row_D: Tensor
+
+
+ReadOrigin: TypeAlias = Callable[[int, int], Origin]
+"""From the index of a MoE layer and an expert's id to the expert in the base."""
+
+
 class Graft(nn.Module):
     """One personal expert and its gate."""
 
-    def __init__(self, layer: MoELayer, expert: int, settings: GraftSettings) -> None:
-        """Start as ``expert`` of ``layer``.
+    def __init__(self, layer: MoELayer, origin: Origin, settings: GraftSettings) -> None:
+        """Start as ``origin``.
 
         Args:
             layer: Where it is grafted.
-            expert: Which pretrained expert it starts as.
+            origin: The pretrained expert that it starts as.
             settings: What it is made of.
         """
         super().__init__()
         self._layer, self._settings = layer, settings
         is_dense = settings.kind == "dense"
-        tensors = layer.expert_tensors(expert)
+        tensors = origin.tensors
         for name in _PROJECTIONS:
             if name in tensors:
                 bias = tensors.get(f"{name}_bias")
@@ -84,7 +105,7 @@ class Graft(nn.Module):
             )
         weight_D = torch.zeros(layer.width, device=tensors["up_proj"].device)
         if settings.gate == "router_row":
-            weight_D = layer.router_tensors()["weight"][expert].detach().float().clone()
+            weight_D = origin.row_D.detach().float().clone()
         if settings.gate != "none":
             self.gate = nn.ParameterDict({"weight": nn.Parameter(weight_D)})
             if settings.gate == "closed":
@@ -159,26 +180,41 @@ class Grafts:
 
 @contextmanager
 def grafted(
-    model: AdaptedModel, experts: Sequence[int], settings: GraftSettings, *, seed: int
+    model: AdaptedModel,
+    experts: Sequence[int],
+    settings: GraftSettings,
+    *,
+    seed: int,
+    read: ReadOrigin | None = None,
 ) -> Iterator[Grafts]:
     """Graft one expert into every MoE layer while the context lasts.
 
     Args:
-        model: The shared model.
-        experts: For each MoE layer in forward order, the expert that the graft starts as.
+        model: The model, whole or with some experts only.
+        experts: For each MoE layer in forward order, the expert that the graft starts as, by its
+            id in the checkpoint.
         settings: What the grafts are made of.
         seed: Decides the values of a fresh LoRA's A; B is zero.
+        read: Where experts come from that the model does not hold; None = it holds them all.
 
     Yields:
         The grafts, whose tensors ``model`` knows by name while the context lasts.
+
+    Raises:
+        ValueError: ``experts`` has not one expert for every MoE layer.
+        IndexError: There is no such expert.
     """
     slots: dict[str, Slot] = {}
     modules = []
     with ExitStack() as undo:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for layer, expert in zip(model.view.layers, experts, strict=True):
-                graft = Graft(layer, expert, settings).train(layer.block.training)
+            for index, (layer, expert) in enumerate(zip(model.view.layers, experts, strict=True)):
+                if expert in layer.expert_ids or read is None:
+                    origin = _find_origin(model, layer, expert)
+                else:
+                    origin = _as_in(layer, read(index, expert))
+                graft = Graft(layer, origin, settings).train(layer.block.training)
                 modules.append(graft)
                 for path, parameter in graft.named_parameters():
                     is_own = is_adapter(path) or path.startswith("gate.")
@@ -190,6 +226,35 @@ def grafted(
                 undo.callback(hook.remove)
         undo.enter_context(model.extended(slots))
         yield Grafts(tuple(slots), tuple(modules))
+
+
+def _find_origin(model: AdaptedModel, layer: MoELayer, expert: int) -> Origin:
+    """Return a held expert as it is in the base: of what is trained itself, the fresh values."""
+    if expert not in layer.expert_ids:
+        raise IndexError(
+            f"a graft must start as an expert of {layer.name}, got {expert}; "
+            f"it holds {', '.join(map(str, layer.expert_ids))}"
+        )
+    index = layer.expert_ids.index(expert)
+    tensors = dict(layer.expert_tensors(index))
+    row_D = layer.router_tensors()["weight"][index]
+    names = {f"{layer.name}.experts.{expert}.{local}": local for local in tensors}
+    trained = [name for name in names if model.knows(name)]
+    for name, value in model.read_fresh(trained).items():
+        tensors[names[name]] = value.to(row_D.device)
+    row = f"{layer.name}.router.{expert}"
+    if model.knows(row):
+        row_D = model.read_fresh([row])[row].to(row_D.device)
+    return Origin(tensors, row_D)
+
+
+def _as_in(layer: MoELayer, origin: Origin) -> Origin:
+    """Return what was read for a layer in the layer's own dtypes, where its experts are."""
+    held, row_D = layer.expert_tensors(0), layer.router_tensors()["weight"]
+    return Origin(
+        {local: tensor.to(held[local]) for local, tensor in origin.tensors.items()},
+        origin.row_D.to(row_D),
+    )
 
 
 def _add_graft(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

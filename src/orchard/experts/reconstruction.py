@@ -17,9 +17,10 @@ Source: FLEx (Liu et al., 2025, arXiv:2506.00965), after the layerwise pruning o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,10 +28,13 @@ from torch import nn
 
 from orchard.models.moe import MoELayer, MoEView
 
+RunExpert: TypeAlias = Callable[[int, int, torch.Tensor], torch.Tensor]
+"""From the index of a MoE layer, an expert and token states (T, D) to its outputs (T, D)."""
+
 
 @torch.inference_mode()
 def reconstruction_losses(
-    view: MoEView, batches: Iterable[torch.Tensor]
+    view: MoEView, batches: Iterable[torch.Tensor], *, run_expert: RunExpert | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Return how far every expert alone is from its layer.
 
@@ -38,6 +42,7 @@ def reconstruction_losses(
         view: The model, without adapters in effect.
         batches: Token ids (B, S) without padding. The loss is a sum of norms per batch, so equal
             batches are needed for equal weight.
+        run_expert: How one expert is run; None = as the model holds it.
 
     Returns:
         One float64 tensor (E,) per MoE layer, in forward order.
@@ -50,8 +55,10 @@ def reconstruction_losses(
     # What follows the last layer, such as the product with the vocabulary, is not needed.
     body = getattr(view.model, "base_model", view.model)
     with ExitStack() as hooks:
-        for layer, loss_E in zip(view.layers, losses, strict=True):
-            handle = layer.block.register_forward_hook(_Comparison(layer, loss_E), with_kwargs=True)
+        for index, (layer, loss_E) in enumerate(zip(view.layers, losses, strict=True)):
+            run = partial(run_expert, index) if run_expert else layer.run_expert
+            comparison = _Comparison(layer, loss_E, run)
+            handle = layer.block.register_forward_hook(comparison, with_kwargs=True)
             hooks.callback(handle.remove)
         for batch_BS in batches:
             body(input_ids=batch_BS, use_cache=False)
@@ -80,8 +87,13 @@ def check_width(layer: MoELayer, width: int) -> None:
 class _Comparison:
     """The hook that adds one batch's norms to a layer's losses."""
 
-    def __init__(self, layer: MoELayer, loss_E: torch.Tensor) -> None:
-        self._layer, self._loss_E, self._is_inside = layer, loss_E, False
+    def __init__(
+        self,
+        layer: MoELayer,
+        loss_E: torch.Tensor,
+        run: Callable[[int, torch.Tensor], torch.Tensor],
+    ) -> None:
+        self._layer, self._loss_E, self._run, self._is_inside = layer, loss_E, run, False
 
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -97,7 +109,7 @@ class _Comparison:
         finally:
             self._is_inside = False
         for expert in range(self._layer.num_experts):
-            alone_TD = self._layer.run_expert(expert, x_TD).double()
+            alone_TD = self._run(expert, x_TD).double()
             self._loss_E[expert] += torch.linalg.vector_norm(routed_TD - alone_TD).cpu()
 
 

@@ -10,10 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchard.experts.grafting import Origin, ReadOrigin
+from orchard.experts.reconstruction import RunExpert
 from orchard.models.adapters import AdaptedModel
 from orchard.models.moe import MoEView
 from orchard.models.storage import FusedExperts
-from orchard.models.streaming import ReadExpert, checkpoint_reader, streamed_experts
+from orchard.models.streaming import (
+    ReadExpert,
+    checkpoint_reader,
+    expert_runner,
+    router_reader,
+    streamed_experts,
+)
 from orchard.models.submodel import load_skeleton, load_submodel
 from orchard.models.targets import EXPERTS, LoraSettings
 from orchard.trees import Tree
@@ -70,6 +78,22 @@ class SubmodelSource:
         read = checkpoint_reader(self.path, self.dtype)
         with streamed_experts(model.view, self._at(model.view, shared, read)):
             yield model
+
+    @contextmanager
+    def base(self) -> Iterator[tuple[MoEView, RunExpert]]:
+        """Open the base forward-only, one expert in memory at a time.
+
+        Yields:
+            The base, and what runs one of its experts, which the view itself cannot.
+        """
+        with self.skeleton({}) as model, model.without_adapters():
+            read = checkpoint_reader(self.path, self.dtype)
+            yield model.view, expert_runner(model.view, read)
+
+    def origin_reader(self) -> ReadOrigin:
+        """Return what reads the expert that a graft starts as, with its row of the router."""
+        read_expert, read_row = checkpoint_reader(self.path, self.dtype), router_reader(self.path)
+        return lambda layer, expert: Origin(read_expert(layer, expert), read_row(layer, expert))
 
     def _adapt(self, view: MoEView, lora: LoraSettings) -> AdaptedModel:
         return AdaptedModel(

@@ -89,6 +89,15 @@ class AdaptedModel:
             self._fresh |= self.read(self._full_names)
         return self._fresh
 
+    def read_fresh(self, names: Iterable[str]) -> Tree:
+        """Return the values with which these names are the base's, copying no others."""
+        # A model that was just loaded has them; what is trained may be most of its memory.
+        return self.read(names) if self._is_fresh else {name: self.fresh[name] for name in names}
+
+    def knows(self, name: str) -> bool:
+        """Say whether a tensor of this name can be trained."""
+        return name in self._slots
+
     @property
     def base_state(self) -> Tree:
         """The base's parameters and buffers as they are; what is trained itself is fresh."""

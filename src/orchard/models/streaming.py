@@ -13,6 +13,7 @@ from torch.nn import functional
 from orchard.models.conversion import check_fused, match_checkpoint
 from orchard.models.loading import DTYPES
 from orchard.models.moe import MoELayer, MoEView
+from orchard.models.routing import find_rows
 from orchard.models.storage import FusedExperts
 
 ReadExpert = Callable[[int, int], Mapping[str, Tensor]]
@@ -48,6 +49,48 @@ def checkpoint_reader(path: str, dtype: str) -> ReadExpert:
         )
 
     return read_expert
+
+
+def router_reader(path: str) -> Callable[[int, int], Tensor]:
+    """Return a function that reads one expert's row of a router, (D,), as stored.
+
+    It takes the index of a layer in its view and an expert's id.
+
+    Args:
+        path: Folder, hub name, or ``orchard:tiny``.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        ValueError: Its experts cannot be read one by one.
+    """
+    stored = match_checkpoint(path)
+    names = {id(tensor): name for name, tensor in stored.whole.model.named_parameters()}
+    keys = {name: key for key, name in stored.names.items()}
+
+    def read_row(layer_index: int, expert: int) -> Tensor:
+        layer = stored.whole.layers[layer_index]
+        rows = find_rows(layer.router, layer.block, num_experts=layer.num_experts)
+        holder, local = rows["weight"]
+        return stored.checkpoint.read(keys[names[id(getattr(holder, local))]], index=expert)
+
+    return read_row
+
+
+def expert_runner(view: MoEView, read_expert: ReadExpert) -> Callable[[int, int, Tensor], Tensor]:
+    """Return a function that reads one expert, runs it on token states (T, D), and forgets it.
+
+    It takes the index of a layer in its view, an expert's id and the states.
+
+    Args:
+        view: A skeleton.
+        read_expert: Where experts come from.
+    """
+
+    def run_expert(layer_index: int, expert: int, x_TD: Tensor) -> Tensor:
+        tensors = _on(x_TD, read_expert(layer_index, expert))
+        return _run(view.layers[layer_index], tensors, x_TD)
+
+    return run_expert
 
 
 @contextmanager

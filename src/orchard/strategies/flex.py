@@ -9,6 +9,14 @@ Liu et al., 2025, arXiv:2506.00965. In words:
 3. In a round, a client trains the shared adapters (attention) together with its grafts and gates.
 4. It sends the shared adapters and keeps grafts and gates on its own disk.
 5. The server averages what was sent, with any server optimizer.
+
+Joined with a method whose clients have budgets (neither paper has that), shared experts and routers
+train as that method says, and grafts and gates whatever the budget: a graft is no expert of the
+federation. The choice is the same in both of that method's modes, and is made once, on the base:
+a client that holds a few experts only reads all of them from its checkpoint, one at a time, which
+is how it ranks them too. An expert that was chosen and is not held in a round is read in addition,
+so that a graft does not depend on what else a round holds: up to one frozen expert a layer that
+the budget does not count.
 """
 
 from __future__ import annotations
@@ -24,11 +32,13 @@ from orchard.communication.messages import Task
 from orchard.data.templates import Encoded, blocks
 from orchard.experts.grafting import GraftSettings, grafted
 from orchard.experts.reconstruction import (
+    RunExpert,
     batch_blocks,
     choose_at_random,
     choose_by_reconstruction,
     reconstruction_losses,
 )
+from orchard.models.moe import MoEView
 from orchard.strategies.strategy import Plan, Strategy
 
 _EXPERT = "graft.expert"
@@ -45,6 +55,8 @@ class FlexSettings:
             own data of its ``majority_category``.
         calibration_blocks: At most so many blocks of tokens.
         calibration_tokens: Tokens per block.
+        holds_all: Whether clients hold the whole model; those that do not choose by reading experts
+            one at a time.
     """
 
     graft: GraftSettings
@@ -52,6 +64,7 @@ class FlexSettings:
     calibration: str = "own"
     calibration_blocks: int = 128
     calibration_tokens: int = 512
+    holds_all: bool = True
 
 
 def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
@@ -60,14 +73,20 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
     @contextmanager
     def prepare(client: Client, task: Task) -> Iterator[Plan]:
         kept = client.store.load(before_round=task.round_number)
+        layers = [layer.name for layer in client.model.view.layers]
+        names = [f"{layer}.{_EXPERT}" for layer in layers]
+        # Before the rest is ready: a client that reads experts one at a time holds none then.
+        if kept is not None and names[0] in kept.tensors:
+            experts = tuple(int(kept.tensors[name]) for name in names)
+        else:
+            experts = choose_experts(client, settings)
+        seed = client.seeds.integer("graft", client.client_id)
         with strategy.prepare(client, task) as plan:
-            names = [f"{layer.name}.{_EXPERT}" for layer in client.model.view.layers]
-            if kept is not None and names[0] in kept.tensors:
-                experts = tuple(int(kept.tensors[name]) for name in names)
-            else:
-                experts = choose_experts(client, settings)
-            seed = client.seeds.integer("graft", client.client_id)
-            with grafted(client.model, experts, settings.graft, seed=seed) as grafts:
+            model, read = client.model, None
+            if plan.model is not None:
+                assert client.submodels is not None, "a submodel comes from a checkpoint"
+                model, read = plan.model, client.submodels.origin_reader()
+            with grafted(model, experts, settings.graft, seed=seed, read=read) as grafts:
                 chosen = {
                     name: torch.tensor(expert) for name, expert in zip(names, experts, strict=True)
                 }
@@ -78,10 +97,8 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
                     measure=lambda: {
                         **plan.measure(),
                         **{
-                            f"client/gate_mean_{layer.name}": openness
-                            for layer, openness in zip(
-                                client.model.view.layers, grafts.mean_openness(), strict=True
-                            )
+                            f"client/gate_mean_{layer}": openness
+                            for layer, openness in zip(layers, grafts.mean_openness(), strict=True)
                         },
                     },
                 )
@@ -102,11 +119,23 @@ def choose_experts(client: Client, settings: FlexSettings) -> tuple[int, ...]:
         block_tokens=settings.calibration_tokens,
         max_blocks=settings.calibration_blocks,
     )
-    with client.model.without_adapters():
-        losses = reconstruction_losses(
-            view, batch_blocks(calibration, batch_size=8, device=client.model.device)
-        )
+    with _base(client, settings) as (base, run_expert):
+        device = next(base.model.parameters()).device
+        batches = batch_blocks(calibration, batch_size=8, device=device)
+        losses = reconstruction_losses(base, batches, run_expert=run_expert)
     return choose_by_reconstruction(losses)
+
+
+@contextmanager
+def _base(client: Client, settings: FlexSettings) -> Iterator[tuple[MoEView, RunExpert | None]]:
+    """Open the base with what runs its experts, None where it holds them."""
+    if settings.holds_all:
+        with client.model.without_adapters():
+            yield client.model.view, None
+    else:
+        assert client.submodels is not None, "a client that carves needs a checkpoint"
+        with client.submodels.base() as opened:
+            yield opened
 
 
 def _calibration_examples(client: Client, settings: FlexSettings) -> list[Encoded]:
