@@ -49,8 +49,11 @@ class PeakMemory:
 
     @property
     def total(self) -> int:
-        """What is the larger: all parts of training together, or loading."""
-        parts: int = sum(getattr(self, field.name) for field in fields(self)) - self.loading
+        """The larger of training, in which two parts overlap, and loading."""
+        # The backward pass frees a layer's activations as it makes its gradients; half of what
+        # that saves is left for what it needs for a moment.
+        overlap = min(self.activations, self.gradients) // 2
+        parts: int = sum(getattr(self, f.name) for f in fields(self)) - self.loading - overlap
         return max(parts, self.process + self.weights + self.loading)
 
 
