@@ -214,6 +214,11 @@ def check_selection(recipe: Recipe, view: MoEView) -> None:
         ValueError: No usage can reach the threshold, or two options do not go together.
     """
     selection, methods = recipe.selection, check_strategy(recipe.strategy.name)
+    if selection.mode == "carve" and recipe.client.router_aux_coefficient > 0:
+        raise ValueError(
+            "client.router_aux_coefficient must be 0 with selection.mode = carve, got "
+            f"{recipe.client.router_aux_coefficient}; a model's balancing loss counts all experts"
+        )
     if "hfedmoe" not in methods:
         return  # the others decide for themselves what these options say
     smallest = min(layer.num_experts for layer in view.layers)

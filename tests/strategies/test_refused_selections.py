@@ -18,13 +18,30 @@ def test_a_threshold_that_stands_for_a_usage_above_1_is_refused(usage_mode: str)
         prepare_experiment(quick_recipe("hfedmoe", "selection.threshold=8.01", mode))
 
 
-@pytest.mark.parametrize("method", ["hfedmoe", "fedmoe", "fedavg_dropout"])
+@pytest.mark.parametrize("method", ["hfedmoe", "fedmoe"])
 @pytest.mark.parametrize("budget", ["3", "12%"])
 def test_a_budget_below_one_expert_a_layer_is_refused(method: str, budget: str) -> None:
     with pytest.raises(
         ValueError, match=r"^client\.budget must afford one expert in each of the 4"
     ):
         prepare_experiment(quick_recipe(method, f"client.budget={budget}"))
+
+
+def test_who_affords_nothing_drops_out_where_dropping_out_is_the_method() -> None:
+    experiment = prepare_experiment(quick_recipe("fedavg_dropout", "client.budget=3"))
+    assert set(experiment.budgets.values()) == {0}
+
+
+def test_the_balancing_loss_of_a_carved_model_is_refused() -> None:
+    """It counts the experts of the configuration, and a carved router has fewer."""
+    recipe = quick_recipe(
+        "hfedmoe",
+        "selection.mode=carve",
+        "selection.cadence=round",
+        "client.router_aux_coefficient=0.1",
+    )
+    with pytest.raises(ValueError, match=r"^client\.router_aux_coefficient must be 0 with"):
+        prepare_experiment(recipe)
 
 
 def test_a_budget_without_experts_to_choose_from_is_refused() -> None:
