@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 
 from orchard.data.templates import IGNORED, Encoded, collate
@@ -34,20 +37,48 @@ def forward_losses(
         torch.from_numpy(arrays[key]).to(model.device)
         for key in ("input_ids", "attention_mask", "labels")
     )
+    targets_BS = labels_BS[:, 1:]
+    is_response_BS = targets_BS != IGNORED
     options = {"output_router_logits": True} if with_router_loss else {}
-    outputs = model.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **options)
+    with _logits_only_at(model, is_response_BS):
+        outputs = model.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **options)
     router_loss = getattr(outputs, "aux_loss", None) if with_router_loss else None
     if with_router_loss and not isinstance(router_loss, torch.Tensor):
         raise ValueError(
             f"client.router_aux_coefficient must be 0 for {type(model.model).__name__}, which has "
             "no load-balancing loss; set it to 0"
         )
-    targets_BS = labels_BS[:, 1:]
-    is_response_BS = targets_BS != IGNORED
-    # Only places with a label become float32: vocabularies are large and prompts long.
-    logits_TV = outputs.logits[:, :-1][is_response_BS].float()
-    losses_T = functional.cross_entropy(logits_TV, targets_BS[is_response_BS], reduction="none")
+    logits: torch.Tensor = outputs.logits
+    # A head that is no module of its own has made the logits of all places.
+    logits_TV = logits if logits.ndim == 2 else logits[:, :-1][is_response_BS]
+    losses_T = functional.cross_entropy(
+        logits_TV.float(), targets_BS[is_response_BS], reduction="none"
+    )
     return losses_T, router_loss
+
+
+@contextmanager
+def _logits_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[None]:
+    """Let the model's head see those places alone; vocabularies are large and prompts long.
+
+    Args:
+        model: The model, whose forward pass returns logits (T, V) inside.
+        is_read_BS: Which places to keep, (B, S - 1): nothing follows the last one.
+    """
+
+    def select(head: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
+        (hidden_BSD, *_) = args
+        fits = hidden_BSD.shape[:2] == (len(is_read_BS), is_read_BS.shape[1] + 1)
+        return hidden_BSD[:, :-1][is_read_BS] if fits else None
+
+    network: Any = model.model
+    found = network.get_output_embeddings()
+    handle = found.register_forward_pre_hook(select) if isinstance(found, nn.Module) else None
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @torch.inference_mode()
