@@ -1,4 +1,4 @@
-"""How many experts each client can afford, checked before any model is loaded."""
+"""How many experts each client can afford or graft, checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -96,4 +96,28 @@ def check_selection(recipe: Recipe, view: MoEView) -> None:
         raise ValueError(
             f"selection.cadence must be round or run with selection.mode = carve, got "
             f"{selection.cadence}; experts are loaded once a round"
+        )
+
+
+def check_grafts(recipe: Recipe, view: MoEView) -> None:
+    """Check how many experts are to be grafted against a model, which may be on the meta device.
+
+    Raises:
+        ValueError: A layer has fewer experts, or the budget fits no number of grafts per layer.
+    """
+    if "flex" not in check_strategy(recipe.strategy.name):
+        return
+    number, budget = recipe.strategy.graft_experts, recipe.strategy.graft_budget
+    smallest = min(layer.num_experts for layer in view.layers)
+    if number > smallest:
+        raise ValueError(
+            f"strategy.graft_experts must be in 1..{smallest}, got {number}; "
+            "an MoE layer of this model has no more routed experts"
+        )
+    num_layers = len(view.layers)
+    if budget and not num_layers <= budget <= num_layers * number:
+        raise ValueError(
+            f"strategy.graft_budget must be 0 or in {num_layers}..{num_layers * number}, got "
+            f"{budget}; each of the {num_layers} MoE layers has at least one graft and at most "
+            f"strategy.graft_experts = {number}"
         )

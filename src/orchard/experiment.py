@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchard.budgets import expert_budgets
+from orchard.budgets import check_grafts, expert_budgets
 from orchard.client.client import Client
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
@@ -108,6 +108,7 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
     check_device(recipe.model.device)
     view = check_model(recipe.model.path, lora_settings(recipe))
     budgets = expert_budgets(recipe, view, num_clients=num_clients)
+    check_grafts(recipe, view)
     tokenizer = load_tokenizer(recipe.model.path)
 
     data = recipe.data
