@@ -246,10 +246,11 @@ class _Search:
         for size, tally in tallies.items():
             losses_N = self._losses(tally)
             chosen = first_smallest(losses_N, rounding=tally.rounding)
-            sets = list(itertools.combinations(range(num_experts), size))
             loss = float(losses_N[chosen])
-            found[size] = ExpertSet(sets[chosen], loss, loss)
             order = losses_N.sort(stable=True).indices[:BEAM].tolist()
+            every = enumerate(itertools.combinations(range(num_experts), size))
+            sets = {index: experts for index, experts in every if index in {chosen, *order}}
+            found[size] = ExpertSet(sets[chosen], loss, loss)
             beams[size] = [(float(losses_N[index]), sets[index]) for index in order]
         for size in hard:
             start = max(s for s in beams if s < size)
@@ -267,7 +268,9 @@ class _Search:
         """
         while len(beam[0][1]) < size:
             ((rows, _),) = yield from self._add_one([[experts for _, experts in beam]])
-            beam = sorted({pair for row in rows for pair in row})[:BEAM]
+            # The last of equal keys stays: a set that several bases lead to stands once.
+            once = {experts: loss for row in rows for loss, experts in row}
+            beam = sorted((loss, experts) for experts, loss in once.items())[:BEAM]
         done: list[_Found] = []
         seen = {experts for _, experts in beam}
         while beam:
