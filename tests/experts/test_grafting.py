@@ -426,3 +426,91 @@ def test_a_graft_has_the_norm_behind_its_expert() -> None:
     with torch.no_grad():
         _, y_BSD = graft(x_BSD)
         torch.testing.assert_close(y_BSD, alone(layer, 3, x_BSD))
+
+
+SEVERAL = ((1, 3, 6), (5,))
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_moe_16b"])
+@pytest.mark.parametrize("gate", ["router_row", "closed", "none"])
+def test_several_grafts_start_as_the_router_would_mix_them_alone(gate: str, family: str) -> None:
+    model = adapt(family)
+    settings = replace(LORA, gate=gate)
+    with (
+        grafted(model, (SEVERAL[0],) * 2, settings, seed=0),
+        torch.no_grad(),
+        watch(model) as seen,
+    ):
+        model.model(**batch_of(model.model))
+        for layer, x_BSD, output in seen:
+            rows = layer.router_tensors()
+            z_BSG = x_BSD @ rows["weight"][list(SEVERAL[0])].T
+            if "bias" in rows:
+                z_BSG = z_BSG + rows["bias"][list(SEVERAL[0])]
+            own = [alone(layer, expert, x_BSD) for expert in SEVERAL[0]]
+            mixed = sum(
+                w[..., None] * y for w, y in zip(z_BSG.softmax(-1).unbind(-1), own, strict=True)
+            )
+            total_BS1 = z_BSG.exp().sum(-1, keepdim=True)
+            opening = {"router_row": total_BS1 / (1 + total_BS1), "closed": 1 / (1 + math.exp(4))}
+            expected = first(plain(layer, x_BSD)) + opening.get(gate, 1.0) * mixed
+            torch.testing.assert_close(first(output), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["additive", "convex"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_several_shut_grafts_are_the_base_and_detach(kind: str, mix: str) -> None:
+    model = adapt()
+    stir(model)
+    expected, modules = logits_of(model), [path for path, _ in model.model.named_modules()]
+    settings = replace(CLOSED, kind=kind, mix=mix)
+    with grafted(model, SEVERAL, settings, seed=0) as grafts:
+        stir_grafts(model, grafts)
+        assert not torch.equal(logits_of(model), expected)
+        shut = [name for name in grafts.names if name.endswith("graft.gate.bias")]
+        model.load({name: torch.tensor([-math.inf]) for name in shut})
+        assert torch.equal(logits_of(model), expected)
+    assert torch.equal(logits_of(model), expected)
+    assert [path for path, _ in model.model.named_modules()] == modules
+    assert trees.digest(model.base_state) == model.base_digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", SOME)
+def test_several_grafts_and_their_router_train(family: str, kind: str) -> None:
+    model = adapt(family)
+    with grafted(model, SEVERAL, replace(CLOSED, kind=kind), seed=0) as grafts:
+        several, one = (f"{layer.name}.graft" for layer in model.view.layers)
+        own = {"router.weight", "gate.weight", "gate.bias"}
+        assert {f"{several}.{name}" for name in own} <= set(grafts.names)
+        assert any(name.startswith(f"{several}.2.down_proj.") for name in grafts.names)
+        assert not any(name.startswith((f"{one}.router", f"{one}.0")) for name in grafts.names)
+        stir_grafts(model, grafts, size=0.1)
+        before = model.read(grafts.names)
+        optimizer = torch.optim.SGD(model.set_trainable(grafts.names), lr=0.1)
+        model.model(**batch_of(model.model)).logits.square().mean().backward()
+        assert all(bool(gradient.any()) for gradient in model.gradients(grafts.names).values())
+        optimizer.step()
+        after = model.read(grafts.names)
+        assert all(not torch.equal(before[name], after[name]) for name in grafts.names)
+        assert trees.digest(model.base_state) == model.base_digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gate", ["router_row", "closed", "none"])
+def test_a_list_of_one_graft_is_that_graft(gate: str, kind: str) -> None:
+    model, found = adapt(), []
+    for choice in (CHOICE, [[expert] for expert in CHOICE]):
+        with grafted(model, choice, replace(LORA, gate=gate, kind=kind), seed=3) as grafts:
+            found.append((model.read(grafts.names), logits_of(model)))
+    assert trees.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_several_grafts_over_bfloat16_are_float32_and_keep_its_dtype() -> None:
+    model = adapt(dtype=torch.bfloat16)
+    with grafted(model, SEVERAL, LORA, seed=0) as grafts, torch.no_grad(), watch(model) as seen:
+        assert {tensor.dtype for tensor in model.read(grafts.names).values()} == {torch.float32}
+        model.model(**batch_of(model.model))
+        assert {first(output).dtype for _, _, output in seen} == {torch.bfloat16}
+        assert all(0 < openness < 1 for openness in grafts.mean_openness())
