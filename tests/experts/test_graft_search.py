@@ -220,6 +220,28 @@ def test_memory_is_bounded_by_blocks_of_tokens(monkeypatch: pytest.MonkeyPatch) 
             assert after.sets[size].loss == pytest.approx(before.sets[size].loss, rel=1e-12)
 
 
+@pytest.mark.parametrize("max_sets", [10**6, 16])
+def test_experts_may_be_run_elsewhere_one_at_a_time(
+    max_sets: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view, batches = many_experts(), corpus()
+    settings = SearchSettings(max_sets=max_sets)
+    expected = search_grafts(view, batches, sizes=[3], settings=settings)
+    run_expert, order = MoELayer.run_expert, []
+
+    def run(index: int, expert: int, x_TD: Tensor) -> Tensor:
+        order.append((index, expert))
+        return run_expert(view.layers[index], expert, x_TD)
+
+    monkeypatch.delattr(MoELayer, "run_expert")
+    found = search_grafts(view, batches, sizes=[3], settings=settings, run_expert=run)
+    assert found == expected
+    # Once for each batch in every pass, layer by layer.
+    one_pass = [(index, expert) for index in (0, 1) for expert in range(MANY)]
+    assert order[: 3 * len(one_pass)] == one_pass * 3
+    assert (len(order) == 3 * len(one_pass)) == (max_sets > 16)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("size", [2, 3, 4, 6, 9])
 def test_a_search_is_bounded_by_the_best_and_by_its_bound(size: int, loss: str) -> None:

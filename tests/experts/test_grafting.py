@@ -3,84 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from orchard import trees
-from orchard.experts.grafting import Graft, Grafts, GraftSettings, Origin, grafted
-from orchard.models.adapters import AdaptedModel
-from orchard.models.moe import MoELayer
+from orchard.experts.grafting import Graft, GraftSettings, Origin, grafted
 from tiny_adapted import adapt, stir
+from tiny_grafts import (
+    CHOICE,
+    CLOSED,
+    KINDS,
+    LORA,
+    NO_GATE,
+    SOME,
+    alone,
+    first,
+    logits_of,
+    plain,
+    stir_grafts,
+    watch,
+)
 from tiny_models import EXPERTS, WIDTH, batch_of
-
-SOME = [
-    "qwen2_moe",
-    "deepseek_v3",
-    "gpt_oss",
-    "granitemoe",
-    "deepseek_moe_16b",
-    "aria",
-    "nemotron_h",
-]
-KINDS = ["lora", "dense"]
-LORA = GraftSettings(rank=2, alpha=4.0, dropout=0.0)
-NO_GATE = replace(LORA, gate="none")
-CLOSED = replace(LORA, gate="closed")
-CHOICE = (3, 5)
-
-
-@torch.no_grad()
-def logits_of(model: AdaptedModel) -> Tensor:
-    return model.model(**batch_of(model.model)).logits
-
-
-def stir_grafts(model: AdaptedModel, grafts: Grafts, *, size: float = 0.3) -> None:
-    generator = torch.Generator().manual_seed(8)
-    values = model.read(grafts.names)
-    model.load({n: t + size * torch.randn(t.shape, generator=generator) for n, t in values.items()})
-
-
-@contextmanager
-def watch(model: AdaptedModel) -> Iterator[list[tuple[MoELayer, Tensor, Any]]]:
-    """Collect what each block reads and returns, grafts included."""
-    seen: list[tuple[MoELayer, Tensor, Any]] = []
-    handles = []
-    for layer in model.view.layers:
-
-        def see(
-            block: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            output: Any,
-            layer: MoELayer = layer,
-        ) -> None:
-            seen.append((layer, args[0] if args else kwargs["hidden_states"], output))
-
-        handles.append(layer.block.register_forward_hook(see, with_kwargs=True))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def plain(layer: MoELayer, x_BSD: Tensor) -> Any:
-    """Run a block without its hooks, and so without its graft."""
-    return layer.block.forward(x_BSD)
-
-
-def first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def alone(layer: MoELayer, expert: int, x_BSD: Tensor) -> Tensor:
-    return layer.run_expert(expert, x_BSD.reshape(-1, WIDTH)).view_as(x_BSD)
 
 
 @pytest.mark.parametrize("mix", ["additive", "convex"])
@@ -426,91 +372,3 @@ def test_a_graft_has_the_norm_behind_its_expert() -> None:
     with torch.no_grad():
         _, y_BSD = graft(x_BSD)
         torch.testing.assert_close(y_BSD, alone(layer, 3, x_BSD))
-
-
-SEVERAL = ((1, 3, 6), (5,))
-
-
-@pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_moe_16b"])
-@pytest.mark.parametrize("gate", ["router_row", "closed", "none"])
-def test_several_grafts_start_as_the_router_would_mix_them_alone(gate: str, family: str) -> None:
-    model = adapt(family)
-    settings = replace(LORA, gate=gate)
-    with (
-        grafted(model, (SEVERAL[0],) * 2, settings, seed=0),
-        torch.no_grad(),
-        watch(model) as seen,
-    ):
-        model.model(**batch_of(model.model))
-        for layer, x_BSD, output in seen:
-            rows = layer.router_tensors()
-            z_BSG = x_BSD @ rows["weight"][list(SEVERAL[0])].T
-            if "bias" in rows:
-                z_BSG = z_BSG + rows["bias"][list(SEVERAL[0])]
-            own = [alone(layer, expert, x_BSD) for expert in SEVERAL[0]]
-            mixed = sum(
-                w[..., None] * y for w, y in zip(z_BSG.softmax(-1).unbind(-1), own, strict=True)
-            )
-            total_BS1 = z_BSG.exp().sum(-1, keepdim=True)
-            opening = {"router_row": total_BS1 / (1 + total_BS1), "closed": 1 / (1 + math.exp(4))}
-            expected = first(plain(layer, x_BSD)) + opening.get(gate, 1.0) * mixed
-            torch.testing.assert_close(first(output), expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("mix", ["additive", "convex"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_several_shut_grafts_are_the_base_and_detach(kind: str, mix: str) -> None:
-    model = adapt()
-    stir(model)
-    expected, modules = logits_of(model), [path for path, _ in model.model.named_modules()]
-    settings = replace(CLOSED, kind=kind, mix=mix)
-    with grafted(model, SEVERAL, settings, seed=0) as grafts:
-        stir_grafts(model, grafts)
-        assert not torch.equal(logits_of(model), expected)
-        shut = [name for name in grafts.names if name.endswith("graft.gate.bias")]
-        model.load({name: torch.tensor([-math.inf]) for name in shut})
-        assert torch.equal(logits_of(model), expected)
-    assert torch.equal(logits_of(model), expected)
-    assert [path for path, _ in model.model.named_modules()] == modules
-    assert trees.digest(model.base_state) == model.base_digest
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", SOME)
-def test_several_grafts_and_their_router_train(family: str, kind: str) -> None:
-    model = adapt(family)
-    with grafted(model, SEVERAL, replace(CLOSED, kind=kind), seed=0) as grafts:
-        several, one = (f"{layer.name}.graft" for layer in model.view.layers)
-        own = {"router.weight", "gate.weight", "gate.bias"}
-        assert {f"{several}.{name}" for name in own} <= set(grafts.names)
-        assert any(name.startswith(f"{several}.2.down_proj.") for name in grafts.names)
-        assert not any(name.startswith((f"{one}.router", f"{one}.0")) for name in grafts.names)
-        stir_grafts(model, grafts, size=0.1)
-        before = model.read(grafts.names)
-        optimizer = torch.optim.SGD(model.set_trainable(grafts.names), lr=0.1)
-        model.model(**batch_of(model.model)).logits.square().mean().backward()
-        assert all(bool(gradient.any()) for gradient in model.gradients(grafts.names).values())
-        optimizer.step()
-        after = model.read(grafts.names)
-        assert all(not torch.equal(before[name], after[name]) for name in grafts.names)
-        assert trees.digest(model.base_state) == model.base_digest
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("gate", ["router_row", "closed", "none"])
-def test_a_list_of_one_graft_is_that_graft(gate: str, kind: str) -> None:
-    model, found = adapt(), []
-    for choice in (CHOICE, [[expert] for expert in CHOICE]):
-        with grafted(model, choice, replace(LORA, gate=gate, kind=kind), seed=3) as grafts:
-            found.append((model.read(grafts.names), logits_of(model)))
-    assert trees.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
-
-
-def test_several_grafts_over_bfloat16_are_float32_and_keep_its_dtype() -> None:
-    model = adapt(dtype=torch.bfloat16)
-    with grafted(model, SEVERAL, LORA, seed=0) as grafts, torch.no_grad(), watch(model) as seen:
-        assert {tensor.dtype for tensor in model.read(grafts.names).values()} == {torch.float32}
-        model.model(**batch_of(model.model))
-        assert {first(output).dtype for _, _, output in seen} == {torch.bfloat16}
-        assert all(0 < openness < 1 for openness in grafts.mean_openness())

@@ -1,4 +1,4 @@
-"""Measurements of this machine: what choosing several grafts costs, against running every set.
+"""What choosing several grafts costs, against running every set.
 
 One MoE layer with random weights, Qwen1.5-MoE's unless told otherwise, reads random token states.
 Three things are timed on it in turn:
@@ -67,7 +67,7 @@ def bench_graft(
         searched_sizes: Experts per set, each searched greedily from the best sets of three at most.
         sampled_sets: Sets of each size that are run at the shape above; one is the choice.
         repeats: Of floor and search, in turn.
-        num_threads: CPU threads.
+        num_threads: CPU threads, at the shape above.
         seed: Of all random values.
 
     Returns:
@@ -81,9 +81,11 @@ def bench_graft(
         shares of the layer's output.
     """
     result: dict[str, float | bool] = {}
-    with threads(num_threads), torch.inference_mode():
+    # One thread: such small products would wait for a second one longer than they take.
+    with threads(1), torch.inference_mode():
         small = _random_layer(**_SMALL, top_k=top_k, dtype=torch.float64, seed=seed)
         result |= {f"small_{k}": v for k, v in _enumerate(small, num_tokens // 4, sizes).items()}
+    with threads(num_threads), torch.inference_mode():
         view = _random_layer(
             num_experts=num_experts,
             width=width,

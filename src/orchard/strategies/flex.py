@@ -153,21 +153,19 @@ def choose_experts(
         )
     numbers = (number,) * len(found)
     if settings.budget:
-        shares = [{size: _share(own, size) for size in own.sets} for own in found]
+        shares = [{n: _share(own, best.loss) for n, best in own.sets.items()} for own in found]
         numbers = allocate(shares, budget=settings.budget)
     metrics: dict[str, float] = {}
     for layer, own, size in zip(view.layers, found, numbers, strict=True):
-        best, share = own.sets[size], _share(own, size)
-        metrics[f"client/graft_loss_{layer.name}"] = share
-        bound = share * best.lower_bound / best.loss if best.loss else share
-        metrics[f"client/graft_loss_bound_{layer.name}"] = bound
+        best = own.sets[size]
+        metrics[f"client/graft_loss_{layer.name}"] = _share(own, best.loss)
+        metrics[f"client/graft_loss_bound_{layer.name}"] = _share(own, best.lower_bound)
     experts = (own.sets[size].experts for own, size in zip(found, numbers, strict=True))
     return tuple(experts), metrics
 
 
-def _share(found: LayerSearch, size: int) -> float:
-    """Return the loss of a layer's best set, over that of no expert at all."""
-    loss = found.sets[size].loss
+def _share(found: LayerSearch, loss: float) -> float:
+    """Return a loss over that of no expert at all."""
     return loss / found.output_norm if found.output_norm else loss
 
 
