@@ -167,6 +167,17 @@ def test_epochs_instead_of_steps_are_allowed() -> None:
     [
         (["data.partition=dirichlet_resample"], "data.test_per_category must be above 0 with"),
         (["strategy.calibration=corpus"], "strategy.calibration_path must be given with"),
+        (["strategy.graft_experts=0"], "strategy.graft_experts must be at least 1, got 0"),
+        (["strategy.graft_loss=l2"], "strategy.graft_loss must be one of norm, fitted, got l2"),
+        (
+            [
+                "strategy.name=flex",
+                "strategy.graft_experts=2",
+                "strategy.graft_budget=30",
+                "strategy.graft_choice=random",
+            ],
+            "strategy.graft_budget must be 0 with strategy.graft_choice = random, got 30; ",
+        ),
         (["evaluation.models=base,glbal"], "evaluation.models must be of base, global, local"),
         (
             ["evaluation.metrics=accuracy"],
@@ -368,6 +379,27 @@ def test_a_rank_without_redundancy_has_no_use_for_its_weight() -> None:
     values = {"strategy.name": ("hfedmoe", "x"), "selection.rank_by": ("specific", "x")}
     with pytest.raises(ValueError, match=r"selection\.rank_by = information"):
         resolve(values, ["selection.beta=0.2"])
+
+
+@pytest.mark.parametrize(
+    ("values", "override", "need"),
+    [
+        ({}, "strategy.graft_budget=30", "strategy.graft_experts above 1"),
+        ({}, "strategy.graft_max_sets=30", "strategy.graft_experts above 1"),
+        ({"choice": "random"}, "strategy.graft_loss=fitted", "graft_choice = reconstruction"),
+        (
+            {"choice": "random", "experts": 2},
+            "strategy.graft_max_sets=30",
+            "graft_choice = reconstruction",
+        ),
+    ],
+)
+def test_an_option_of_a_search_that_is_not_made_is_refused(
+    values: dict[str, str | int], override: str, need: str
+) -> None:
+    given = {f"strategy.graft_{key}": (value, "x") for key, value in values.items()}
+    with pytest.raises(ValueError, match=need):
+        resolve({"strategy.name": ("flex", "x"), **given}, [override])
 
 
 def test_a_lora_option_of_a_dense_graft_is_refused() -> None:

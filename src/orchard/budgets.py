@@ -1,10 +1,11 @@
-"""How many experts each client can afford, found before any model is loaded."""
+"""How many experts each client can afford or graft, found before any model is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from orchard.client.requirements import Requirements, TrainingShape
+from orchard.experts.allocation import allocate
 from orchard.experts.grafting import GraftSettings
 from orchard.methods import METHODS, check_strategy, graft_settings, lora_settings
 from orchard.models.checkpoint import open_checkpoint
@@ -62,9 +63,11 @@ def client_limits(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[L
         num_clients: Clients of the federation.
 
     Raises:
-        ValueError: A budget cannot be read, or the method cannot use it.
+        ValueError: A budget cannot be read, or the method cannot use it; or grafts do not fit, see
+            ``check_grafts``.
     """
     methods = check_strategy(recipe.strategy.name)
+    check_grafts(recipe, view)
     client = recipe.client
     if client.budget and client.memory_bytes:
         raise ValueError(
@@ -180,7 +183,6 @@ def build_requirements(recipe: Recipe, view: MoEView) -> Requirements:
         # By epochs there are as many as the data has batches: all experts may get their turn.
         every = selection.every if selection.cadence == "steps" else 1
         num_choices = -(-client.steps // every) if client.steps else 1_000_000
-    graft = graft_settings(recipe) if "flex" in methods else None
     shape = TrainingShape(
         lora=lora_settings(recipe),
         dtype=recipe.model.dtype,
@@ -189,14 +191,36 @@ def build_requirements(recipe: Recipe, view: MoEView) -> Requirements:
         optimizer=client.optimizer,
         is_carved=chooses and selection.mode == "carve",
         num_choices=num_choices,
-        personal=sum(graft_elements(layer, graft) for layer in view.layers) if graft else 0,
+        personal=_personal(recipe, view) if "flex" in methods else 0,
     )
     stored_bytes = open_checkpoint(recipe.model.path).num_bytes
     return Requirements(view.model.config, shape, stored_bytes=stored_bytes)
 
 
-def graft_elements(layer: MoELayer, settings: GraftSettings) -> int:
-    """Return the trainable elements of a graft and its gate in ``layer``."""
+def _personal(recipe: Recipe, view: MoEView) -> int:
+    """Return the most elements that a client's grafts may have."""
+    graft, strategy = graft_settings(recipe), recipe.strategy
+    sizes = [strategy.graft_experts]
+    if strategy.graft_budget:
+        sizes = list(range(1, strategy.graft_experts + 1))
+    elements = [
+        {number: graft_elements(layer, graft, number=number) for number in sizes}
+        for layer in view.layers
+    ]
+    # Data decides which layers get how many: the largest sum is the smallest of the negatives.
+    budget = strategy.graft_budget or len(elements) * strategy.graft_experts
+    numbers = allocate([{n: -e for n, e in own.items()} for own in elements], budget=budget)
+    return sum(own[number] for own, number in zip(elements, numbers, strict=True))
+
+
+def graft_elements(layer: MoELayer, settings: GraftSettings, *, number: int = 1) -> int:
+    """Return the trainable elements of a layer's grafts, their router and their gate.
+
+    Args:
+        layer: Where they are grafted.
+        settings: What they are made of.
+        number: How many; one has no router.
+    """
     tensors = layer.expert_tensors(0)
     if settings.kind == "dense":
         own = sum(tensor.numel() for tensor in tensors.values())
@@ -204,7 +228,11 @@ def graft_elements(layer: MoELayer, settings: GraftSettings) -> int:
         # A factor of rank rows for the input and one of rank columns for the output.
         own = settings.rank * sum(sum(t.shape) for t in tensors.values() if t.ndim == 2)
     gate = {"none": 0, "router_row": layer.width, "closed": layer.width + 1}[settings.gate]
-    return own + gate
+    if number == 1:
+        return own + gate
+    row = layer.width + ("bias" in layer.router_tensors())
+    # Beside a router, grafts that start by its rows have no other gate.
+    return number * (own + row) + (gate if settings.gate == "closed" else 0)
 
 
 def check_selection(recipe: Recipe, view: MoEView) -> None:
@@ -236,4 +264,28 @@ def check_selection(recipe: Recipe, view: MoEView) -> None:
         raise ValueError(
             f"selection.cadence must be round or run with selection.mode = carve, got "
             f"{selection.cadence}; experts are loaded once a round"
+        )
+
+
+def check_grafts(recipe: Recipe, view: MoEView) -> None:
+    """Check how many experts are to be grafted against a model, which may be on the meta device.
+
+    Raises:
+        ValueError: A layer has fewer experts, or the budget fits no number of grafts per layer.
+    """
+    if "flex" not in check_strategy(recipe.strategy.name):
+        return
+    number, budget = recipe.strategy.graft_experts, recipe.strategy.graft_budget
+    smallest = min(layer.num_experts for layer in view.layers)
+    if number > smallest:
+        raise ValueError(
+            f"strategy.graft_experts must be in 1..{smallest}, got {number}; "
+            "an MoE layer of this model has no more routed experts"
+        )
+    num_layers = len(view.layers)
+    if budget and not num_layers <= budget <= num_layers * number:
+        raise ValueError(
+            f"strategy.graft_budget must be 0 or in {num_layers}..{num_layers * number}, got "
+            f"{budget}; each of the {num_layers} MoE layers has at least one graft and at most "
+            f"strategy.graft_experts = {number}"
         )

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from orchard.experts.graft_search import SearchSettings
 from orchard.experts.grafting import GraftSettings
 from orchard.experts.importance import ImportanceSettings
 from orchard.models.targets import LoraSettings
@@ -92,7 +93,10 @@ def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
         strategy,
         FlexSettings(
             graft=graft_settings(recipe),
+            num_experts=s.graft_experts,
+            budget=s.graft_budget,
             choice=s.graft_choice,
+            search=SearchSettings(loss=s.graft_loss, max_sets=s.graft_max_sets),
             calibration=s.calibration,
             calibration_blocks=s.calibration_blocks,
             calibration_tokens=s.calibration_tokens,

@@ -31,10 +31,16 @@ def final_tensors(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    "method", ["fedavg", "flex", "scaffold", "fedadam", "flex+local", "fedmoe"]
+    ("method", "overrides"),
+    [
+        *((name, ()) for name in ("fedavg", "flex", "scaffold", "fedadam", "flex+local", "fedmoe")),
+        ("flex", ("strategy.graft_experts=3", "strategy.graft_budget=9")),
+    ],
 )
-def test_two_rounds_resumed_to_four_equal_four_in_one_go(method: str, tmp_path: Path) -> None:
-    recipe = quick_recipe(method, "server.rounds=4")
+def test_two_rounds_resumed_to_four_equal_four_in_one_go(
+    method: str, overrides: tuple[str, ...], tmp_path: Path
+) -> None:
+    recipe = quick_recipe(method, "server.rounds=4", *overrides)
     run_quickly(tmp_path / "whole", recipe)
 
     class Interrupted(Exception):

@@ -206,13 +206,17 @@ def test_no_batch_is_an_error() -> None:
         reconstruction_losses(view_moe(FAMILIES["qwen2_moe"]()), [])
 
 
-def test_random_choices_are_in_range_reproducible_and_cover_all() -> None:
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_random_choices_are_in_range_reproducible_and_cover_all(num_experts: int) -> None:
     view = view_moe(FAMILIES["qwen2_moe"]())
     generator = np.random.default_rng(0)
-    drawn = [choose_at_random(view, generator) for _ in range(200)]
+    drawn = [choose_at_random(view, generator, num_experts=num_experts) for _ in range(200)]
     assert all(len(choice) == len(view.layers) for choice in drawn)
-    assert {expert for choice in drawn for expert in choice} == set(range(EXPERTS))
-    assert drawn[0] == choose_at_random(view, np.random.default_rng(0))
+    layers = [layer for choice in drawn for layer in choice]
+    assert all(list(own) == sorted(set(own)) and len(own) == num_experts for own in layers)
+    assert {expert for own in layers for expert in own} == set(range(EXPERTS))
+    again = choose_at_random(view, np.random.default_rng(0), num_experts=num_experts)
+    assert drawn[0] == again
 
 
 def test_batches_hold_every_block_once_and_in_order() -> None:

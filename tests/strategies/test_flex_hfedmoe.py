@@ -16,6 +16,7 @@ from orchard.experiment import prepare_experiment, run_experiment
 from orchard.experts.selection import passing
 from orchard.methods import build_strategy
 from orchard.models.adapters import AdaptedModel
+from orchard.models.moe import MoELayer
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.server.checkpoint import ServerState
@@ -80,9 +81,12 @@ class Play:
         assert personal is not None
         return personal.tensors
 
-    def choices(self) -> list[tuple[int, ...]]:
+    def choices(self) -> list[tuple[tuple[int, ...], ...]]:
         return [
-            tuple(int(self.kept(client)[f"{layer}.graft.expert"]) for layer in LAYERS)
+            tuple(
+                tuple(self.kept(client)[f"{layer}.graft.expert"].reshape(-1).tolist())
+                for layer in LAYERS
+            )
             for client in self.clients
         ]
 
@@ -167,31 +171,57 @@ def test_beside_a_graft_a_budget_for_everything_masks_nothing(tmp_path: Path) ->
 # The choice, and what a graft starts as
 
 
-@pytest.mark.parametrize("choice", ["reconstruction", "random"])
+@pytest.mark.parametrize(
+    ("choice", "sizes"),
+    [
+        (("choice=reconstruction",), {1}),
+        (("choice=random",), {1}),
+        (("loss=fitted",), {1}),
+        (("experts=2",), {2}),
+        (("experts=2", "choice=random"), {2}),
+        (("experts=3", "budget=7"), {1, 2, 3}),
+        (("experts=4", "max_sets=8"), {4}),  # not all sets of four: greedily, then by swaps
+    ],
+)
 def test_the_choice_is_that_of_flex_alone_in_both_modes_and_stays(
-    choice: str, tmp_path: Path
+    choice: tuple[str, ...], sizes: set[int], tmp_path: Path
 ) -> None:
-    option = f"strategy.graft_choice={choice}"
-    alone = start(quick_recipe("flex", option), tmp_path / "flex")
+    options = [f"strategy.graft_{option}" for option in choice]
+    alone = start(quick_recipe("flex", *options), tmp_path / "flex")
     alone.round()
     for mode in MODES:
-        play = start(recipe_of(mode, option), tmp_path / mode)
+        play = start(recipe_of(mode, *options), tmp_path / mode)
         for _ in range(2):
             play.round(steps=1)
             assert play.choices() == alone.choices()
     assert len(set(alone.choices())) > 1
+    assert {len(experts) for choices in alone.choices() for experts in choices} <= sizes
 
 
+def test_a_search_runs_no_expert_that_a_carved_client_holds(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    play = start(recipe_of("carve", "strategy.graft_experts=2"), tmp_path)
+    monkeypatch.delattr(MoELayer, "run_expert")
+    play.round(steps=1)
+    assert all(len(own) == 2 for choices in play.choices() for own in choices)
+    for update in play.updates:
+        for layer in LAYERS:
+            share = update.metrics[f"client/graft_loss_{layer}"]
+            assert 0 < share == update.metrics[f"client/graft_loss_bound_{layer}"]
+
+
+@pytest.mark.parametrize("number", [1, 2])
 @pytest.mark.parametrize("graft", ["lora", "dense"])
 @pytest.mark.parametrize("kind", TRAINED)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_graft_starts_as_its_expert_in_the_base(
-    mode: str, kind: str, graft: str, tmp_path: Path
+    mode: str, kind: str, graft: str, number: int, tmp_path: Path
 ) -> None:
     """Whoever trained that expert before, and whether the model holds it."""
-    override = f"strategy.graft_kind={graft}"
+    override = (f"strategy.graft_kind={graft}", f"strategy.graft_experts={number}")
     rows = "strategy.graft_gate=router_row"
-    play = start(recipe_of(mode, override, rows, *TRAINED[kind]), tmp_path)
+    play = start(recipe_of(mode, *override, rows, *TRAINED[kind]), tmp_path)
     base = play.model.view
     pretrained = {name: base.read(name).clone() for name in base.names()}
     play.round()
@@ -204,29 +234,39 @@ def test_a_graft_starts_as_its_expert_in_the_base(
     held = []
     with play.strategy.prepare(last, task) as plan:
         model = plan.model or play.model
-        for layer, expert in zip(model.view.layers, chosen, strict=True):
-            held.append(expert in layer.expert_ids)
-            module = layer.block.get_submodule("graft")
-            parameters = dict(module.named_parameters())
-            for local in ("gate_proj", "up_proj", "down_proj"):
+        for layer, experts_of in zip(model.view.layers, chosen, strict=True):
+            assert len(experts_of) == number
+            parameters = dict(layer.block.get_submodule("graft").named_parameters())
+            for position, expert in enumerate(experts_of):
+                held.append(expert in layer.expert_ids)
+                outer = f"{position}." if number > 1 else ""
                 inner = "base_layer." if graft == "lora" else ""
-                own = parameters[f"{local}.{inner}weight"]
-                assert torch.equal(own, pretrained[f"{layer.name}.experts.{expert}.{local}"])
-            row = pretrained[f"{layer.name}.router.{expert}"]
-            assert torch.equal(parameters["gate.weight"], row)
+                for local in ("gate_proj", "up_proj", "down_proj"):
+                    own = parameters[f"{outer}{local}.{inner}weight"]
+                    assert torch.equal(own, pretrained[f"{layer.name}.experts.{expert}.{local}"])
+            rows_GD = torch.stack([pretrained[f"{layer.name}.router.{e}"] for e in experts_of])
+            if number == 1:
+                assert torch.equal(parameters["gate.weight"], rows_GD[0])
+            else:
+                assert torch.equal(parameters["router.weight"], rows_GD)
     if mode == "mask":
         assert all(held)
 
 
-def test_a_graft_outlives_the_rounds_that_hold_its_expert(tmp_path: Path) -> None:
-    recipe = recipe_of("carve", "selection.rank_by=random")
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_graft_outlives_the_rounds_that_hold_its_expert(number: int, tmp_path: Path) -> None:
+    recipe = recipe_of("carve", "selection.rank_by=random", f"strategy.graft_experts={number}")
     play = start(recipe, tmp_path)
     seen: set[bool] = set()
     for _ in range(3):
         play.round()
         for trained, choice in zip(play.trained, play.choices(), strict=True):
             held = experts(trained.delta)
-            seen |= {(layer, expert) in held for layer, expert in zip(LAYERS, choice, strict=True)}
+            seen |= {
+                (layer, expert) in held
+                for layer, own in zip(LAYERS, choice, strict=True)
+                for expert in own
+            }
             assert len(held) <= 8
     assert seen == {True, False}
     client = play.clients[0]
@@ -239,10 +279,23 @@ def test_a_graft_outlives_the_rounds_that_hold_its_expert(tmp_path: Path) -> Non
 # Runs
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("mask", "lora"), ("mask", "full"), ("carve", "full")])
-def test_a_resumed_run_equals_an_uninterrupted_one(mode: str, kind: str, tmp_path: Path) -> None:
-    dense = "strategy.graft_kind=dense" if kind == "full" else "strategy.graft_kind=lora"
-    recipe = recipe_of(mode, f"server.clients_per_round={NUM_CLIENTS}", dense, *TRAINED[kind])
+@pytest.mark.parametrize(
+    ("mode", "kind", "number"),
+    [
+        ("mask", "lora", 1),
+        ("mask", "full", 1),
+        ("carve", "full", 1),
+        ("carve", "lora", 2),
+    ],
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    mode: str, kind: str, number: int, tmp_path: Path
+) -> None:
+    grafts = (
+        f"strategy.graft_kind={'dense' if kind == 'full' else 'lora'}",
+        f"strategy.graft_experts={number}",
+    )
+    recipe = recipe_of(mode, f"server.clients_per_round={NUM_CLIENTS}", *grafts, *TRAINED[kind])
     whole = run_quickly(tmp_path / "whole", recipe)
 
     class Interrupted(Exception):

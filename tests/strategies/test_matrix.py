@@ -10,6 +10,7 @@ import torch
 from federations import build, has_budget, quick_recipe
 from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings, Task, encode_update
+from orchard.experiment import prepare_experiment
 from orchard.methods import METHODS
 from orchard.server.checkpoint import ServerState
 from orchard.strategies.strategy import (
@@ -211,6 +212,52 @@ def test_clients_with_different_data_choose_different_experts(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("strategy.graft_experts=9",), "strategy.graft_experts must be in 1..8, got 9; "),
+        (
+            ("strategy.graft_experts=3", "strategy.graft_budget=3"),
+            "strategy.graft_budget must be 0 or in 4..12, got 3; ",
+        ),
+        (
+            ("strategy.graft_experts=3", "strategy.graft_budget=13"),
+            "strategy.graft_budget must be 0 or in 4..12, got 13; ",
+        ),
+    ],
+)
+def test_grafts_that_do_not_fit_the_model_are_refused_before_it_is_loaded(
+    overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr("orchard.models.loading.load_base")
+    with pytest.raises(ValueError, match=f"^{message}"):
+        prepare_experiment(quick_recipe("flex", *overrides))
+
+
+def test_a_budget_of_grafts_is_shared_by_what_layers_miss(tmp_path: Path) -> None:
+    recipe = quick_recipe("flex", "strategy.graft_experts=3", "strategy.graft_budget=7")
+    strategy, (client, *_), model, _ = build(recipe, tmp_path)
+    shared = start_server(strategy, model.fresh).shared
+    metrics = []
+    for round_number in (1, 2):
+        task = Task(round_number, shared, LocalSettings(1, 0, 1e-3))
+        metrics.append(train_client(strategy, client, task).metrics)
+    kept = client.store.load(before_round=3)
+    assert kept is not None
+    layers = [layer.name for layer in model.view.layers]
+    numbers = [kept.tensors[f"{name}.graft.expert"].numel() for name in layers]
+    assert len(layers) <= sum(numbers) <= 7
+    assert all(1 <= number <= 3 for number in numbers)
+    for name, number in zip(layers, numbers, strict=True):
+        router = kept.tensors.get(f"{name}.graft.router.weight")
+        assert (router is None) == (number == 1)
+        assert router is None or len(router) == number
+        # What the search found is told in the round in which it searched.
+        assert metrics[0][f"client/graft_loss_bound_{name}"] > 0
+        assert metrics[0][f"client/graft_loss_{name}"] > 0
+        assert f"client/graft_loss_{name}" not in metrics[1]
+
+
+@pytest.mark.parametrize(
     "overrides",
     [
         ("strategy.graft_kind=dense",),
@@ -218,6 +265,12 @@ def test_clients_with_different_data_choose_different_experts(tmp_path: Path) ->
         ("strategy.graft_gate=router_row",),
         ("strategy.graft_gate=none",),
         ("strategy.graft_choice=random",),
+        ("strategy.graft_experts=3",),
+        ("strategy.graft_experts=3", "strategy.graft_kind=dense", "strategy.graft_mix=convex"),
+        ("strategy.graft_experts=2", "strategy.graft_choice=random"),
+        ("strategy.graft_experts=3", "strategy.graft_budget=7"),
+        ("strategy.graft_experts=5", "strategy.graft_max_sets=8", "strategy.graft_gate=router_row"),
+        ("strategy.graft_loss=fitted",),
         ("strategy.calibration=majority_category",),
         ("model.dtype=bfloat16",),
         ("model.lora_targets=q_proj,o_proj,router,experts",),

@@ -15,7 +15,19 @@ def _memory(repeats: int) -> dict[str, Any]:
     return bench_memory(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
 
 
-BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType({"memory": _memory})
+def _graft(repeats: int) -> dict[str, Any]:
+    from orchard.bench.graft import bench_graft, native_dtype
+
+    dtype = native_dtype()
+    print(f"graft: one layer of Qwen1.5-MoE's shape in {dtype}", file=sys.stderr)
+    # Half of the usual tokens: three repeats end within five minutes on two cores.
+    found = bench_graft(num_tokens=512, dtype=dtype, repeats=repeats)
+    return {"dtype": dtype, "num_tokens": 512, **found}
+
+
+BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
+    {"memory": _memory, "graft": _graft}
+)
 """Name to what runs it, given how many repeats, and returns what it found."""
 
 

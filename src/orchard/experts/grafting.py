@@ -4,23 +4,29 @@ A graft is a client's own expert in one MoE layer, with a small sigmoid gate on 
 
     y(x) = F(x) + sigmoid(gate(x)) * graft(x)
 
-It starts as a pretrained expert of that layer. As LoRA it *aliases* that expert: the base weights
+A layer may have several grafts. They then are a small MoE of their own, of which all experts run:
+a router of one row per graft, started at the experts' rows of the layer's router, mixes them by a
+softmax, and one gate opens for the mix. It starts as open as the sum of the experts' own
+exponentials says, sum_j exp(z_j) / (1 + sum_j exp(z_j)); of one expert that is the sigmoid above.
+
+A graft starts as a pretrained expert. As LoRA it *aliases* that expert: the base weights
 are never copied, a client's own tensors are the adapter, the gate and one index. Attaching uses
 hooks and leaves the model's code and tensors alone; detaching gives the base back bit for bit.
 
 Whatever a federation does to that expert, a graft starts as it was in the base: beside an expert
 that is trained itself it holds the base's values, and beside a model that does not hold the expert
-it holds what is read for it, one expert a layer.
+it holds what is read for it, one expert for each graft.
 
 Source: FLEx (Liu et al., 2025, arXiv:2506.00965). Additive output, gate without bias started at
-the router's row, and LoRA on the graft are readings of the authors' code; see the card.
+the router's row, and LoRA on the graft are readings of the authors' code; so is the router of
+several grafts, whose common opening is ours; see the card.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -65,17 +71,52 @@ class Origin:
     Attributes:
         tensors: Its projections, named and oriented as ``MoELayer.expert_tensors`` does.
         row_D: Its row of the router.
+        bias: Its entry of the router's bias, (); None where the router has none.
     """
 
     tensors: Mapping[str, Tensor]
     row_D: Tensor
+    bias: Tensor | None = None
 
 
 ReadOrigin: TypeAlias = Callable[[int, int], Origin]
 """From the index of a MoE layer and an expert's id to the expert in the base."""
 
 
-class Graft(nn.Module):
+class _Mixed(nn.Module):
+    """What is mixed into a layer's output, as far as its gate opens."""
+
+    def __init__(self, settings: GraftSettings) -> None:
+        super().__init__()
+        self._settings = settings
+        self.openness_sum, self.openness_count = torch.zeros(()), 0
+
+    def mix(self, x_BSD: torch.Tensor, routed_BSD: torch.Tensor) -> torch.Tensor:
+        """Return the layer's output with the graft in it, in the layer's dtype."""
+        openness_BS1, y_BSD = self(x_BSD)
+        self.openness_sum = self.openness_sum + openness_BS1.detach().sum()
+        self.openness_count += openness_BS1.numel()
+        own_BSD: torch.Tensor = (openness_BS1 * y_BSD).to(routed_BSD.dtype)
+        if self._settings.mix == "convex":
+            own_BSD = own_BSD + ((1 - openness_BS1) * routed_BSD).to(routed_BSD.dtype)
+            return own_BSD
+        return own_BSD + routed_BSD
+
+    def _add_gate(self, weight_D: torch.Tensor) -> None:
+        self.gate = nn.ParameterDict({"weight": nn.Parameter(weight_D)})
+        if self._settings.gate == "closed":
+            bias = torch.full((1,), CLOSED_BIAS, device=weight_D.device)
+            self.gate["bias"] = nn.Parameter(bias)
+
+    def _gate_scores(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        # One product per token: float32 costs nothing, and a gate in bfloat16 has steps of 1/128.
+        score_BS1 = functional.linear(x_BSD.float(), self.gate["weight"][None])
+        if "bias" in self.gate:
+            score_BS1 = score_BS1 + self.gate["bias"]
+        return score_BS1
+
+
+class Graft(_Mixed):
     """One personal expert and its gate."""
 
     def __init__(self, layer: MoELayer, origin: Origin, settings: GraftSettings) -> None:
@@ -86,8 +127,8 @@ class Graft(nn.Module):
             origin: The pretrained expert that it starts as.
             settings: What it is made of.
         """
-        super().__init__()
-        self._layer, self._settings = layer, settings
+        super().__init__(settings)
+        self._layer = layer
         is_dense = settings.kind == "dense"
         tensors = origin.tensors
         for name in _PROJECTIONS:
@@ -107,11 +148,7 @@ class Graft(nn.Module):
         if settings.gate == "router_row":
             weight_D = origin.row_D.detach().float().clone()
         if settings.gate != "none":
-            self.gate = nn.ParameterDict({"weight": nn.Parameter(weight_D)})
-            if settings.gate == "closed":
-                bias = torch.full((1,), CLOSED_BIAS, device=weight_D.device)
-                self.gate["bias"] = nn.Parameter(bias)
-        self.openness_sum, self.openness_count = torch.zeros(()), 0
+            self._add_gate(weight_D)
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gate's opening in [0, 1], (B, S, 1), and the expert's output, (B, S, D)."""
@@ -120,11 +157,7 @@ class Graft(nn.Module):
         y_BSD = self._layer.finish_expert(self._project("down_proj", hidden_BSF))
         if self._settings.gate == "none":
             return torch.ones_like(y_BSD[..., :1]), y_BSD
-        # One product per token: float32 costs nothing, and a gate in bfloat16 has steps of 1/128.
-        score_BS1 = functional.linear(x_BSD.float(), self.gate["weight"][None])
-        if "bias" in self.gate:
-            score_BS1 = score_BS1 + self.gate["bias"]
-        return torch.sigmoid(score_BS1), y_BSD
+        return torch.sigmoid(self._gate_scores(x_BSD)), y_BSD
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         module = self.get_submodule(name)
@@ -135,16 +168,44 @@ class Graft(nn.Module):
             projected = module(x)
         return projected
 
-    def mix(self, x_BSD: torch.Tensor, routed_BSD: torch.Tensor) -> torch.Tensor:
-        """Return the layer's output with the graft in it, in the layer's dtype."""
-        openness_BS1, y_BSD = self(x_BSD)
-        self.openness_sum = self.openness_sum + openness_BS1.detach().sum()
-        self.openness_count += openness_BS1.numel()
-        own_BSD: torch.Tensor = (openness_BS1 * y_BSD).to(routed_BSD.dtype)
-        if self._settings.mix == "convex":
-            own_BSD = own_BSD + ((1 - openness_BS1) * routed_BSD).to(routed_BSD.dtype)
-            return own_BSD
-        return own_BSD + routed_BSD
+
+class GraftMixture(_Mixed):
+    """Several personal experts of one layer, their router and their gate."""
+
+    def __init__(self, layer: MoELayer, origins: Sequence[Origin], settings: GraftSettings) -> None:
+        """Start as ``origins``, mixed as the layer's router would mix them alone.
+
+        Args:
+            layer: Where they are grafted.
+            origins: The pretrained experts that they start as.
+            settings: What they are made of.
+        """
+        super().__init__(settings)
+        self._grafts = [Graft(layer, own, replace(settings, gate="none")) for own in origins]
+        for index, graft in enumerate(self._grafts):
+            self.add_module(str(index), graft)
+        rows_GD = torch.stack([own.row_D.detach().float() for own in origins])
+        self.router = nn.ParameterDict({"weight": nn.Parameter(rows_GD)})
+        biases = [own.bias.detach().float() for own in origins if own.bias is not None]
+        if biases:
+            self.router["bias"] = nn.Parameter(torch.stack(biases))
+        if settings.gate == "closed":
+            self._add_gate(torch.zeros(layer.width, device=rows_GD.device))
+
+    def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gate's opening in [0, 1], (B, S, 1), and the mixed output, (B, S, D)."""
+        bias = self.router.get("bias")
+        score_BSG = functional.linear(x_BSD.float(), self.router["weight"], bias)
+        weight_BSG = score_BSG.softmax(dim=-1)
+        outputs = [graft(x_BSD)[1] for graft in self._grafts]
+        y_BSD = torch.stack(
+            [weight_BSG[..., j, None] * own_BSD for j, own_BSD in enumerate(outputs)]
+        ).sum(0)
+        if self._settings.gate == "none":
+            return torch.ones_like(y_BSD[..., :1]), y_BSD
+        if self._settings.gate == "closed":
+            return torch.sigmoid(self._gate_scores(x_BSD)), y_BSD
+        return torch.sigmoid(score_BSG.logsumexp(dim=-1, keepdim=True)), y_BSD
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, copy: bool) -> nn.Linear:
@@ -168,7 +229,7 @@ class Grafts:
     """
 
     names: tuple[str, ...]
-    modules: tuple[Graft, ...]
+    modules: tuple[Graft | GraftMixture, ...]
 
     def mean_openness(self) -> tuple[float, ...]:
         """Return the mean gate of each layer over all tokens since attaching; 0 before any."""
@@ -181,18 +242,18 @@ class Grafts:
 @contextmanager
 def grafted(
     model: AdaptedModel,
-    experts: Sequence[int],
+    experts: Sequence[int | Sequence[int]],
     settings: GraftSettings,
     *,
     seed: int,
     read: ReadOrigin | None = None,
 ) -> Iterator[Grafts]:
-    """Graft one expert into every MoE layer while the context lasts.
+    """Graft experts into every MoE layer while the context lasts.
 
     Args:
         model: The model, whole or with some experts only.
-        experts: For each MoE layer in forward order, the expert that the graft starts as, by its
-            id in the checkpoint.
+        experts: For each MoE layer in forward order, the expert that the graft starts as, or the
+            experts, by their ids in the checkpoint. One alone has no router.
         settings: What the grafts are made of.
         seed: Decides the values of a fresh LoRA's A; B is zero.
         read: Where experts come from that the model does not hold; None = it holds them all.
@@ -209,15 +270,18 @@ def grafted(
     with ExitStack() as undo:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            for index, (layer, expert) in enumerate(zip(model.view.layers, experts, strict=True)):
-                if expert in layer.expert_ids or read is None:
-                    origin = _find_origin(model, layer, expert)
-                else:
-                    origin = _as_in(layer, read(index, expert))
-                graft = Graft(layer, origin, settings).train(layer.block.training)
+            for index, (layer, chosen) in enumerate(zip(model.view.layers, experts, strict=True)):
+                own = (chosen,) if isinstance(chosen, int) else chosen
+                origins = [
+                    _find_origin(model, layer, expert)
+                    if expert in layer.expert_ids or read is None
+                    else _as_in(layer, read(index, expert))
+                    for expert in own
+                ]
+                graft = _graft(layer, origins, settings).train(layer.block.training)
                 modules.append(graft)
                 for path, parameter in graft.named_parameters():
-                    is_own = is_adapter(path) or path.startswith("gate.")
+                    is_own = is_adapter(path) or path.startswith(("gate.", "router."))
                     if is_own or settings.kind == "dense":
                         slots[f"{layer.name}.graft.{canonical(path)}"] = Slot(parameter, whole)
                 layer.block.add_module("graft", graft)
@@ -237,15 +301,17 @@ def _find_origin(model: AdaptedModel, layer: MoELayer, expert: int) -> Origin:
         )
     index = layer.expert_ids.index(expert)
     tensors = dict(layer.expert_tensors(index))
-    row_D = layer.router_tensors()["weight"][index]
+    rows = {local: rows_E[index] for local, rows_E in layer.router_tensors().items()}
+    device = rows["weight"].device
     names = {f"{layer.name}.experts.{expert}.{local}": local for local in tensors}
     trained = [name for name in names if model.knows(name)]
     for name, value in model.read_fresh(trained).items():
-        tensors[names[name]] = value.to(row_D.device)
-    row = f"{layer.name}.router.{expert}"
-    if model.knows(row):
-        row_D = model.read_fresh([row])[row].to(row_D.device)
-    return Origin(tensors, row_D)
+        tensors[names[name]] = value.to(device)
+    for local, kind in (("weight", "router"), ("bias", "router_bias")):
+        name = f"{layer.name}.{kind}.{expert}"
+        if local in rows and model.knows(name):
+            rows[local] = model.read_fresh([name])[name].to(device).view_as(rows[local])
+    return Origin(tensors, rows["weight"], rows.get("bias"))
 
 
 def _as_in(layer: MoELayer, origin: Origin) -> Origin:
@@ -254,13 +320,22 @@ def _as_in(layer: MoELayer, origin: Origin) -> Origin:
     return Origin(
         {local: tensor.to(held[local]) for local, tensor in origin.tensors.items()},
         origin.row_D.to(row_D),
+        None if origin.bias is None else origin.bias.to(row_D),
     )
+
+
+def _graft(
+    layer: MoELayer, origins: Sequence[Origin], settings: GraftSettings
+) -> Graft | GraftMixture:
+    if len(origins) == 1:
+        return Graft(layer, origins[0], settings)
+    return GraftMixture(layer, origins, settings)
 
 
 def _add_graft(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     x_BSD = args[0] if args else kwargs["hidden_states"]
     graft = block.get_submodule("graft")
-    assert isinstance(graft, Graft)
+    assert isinstance(graft, _Mixed)
     if isinstance(output, tuple):
         return graft.mix(x_BSD, output[0]), *output[1:]
     return graft.mix(x_BSD, output)

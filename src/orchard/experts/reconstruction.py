@@ -12,7 +12,7 @@ Nothing is cached: each batch is reduced to one number per layer and expert whil
 through the model, so memory does not grow with the number of tokens or layers.
 
 Source: FLEx (Liu et al., 2025, arXiv:2506.00965), after the layerwise pruning of Expert_Sparsity
-(Lu et al., 2024, arXiv:2402.14800) with one expert preserved.
+(Lu et al., 2024, arXiv:2402.14800) with one expert preserved. More than one: ``graft_search``.
 """
 
 from __future__ import annotations
@@ -128,9 +128,17 @@ def choose_by_reconstruction(losses: Sequence[torch.Tensor]) -> tuple[int, ...]:
     return tuple(int(loss_E.argmin()) for loss_E in losses)
 
 
-def choose_at_random(view: MoEView, generator: np.random.Generator) -> tuple[int, ...]:
-    """Return a random expert of each layer: the control for the choice by reconstruction."""
-    return tuple(int(generator.integers(layer.num_experts)) for layer in view.layers)
+def choose_at_random(
+    view: MoEView, generator: np.random.Generator, *, num_experts: int = 1
+) -> tuple[tuple[int, ...], ...]:
+    """Return random experts of each layer, in ascending order: the control for a choice."""
+    if num_experts == 1:
+        return tuple((int(generator.integers(layer.num_experts)),) for layer in view.layers)
+    drawn = (
+        generator.choice(layer.num_experts, size=num_experts, replace=False)
+        for layer in view.layers
+    )
+    return tuple(tuple(sorted(int(expert) for expert in own)) for own in drawn)
 
 
 def batch_blocks(

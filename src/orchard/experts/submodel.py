@@ -93,7 +93,12 @@ class SubmodelSource:
     def origin_reader(self) -> ReadOrigin:
         """Return what reads the expert that a graft starts as, with its row of the router."""
         read_expert, read_row = checkpoint_reader(self.path, self.dtype), router_reader(self.path)
-        return lambda layer, expert: Origin(read_expert(layer, expert), read_row(layer, expert))
+
+        def read(layer: int, expert: int) -> Origin:
+            row = read_row(layer, expert)
+            return Origin(read_expert(layer, expert), row["weight"], row.get("bias"))
+
+        return read
 
     def _adapt(self, view: MoEView, lora: LoraSettings) -> AdaptedModel:
         return AdaptedModel(

@@ -51,10 +51,11 @@ def checkpoint_reader(path: str, dtype: str) -> ReadExpert:
     return read_expert
 
 
-def router_reader(path: str) -> Callable[[int, int], Tensor]:
-    """Return a function that reads one expert's row of a router, (D,), as stored.
+def router_reader(path: str) -> Callable[[int, int], dict[str, Tensor]]:
+    """Return a function that reads one expert's row of a router, as stored.
 
-    It takes the index of a layer in its view and an expert's id.
+    It takes the index of a layer in its view and an expert's id, and returns ``weight`` (D,) and,
+    where the router adds one to its logits, ``bias`` ().
 
     Args:
         path: Folder, hub name, or ``orchard:tiny``.
@@ -67,11 +68,14 @@ def router_reader(path: str) -> Callable[[int, int], Tensor]:
     names = {id(tensor): name for name, tensor in stored.whole.model.named_parameters()}
     keys = {name: key for key, name in stored.names.items()}
 
-    def read_row(layer_index: int, expert: int) -> Tensor:
+    def read_row(layer_index: int, expert: int) -> dict[str, Tensor]:
         layer = stored.whole.layers[layer_index]
         rows = find_rows(layer.router, layer.block, num_experts=layer.num_experts)
-        holder, local = rows["weight"]
-        return stored.checkpoint.read(keys[names[id(getattr(holder, local))]], index=expert)
+        return {
+            kind: stored.checkpoint.read(keys[names[id(getattr(holder, local))]], index=expert)
+            for kind, (holder, local) in rows.items()
+            if kind in ("weight", "bias")
+        }
 
     return read_row
 

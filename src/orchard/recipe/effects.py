@@ -11,6 +11,7 @@ Need: TypeAlias = tuple[bool, str]
 """Whether an option has an effect, and what it takes."""
 
 _GRAFT_LORA = ("strategy.graft_rank", "strategy.graft_alpha", "strategy.graft_dropout")
+_GRAFT_SEARCH = ("strategy.graft_budget", "strategy.graft_loss", "strategy.graft_max_sets")
 _SUBSETS = ("hfedmoe", "fedavg_random", "pflmoe", "fedmoe", "seermoe")
 
 
@@ -61,6 +62,11 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             is_used, need = grafts, "flex in strategy.name"
         if grafts and key in _GRAFT_LORA:
             is_used, need = is_lora, "strategy.graft_kind = lora"
+        if grafts and key in _GRAFT_SEARCH:
+            is_used = recipe.strategy.graft_choice == "reconstruction"
+            need = "strategy.graft_choice = reconstruction"
+        if grafts and is_used and key in ("strategy.graft_budget", "strategy.graft_max_sets"):
+            is_used, need = recipe.strategy.graft_experts > 1, "strategy.graft_experts above 1"
         if not is_used:
             raise ValueError(f"{key} must come with {need} to have an effect; drop it or add that")
 

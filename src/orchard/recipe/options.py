@@ -137,8 +137,31 @@ class StrategyOptions:
         "FLEx: F + s * graft, or (1 - s) * F + s * graft.",
         choices=("additive", "convex"),
     )
+    graft_experts: int = option(
+        1,
+        "FLEx: grafts in every MoE layer; with graft_budget, the most that a layer may have.",
+        minimum=1,
+    )
+    graft_budget: int = option(
+        0,
+        "FLEx: at most so many grafts over all layers, one or more in each, where they lower the "
+        "loss most; 0 = graft_experts in each.",
+        minimum=0,
+    )
     graft_choice: str = option(
         "reconstruction", "FLEx: how an expert is chosen.", choices=("reconstruction", "random")
+    )
+    graft_loss: str = option(
+        "norm",
+        "FLEx: what sets of experts are compared by: norm, what they miss of the layer's output "
+        "(paper), or fitted, what they miss after the best scaling of each set.",
+        choices=("norm", "fitted"),
+    )
+    graft_max_sets: int = option(
+        50_000,
+        "FLEx: a layer with at most so many sets of graft_experts is searched exhaustively, one "
+        "with more greedily and by swaps, with a bound.",
+        minimum=1,
     )
     calibration: str = option(
         "own",

@@ -236,6 +236,11 @@ def _check_combinations(recipe: Recipe) -> None:
             "strategy.calibration_path must be given with strategy.calibration = corpus, got "
             "nothing; name a JSON Lines file"
         )
+    if recipe.strategy.graft_budget and recipe.strategy.graft_choice == "random":
+        raise ValueError(
+            "strategy.graft_budget must be 0 with strategy.graft_choice = random, got "
+            f"{recipe.strategy.graft_budget}; random experts have no losses to share it by"
+        )
     if "accuracy" in words(evaluation.metrics) and not (data.labels or data.options):
         raise ValueError(
             "data.labels or data.options must be given with accuracy in evaluation.metrics, got "

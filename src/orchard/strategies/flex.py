@@ -4,8 +4,8 @@ Liu et al., 2025, arXiv:2506.00965. In words:
 
 1. Every client gets the same pretrained model; its experts and routers stay frozen everywhere.
 2. Once, each client chooses in every MoE layer the expert that alone comes closest to the whole
-   layer on its own data, and grafts a trainable version of it beside the layer, behind a small
-   sigmoid gate.
+   layer on its own data, or the few that do so together, and grafts trainable versions of them
+   beside the layer, behind a small sigmoid gate.
 3. In a round, a client trains the shared adapters (attention) together with its grafts and gates.
 4. It sends the shared adapters and keeps grafts and gates on its own disk.
 5. The server averages what was sent, with any server optimizer.
@@ -15,21 +15,23 @@ train as that method says, and grafts and gates whatever the budget: a graft is 
 federation. The choice is the same in both of that method's modes, and is made once, on the base:
 a client that holds a few experts only reads all of them from its checkpoint, one at a time, which
 is how it ranks them too. An expert that was chosen and is not held in a round is read in addition,
-so that a graft does not depend on what else a round holds: up to one frozen expert a layer that
-the budget does not count.
+so that a graft does not depend on what else a round holds: up to one frozen expert for each graft
+that the budget does not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.data.templates import Encoded, blocks
+from orchard.experts.allocation import allocate
+from orchard.experts.graft_search import LayerSearch, SearchSettings, search_grafts
 from orchard.experts.grafting import GraftSettings, grafted
 from orchard.experts.reconstruction import (
     RunExpert,
@@ -38,10 +40,12 @@ from orchard.experts.reconstruction import (
     choose_by_reconstruction,
     reconstruction_losses,
 )
+from orchard.experts.subset_losses import NORM
 from orchard.models.moe import MoEView
+from orchard.results import Metrics
 from orchard.strategies.strategy import Plan, Strategy
 
-_EXPERT = "graft.expert"
+_EXPERT = "graft.expert"  # a number, or several
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,11 @@ class FlexSettings:
 
     Attributes:
         graft: What a graft is made of.
+        num_experts: Grafts in every MoE layer; with a budget, the most that a layer may have.
+        budget: At most so many grafts over all layers, at least one in each; 0 = ``num_experts``
+            in each.
         choice: ``reconstruction``, or ``random`` (the control).
+        search: How ``reconstruction`` compares sets of experts, and which it tries.
         calibration: ``own`` training data, a ``corpus`` that the recipe gives, or the client's
             own data of its ``majority_category``.
         calibration_blocks: At most so many blocks of tokens.
@@ -60,7 +68,10 @@ class FlexSettings:
     """
 
     graft: GraftSettings
+    num_experts: int = 1
+    budget: int = 0
     choice: str = "reconstruction"
+    search: SearchSettings = field(default_factory=SearchSettings)
     calibration: str = "own"
     calibration_blocks: int = 128
     calibration_tokens: int = 512
@@ -76,10 +87,11 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
         layers = [layer.name for layer in client.model.view.layers]
         names = [f"{layer}.{_EXPERT}" for layer in layers]
         # Before the rest is ready: a client that reads experts one at a time holds none then.
+        found: Metrics = {}
         if kept is not None and names[0] in kept.tensors:
-            experts = tuple(int(kept.tensors[name]) for name in names)
+            experts = tuple(_numbers(kept.tensors[name]) for name in names)
         else:
-            experts = choose_experts(client, settings)
+            experts, found = choose_experts(client, settings)
         seed = client.seeds.integer("graft", client.client_id)
         with strategy.prepare(client, task) as plan:
             model, read = client.model, None
@@ -88,7 +100,8 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
                 model, read = plan.model, client.submodels.origin_reader()
             with grafted(model, experts, settings.graft, seed=seed, read=read) as grafts:
                 chosen = {
-                    name: torch.tensor(expert) for name, expert in zip(names, experts, strict=True)
+                    name: torch.tensor(own if len(own) > 1 else own[0])
+                    for name, own in zip(names, experts, strict=True)
                 }
                 yield replace(
                     plan,
@@ -96,6 +109,7 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
                     memory={**plan.memory, **chosen},
                     measure=lambda: {
                         **plan.measure(),
+                        **found,
                         **{
                             f"client/gate_mean_{layer}": openness
                             for layer, openness in zip(layers, grafts.mean_openness(), strict=True)
@@ -106,14 +120,22 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
     return replace(strategy, prepare=prepare)
 
 
-def choose_experts(client: Client, settings: FlexSettings) -> tuple[int, ...]:
-    """Return the expert to graft in each MoE layer, chosen on the base without adapters.
+def choose_experts(
+    client: Client, settings: FlexSettings
+) -> tuple[tuple[tuple[int, ...], ...], Metrics]:
+    """Return the experts to graft in each MoE layer, chosen on the base without adapters.
 
-    Deterministic for a client and its data: chosen again, it is the same.
+    Deterministic for a client and its data: chosen again, they are the same.
+
+    Returns:
+        For each layer, its experts in ascending order; and, where sets of experts were compared,
+        ``client/graft_loss_LAYER``, the share of the layer's output that they miss, and
+        ``client/graft_loss_bound_LAYER``, what no set of as many is below.
     """
-    view = client.model.view
+    view, number = client.model.view, settings.num_experts
     if settings.choice == "random":
-        return choose_at_random(view, client.seeds.generator("random expert", client.client_id))
+        generator = client.seeds.generator("random expert", client.client_id)
+        return choose_at_random(view, generator, num_experts=number), {}
     calibration = blocks(
         _calibration_examples(client, settings),
         block_tokens=settings.calibration_tokens,
@@ -122,8 +144,33 @@ def choose_experts(client: Client, settings: FlexSettings) -> tuple[int, ...]:
     with _base(client, settings) as (base, run_expert):
         device = next(base.model.parameters()).device
         batches = batch_blocks(calibration, batch_size=8, device=device)
-        losses = reconstruction_losses(base, batches, run_expert=run_expert)
-    return choose_by_reconstruction(losses)
+        if number == 1 and settings.search.loss == NORM:
+            losses = reconstruction_losses(base, batches, run_expert=run_expert)
+            return tuple((expert,) for expert in choose_by_reconstruction(losses)), {}
+        sizes = range(1, number + 1) if settings.budget else [number]
+        found = search_grafts(
+            base, list(batches), sizes=sizes, settings=settings.search, run_expert=run_expert
+        )
+    numbers = (number,) * len(found)
+    if settings.budget:
+        shares = [{n: _share(own, best.loss) for n, best in own.sets.items()} for own in found]
+        numbers = allocate(shares, budget=settings.budget)
+    metrics: dict[str, float] = {}
+    for layer, own, size in zip(view.layers, found, numbers, strict=True):
+        best = own.sets[size]
+        metrics[f"client/graft_loss_{layer.name}"] = _share(own, best.loss)
+        metrics[f"client/graft_loss_bound_{layer.name}"] = _share(own, best.lower_bound)
+    experts = (own.sets[size].experts for own, size in zip(found, numbers, strict=True))
+    return tuple(experts), metrics
+
+
+def _share(found: LayerSearch, loss: float) -> float:
+    """Return a loss over that of no expert at all."""
+    return loss / found.output_norm if found.output_norm else loss
+
+
+def _numbers(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(int(number) for number in tensor.reshape(-1))
 
 
 @contextmanager
