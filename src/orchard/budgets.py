@@ -146,7 +146,7 @@ def _afford(cap: int, requirements: Requirements) -> Limit:
             cap,
             "client.memory_bytes must hold training with one expert in each of the "
             f"{low} MoE layers, {_show(smallest.total)}, got {_show(cap)} for {{who}}, {below}; "
-            "raise it, lower client.batch_size or data.max_tokens, or take selection.mode = carve",
+            "raise it, or lower client.batch_size or data.max_tokens",
         )
     while low < high:
         middle = (low + high + 1) // 2
