@@ -14,7 +14,7 @@ from orchard.experiment import (
     prepare_experiment,
     run_experiment,
 )
-from orchard.methods import METHODS, build_strategy
+from orchard.methods import build_strategy, has_part
 from orchard.models.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
@@ -50,7 +50,7 @@ def quick_recipe(method: str, *overrides: str) -> Recipe:
 
 def has_budget(method: str) -> bool:
     """Say whether a method, or one of several joined, chooses what a budget affords."""
-    return any(METHODS[name].part == "budget" for name in method.split("+"))
+    return has_part(method.split("+"), "budget")
 
 
 def run_quickly(folder: Path, recipe: Recipe) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orchard.client.requirements import Requirements, TrainingShape
 from orchard.experts.allocation import allocate
 from orchard.experts.grafting import GraftSettings
-from orchard.methods import METHODS, check_strategy, graft_settings, lora_settings
+from orchard.methods import METHODS, check_strategy, graft_settings, has_part, lora_settings
 from orchard.models.checkpoint import open_checkpoint
 from orchard.models.moe import MoELayer, MoEView
 from orchard.models.targets import ALL, EXPERTS
@@ -75,7 +75,7 @@ def client_limits(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[L
             f"{client.budget} and {client.memory_bytes}; a budget follows from the memory"
         )
     key = "client.budget" if client.budget else "client.memory_bytes"
-    if not any(METHODS[name].part == "budget" for name in methods):
+    if not has_part(methods, "budget"):
         if client.budget or client.memory_bytes:
             able = [name for name, method in METHODS.items() if method.part == "budget"]
             raise ValueError(
@@ -100,9 +100,9 @@ def client_limits(recipe: Recipe, view: MoEView, *, num_clients: int) -> tuple[L
             kind="bytes",
         )
         requirements = build_requirements(recipe, view)
-        known = {cap: _afford(cap, requirements) for cap in set(caps)}
         return tuple(
-            _named(known[cap], f"client {number}") for number, cap in enumerate(caps, start=1)
+            _afford(cap, f"client {number}", requirements)
+            for number, cap in enumerate(caps, start=1)
         )
     if not client.budget:
         return (Limit(None),) * num_clients
@@ -129,7 +129,7 @@ def _counted(budget: int, who: str, view: MoEView) -> Limit:
     )
 
 
-def _afford(cap: int, requirements: Requirements) -> Limit:
+def _afford(cap: int, who: str, requirements: Requirements) -> Limit:
     """Return the most experts whose predicted peak is within ``cap`` bytes."""
     sizes = requirements.footprint.layers.values()
     low, high = len(sizes), sum(sizes)
@@ -145,7 +145,7 @@ def _afford(cap: int, requirements: Requirements) -> Limit:
             0,
             cap,
             "client.memory_bytes must hold training with one expert in each of the "
-            f"{low} MoE layers, {_show(smallest.total)}, got {_show(cap)} for {{who}}, {below}; "
+            f"{low} MoE layers, {_show(smallest.total)}, got {_show(cap)} for {who}, {below}; "
             "raise it, or lower client.batch_size or data.max_tokens",
         )
     while low < high:
@@ -155,10 +155,6 @@ def _afford(cap: int, requirements: Requirements) -> Limit:
         else:
             high = middle - 1
     return Limit(low, cap)
-
-
-def _named(limit: Limit, who: str) -> Limit:
-    return Limit(limit.budget, limit.memory_bytes, limit.reason.replace("{who}", who))
 
 
 def _show(num_bytes: int) -> str:
@@ -177,7 +173,7 @@ def build_requirements(recipe: Recipe, view: MoEView) -> Requirements:
     """
     methods = check_strategy(recipe.strategy.name)
     selection, client = recipe.selection, recipe.client
-    chooses = any(METHODS[name].part == "budget" for name in methods) and _DROPOUT not in methods
+    chooses = has_part(methods, "budget") and _DROPOUT not in methods
     num_choices = 1
     if "hfedmoe" in methods and selection.cadence in ("batch", "steps"):
         # By epochs there are as many as the data has batches: all experts may get their turn.

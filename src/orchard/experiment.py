@@ -22,7 +22,7 @@ from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings, TestExample, check_options
 from orchard.experts.submodel import SubmodelSource
 from orchard.federation import Federation, build_federation, read_calibration, read_retention
-from orchard.methods import build_strategy, check_strategy, lora_settings
+from orchard.methods import build_strategy, check_strategy, lora_settings, require_path
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import (
     check_device,
@@ -82,11 +82,7 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
         ValueError: Something does not fit.
     """
     check_strategy(recipe.strategy.name)
-    if not recipe.model.path:
-        raise ValueError(
-            "model.path must be given, got nothing; for example model.path=FOLDER on the command "
-            "line, or orchard:tiny"
-        )
+    require_path(recipe)
     federation = build_federation(recipe)
     num_clients = len(federation.train)
     if recipe.server.clients_per_round > num_clients:

@@ -6,7 +6,7 @@ the same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -88,7 +88,7 @@ def graft_settings(recipe: Recipe) -> GraftSettings:
 
 def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     s = recipe.strategy
-    has_budget = any(METHODS[n].part == "budget" for n in check_strategy(s.name))
+    has_budget = has_part(check_strategy(s.name), "budget")
     return flex(
         strategy,
         FlexSettings(
@@ -274,6 +274,19 @@ def check_strategy(name: str) -> tuple[str, ...]:
     return tuple(name for part in _PARTS for name in of_part[part])
 
 
+def require_path(recipe: Recipe) -> None:
+    """Check that a recipe names a model.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not recipe.model.path:
+        raise ValueError(
+            "model.path must be given, got nothing; for example model.path=FOLDER on the command "
+            "line, or orchard:tiny"
+        )
+
+
 def lora_settings(recipe: Recipe) -> LoraSettings:
     """Return what of the model a recipe trains.
 
@@ -299,6 +312,11 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
         targets=targets,
         full=full,
     )
+
+
+def has_part(names: Iterable[str], part: str) -> bool:
+    """Say whether one of these methods decides ``part``; see ``Method``."""
+    return any(METHODS[name].part == part for name in names)
 
 
 def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:

@@ -13,12 +13,12 @@ from rich.table import Table
 
 from orchard.budgets import Limit, build_requirements, client_limits
 from orchard.client.requirements import PeakMemory, Requirements
+from orchard.communication.channel import DTYPES as WIRE_DTYPES
 from orchard.federation import build_federation
-from orchard.methods import METHODS, check_strategy, lora_settings
+from orchard.methods import check_strategy, has_part, lora_settings, require_path
 from orchard.models.loading import check_model
 from orchard.recipe.options import Recipe
 
-_WIDTH = {"float32": 4, "bfloat16": 2}
 # Of a tensor in a message's header: dtype, shape and offsets, beside its name; and its weight.
 _HEADER, _WEIGHT = 80, 16
 
@@ -71,8 +71,7 @@ def make_plan(recipe: Recipe) -> Plan:
         ValueError: Something does not fit.
     """
     methods = check_strategy(recipe.strategy.name)
-    if not recipe.model.path:
-        raise ValueError("model.path must be given, got nothing; for example model.path=FOLDER")
+    require_path(recipe)
     federation = build_federation(recipe)
     view = check_model(recipe.model.path, lora_settings(recipe))
     limits = client_limits(recipe, view, num_clients=len(federation.train))
@@ -108,7 +107,7 @@ def _trainable(requirements: Requirements, budget: int) -> int:
 def _downlink(recipe: Recipe, requirements: Requirements) -> int:
     """Return the bytes of the global tree, which every client gets whole."""
     methods = check_strategy(recipe.strategy.name)
-    if any(METHODS[name].part == "sharing" for name in methods):
+    if has_part(methods, "sharing"):
         return 0
     return _message(recipe, requirements, requirements.footprint.num_experts, _HEADER)
 
@@ -116,9 +115,9 @@ def _downlink(recipe: Recipe, requirements: Requirements) -> int:
 def _uplink(recipe: Recipe, requirements: Requirements, budget: int) -> int:
     """Return the bytes of the names that a client can send at most."""
     methods = check_strategy(recipe.strategy.name)
-    if any(METHODS[name].part == "sharing" for name in methods):
+    if has_part(methods, "sharing"):
         return 0
-    chooses = any(METHODS[name].part == "budget" for name in methods)
+    chooses = has_part(methods, "budget")
     # A client that holds every expert may also send those that it did not train.
     sends_others = "fedavg_random" in methods or (
         "hfedmoe" in methods
@@ -137,10 +136,10 @@ def _message(recipe: Recipe, requirements: Requirements, experts: int, header: i
     num_names = sum(len(name) + header for name in names)
     if header > _HEADER:
         num_names += sum(map(len, names))  # weights repeat the names
-    width = _WIDTH[recipe.communication.dtype]
+    width = WIRE_DTYPES[recipe.communication.dtype].itemsize
     methods = check_strategy(recipe.strategy.name)
     # A control variate is as large as what it corrects.
-    copies = 2 if any(METHODS[name].part == "control" for name in methods) else 1
+    copies = 2 if has_part(methods, "control") else 1
     return copies * round(width * requirements.trainable(spread) + share * num_names)
 
 

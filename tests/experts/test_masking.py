@@ -34,7 +34,7 @@ def test_the_forward_pass_keeps_its_value(family: str, chosen: object) -> None:
         assert masked.requires_grad
         with torch.no_grad():
             # GPT-OSS adds its biases in another order.
-            torch.testing.assert_close(model(**batch).logits, plain, rtol=0, atol=1e-6)
+            torch.testing.assert_close(model(**batch).logits, plain, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(masked, plain, rtol=1e-5, atol=1e-5)
     assert torch.equal(model(**batch).logits, plain)
 

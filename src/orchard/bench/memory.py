@@ -75,8 +75,8 @@ class Case:
             rank=self.lora_rank,
             alpha=2.0 * self.lora_rank,
             dropout=0.0,
-            targets=tuple(self.lora_targets),
-            full=tuple(self.full_targets),
+            targets=self.lora_targets,
+            full=self.full_targets,
         )
 
 

@@ -22,16 +22,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from orchard.experts.graft_bound import GraftBound
-from orchard.experts.reconstruction import RunExpert, check_width
+from orchard.experts.reconstruction import RunExpert, read_layers
 from orchard.experts.subset_losses import (
     NORM,
     Source,
@@ -139,15 +138,8 @@ def search_grafts(
         )
         for index, layer in enumerate(view.layers)
     ]
-    # What follows the last layer, such as the product with the vocabulary, is not needed.
-    body = getattr(view.model, "base_model", view.model)
     while unfinished := [search for search in searches if search.result is None]:
-        with ExitStack() as hooks:
-            for search in unfinished:
-                handle = search.layer.block.register_forward_hook(search, with_kwargs=True)
-                hooks.callback(handle.remove)
-            for batch_BS in batches:
-                body(input_ids=batch_BS, use_cache=False)
+        read_layers(view, [(search.layer, search.count) for search in unfinished], batches)
         for search in unfinished:
             search.end_pass()
     return tuple(search.result for search in searches if search.result is not None)
@@ -177,7 +169,7 @@ _Steps: TypeAlias = Generator[list[_Count], None, dict[int, ExpertSet]]
 
 @dataclass
 class _Search:
-    """The hook that searches one layer; each pass answers what its steps ask for."""
+    """Searches one layer; each pass over the batches answers what its steps ask for."""
 
     index: int
     layer: MoELayer
@@ -187,27 +179,11 @@ class _Search:
     result: LayerSearch | None = None
     output_norm: float = 0.0
     is_first_pass: bool = True
-    is_inside: bool = False
     counts: list[_Count] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.steps = self._steps()
         self.counts = next(self.steps)
-
-    def __call__(
-        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> None:
-        if self.is_inside:  # computing F(X) below runs the block once more
-            return
-        x_BSD = args[0] if args else kwargs["hidden_states"]
-        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        check_width(self.layer, x_TD.shape[-1])
-        self.is_inside = True
-        try:
-            routed_TD = self.layer.routed_output(x_TD)
-        finally:
-            self.is_inside = False
-        self.count(x_TD, routed_TD)
 
     def count(self, x_TD: Tensor, routed_TD: Tensor) -> None:
         """Count one batch of what the block read and its routed experts answered."""

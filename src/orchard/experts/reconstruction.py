@@ -30,6 +30,8 @@ from orchard.models.moe import MoELayer, MoEView
 
 RunExpert: TypeAlias = Callable[[int, int, torch.Tensor], torch.Tensor]
 """From the index of a MoE layer, an expert and token states (T, D) to its outputs (T, D)."""
+TakeBatch: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes what a block reads and what its routed experts answer, both (T, D), of one batch."""
 
 
 @torch.inference_mode()
@@ -51,18 +53,11 @@ def reconstruction_losses(
         ValueError: There is no batch.
     """
     losses = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in view.layers]
-    num_batches = 0
-    # What follows the last layer, such as the product with the vocabulary, is not needed.
-    body = getattr(view.model, "base_model", view.model)
-    with ExitStack() as hooks:
-        for index, (layer, loss_E) in enumerate(zip(view.layers, losses, strict=True)):
-            run = partial(run_expert, index) if run_expert else layer.run_expert
-            comparison = _Comparison(layer, loss_E, run)
-            handle = layer.block.register_forward_hook(comparison, with_kwargs=True)
-            hooks.callback(handle.remove)
-        for batch_BS in batches:
-            body(input_ids=batch_BS, use_cache=False)
-            num_batches += 1
+    takers = []
+    for index, (layer, loss_E) in enumerate(zip(view.layers, losses, strict=True)):
+        run = partial(run_expert, index) if run_expert else layer.run_expert
+        takers.append((layer, partial(_add_norms, loss_E, run)))
+    num_batches = read_layers(view, takers, batches)
     if num_batches == 0:
         raise ValueError(
             "calibration must have at least one batch, got none; "
@@ -84,16 +79,42 @@ def check_width(layer: MoELayer, width: int) -> None:
         )
 
 
-class _Comparison:
-    """The hook that adds one batch's norms to a layer's losses."""
+def read_layers(
+    view: MoEView,
+    takers: Iterable[tuple[MoELayer, TakeBatch]],
+    batches: Iterable[torch.Tensor],
+) -> int:
+    """Run batches through the model, and hand each what its layer reads and answers.
 
-    def __init__(
-        self,
-        layer: MoELayer,
-        loss_E: torch.Tensor,
-        run: Callable[[int, torch.Tensor], torch.Tensor],
-    ) -> None:
-        self._layer, self._loss_E, self._run, self._is_inside = layer, loss_E, run, False
+    Args:
+        view: The model.
+        takers: Layers of it, each with what takes a batch of it.
+        batches: Token ids (B, S) without padding.
+
+    Returns:
+        How many batches there were.
+
+    Raises:
+        ValueError: See ``check_width``.
+    """
+    # What follows the last layer, such as the product with the vocabulary, is not needed.
+    body = getattr(view.model, "base_model", view.model)
+    num_batches = 0
+    with ExitStack() as hooks:
+        for layer, take in takers:
+            handle = layer.block.register_forward_hook(_Reader(layer, take), with_kwargs=True)
+            hooks.callback(handle.remove)
+        for batch_BS in batches:
+            body(input_ids=batch_BS, use_cache=False)
+            num_batches += 1
+    return num_batches
+
+
+class _Reader:
+    """The hook that hands on what a block reads and what its routed experts answer."""
+
+    def __init__(self, layer: MoELayer, take: TakeBatch) -> None:
+        self._layer, self._take, self._is_inside = layer, take, False
 
     def __call__(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -105,12 +126,23 @@ class _Comparison:
         check_width(self._layer, x_TD.shape[-1])
         self._is_inside = True
         try:
-            routed_TD = self._layer.routed_output(x_TD).double()
+            routed_TD = self._layer.routed_output(x_TD)
         finally:
             self._is_inside = False
-        for expert in range(self._layer.num_experts):
-            alone_TD = self._run(expert, x_TD).double()
-            self._loss_E[expert] += torch.linalg.vector_norm(routed_TD - alone_TD).cpu()
+        self._take(x_TD, routed_TD)
+
+
+def _add_norms(
+    loss_E: torch.Tensor,
+    run: Callable[[int, torch.Tensor], torch.Tensor],
+    x_TD: torch.Tensor,
+    routed_TD: torch.Tensor,
+) -> None:
+    """Add one batch's norms to a layer's losses."""
+    whole_TD = routed_TD.double()
+    for expert in range(len(loss_E)):
+        alone_TD = run(expert, x_TD).double()
+        loss_E[expert] += torch.linalg.vector_norm(whole_TD - alone_TD).cpu()
 
 
 def choose_by_reconstruction(losses: Sequence[torch.Tensor]) -> tuple[int, ...]:

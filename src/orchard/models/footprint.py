@@ -30,8 +30,6 @@ class Footprint:
         dense_bytes: Weights and buffers that are no routed expert, in the base's dtype.
         expert_bytes: Weights of one routed expert, by layer, in the base's dtype.
         trainable: Name to elements, of everything that can be trained, as in ``AdaptedModel``.
-        is_full: Whether experts are trained themselves, not by adapters.
-        largest_expert_parameter: Elements of one expert in the parameter that holds the most.
         vocabulary: Rows of the output.
     """
 
@@ -39,8 +37,6 @@ class Footprint:
     dense_bytes: int
     expert_bytes: dict[str, int]
     trainable: dict[str, int]
-    is_full: bool
-    largest_expert_parameter: int
     vocabulary: int
 
     @property
@@ -65,16 +61,11 @@ def measure_footprint(config: Any, lora: LoraSettings, *, dtype: str) -> Footpri
         // layer.num_experts
         for layer in view.layers
     }
-    largest = max(
-        p.numel() // layer.num_experts for layer in view.layers for p in layer.storage.parameters()
-    )
     return Footprint(
         layers={layer.name: layer.num_experts for layer in view.layers},
         dense_bytes=bytes_of * dense,
         expert_bytes=expert_bytes,
         trainable=_trainable(view, lora),
-        is_full=bool({"experts", "all"} & set(lora.full)),
-        largest_expert_parameter=largest,
         vocabulary=int(config.get_text_config().vocab_size),
     )
 
