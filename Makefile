@@ -27,7 +27,7 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,report]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,report,flower]"
 	touch $(INSTALLED)
 
 clean:
