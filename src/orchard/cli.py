@@ -174,6 +174,137 @@ def bench(
         print(run_bench(name, as_json=as_json, repeats=repeats))
 
 
+KeysOption = Annotated[
+    Path | None, typer.Option(help="Folder that orchard keys made.", show_default=False)
+]
+InsecureOption = Annotated[
+    bool, typer.Option("--insecure", help="Cross a network without TLS and keys.")
+]
+
+
+@app.command()
+def coordinate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    address: Annotated[
+        str, typer.Option(help="host:port to listen at; 0.0.0.0 for all of this machine's.")
+    ] = "127.0.0.1:8443",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
+    ] = None,
+    keys: KeysOption = None,
+    insecure: InsecureOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Run a recipe with sites on other machines, over Flower."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        _log_to_stderr()
+        resolved = _resolve(recipe, overrides)
+        folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
+        from orchard.deployment.coordination import (
+            CoordinatorOptions,
+            check_coordinator,
+        )
+        from orchard.deployment.coordination import coordinate as run_coordinator
+
+        options = CoordinatorOptions(folder, address, keys, insecure)
+        check_coordinator(resolved.recipe, options, resume=resume)
+    from orchard.engine.progress import make_console
+    from orchard.reports import result_table, run_sentence
+
+    with _clear_errors(code=FAILED, traceback=traceback):
+        result = run_coordinator(resolved.recipe, options, resume=resume)
+    console = make_console()
+    console.print(result_table(result))
+    console.print(run_sentence(result, folder), highlight=False)
+
+
+@app.command()
+def site(
+    data: Annotated[Path, typer.Option(help="This site's examples, JSON Lines.")],
+    store: Annotated[Path, typer.Option(help="This site's folder: what never leaves it, logs.")],
+    superlink: Annotated[str, typer.Option(help="host:port of the coordinator.")],
+    name: Annotated[str, typer.Option(help="Of the site; by default that of its data file.")] = "",
+    model: Annotated[str, typer.Option(help="The base model on this machine.")] = "",
+    methods: Annotated[str, typer.Option(help="Methods to take part in; empty = all.")] = "",
+    budget: Annotated[str, typer.Option(help="Experts to train: a number or a share.")] = "",
+    memory: Annotated[str, typer.Option(help="Bytes that training may take, such as 8GB.")] = "",
+    calibration: Annotated[str, typer.Option(help="This site's calibration corpus.")] = "",
+    retention: Annotated[str, typer.Option(help="This site's file of what to retain.")] = "",
+    keys: KeysOption = None,
+    insecure: InsecureOption = False,
+    traceback: Traceback = False,
+) -> None:
+    """Take part in a federation with this machine's data."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        _log_to_stderr()
+        from orchard.deployment.consent import Consent
+        from orchard.deployment.site import SiteOptions, check_site, run_site
+
+        chosen = tuple(method.strip() for method in methods.split(",") if method.strip())
+        consent = Consent(
+            str(data.resolve()), model, chosen, budget, memory, calibration, retention
+        )
+        options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)
+        check_site(options)
+    with _clear_errors(code=FAILED, traceback=traceback):
+        run_site(options)
+
+
+@app.command("keys")
+def make_keys(
+    folder: Annotated[Path, typer.Argument(help="Where the files go.", show_default=False)],
+    host: Annotated[
+        list[str] | None, typer.Option(help="Make the coordinator's, reached at this host.")
+    ] = None,
+    site_name: Annotated[
+        list[str] | None, typer.Option("--site", help="Make the key pair of this site.")
+    ] = None,
+    days: Annotated[int, typer.Option(help="How long certificates are valid.", min=1)] = 365,
+    traceback: Traceback = False,
+) -> None:
+    """Make the coordinator's certificate, or the key pair of a site."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.deployment.addresses import require_flower
+
+        require_flower()
+        from orchard.deployment.keys import make_coordinator_keys, make_site_keys
+
+        if not host and not site_name:
+            raise ValueError("--host or --site must be given, got neither; see orchard keys --help")
+        made = make_coordinator_keys(folder, host, days=days) if host else []
+        for one in site_name or ():
+            made += make_site_keys(folder, one)
+        for path in made:
+            print(path)
+
+
+@app.command()
+def audit(
+    folder: Annotated[
+        Path, typer.Argument(help="A coordinated run's folder, or a site's.", show_default=False)
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all names.")] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what was asked, what ever left, and what was refused; check that nothing was changed."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        import json
+
+        from orchard.communication.audit import AUDIT_FILE, audit_lines, read_audit
+
+        events = read_audit(folder / AUDIT_FILE)
+        print(json.dumps(events, indent=1) if as_json else "\n".join(audit_lines(events)))
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+
+
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,13 @@ from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings, TestExample, check_options
 from orchard.experts.submodel import SubmodelSource
-from orchard.federation import Federation, build_federation, read_calibration, read_retention
+from orchard.federation import (
+    Federation,
+    build_federation,
+    build_site,
+    read_calibration,
+    read_retention,
+)
 from orchard.methods import build_strategy, check_strategy, lora_settings, require_path
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import (
@@ -31,7 +37,7 @@ from orchard.models.loading import (
     load_tokenizer,
     threads,
 )
-from orchard.recipe.options import Recipe
+from orchard.recipe.options import DeploymentOptions, Recipe
 from orchard.recipe.reading import (
     format_value,
     known_options,
@@ -74,8 +80,27 @@ class Experiment:
     budgets: Mapping[str, int | None]
 
 
-def prepare_experiment(recipe: Recipe) -> Experiment:
+@dataclass(frozen=True)
+class Seat:
+    """One client's place in a federation whose other clients are elsewhere.
+
+    Attributes:
+        client_id: Its name.
+        index: Its place among all clients, from 0.
+        num_clients: How many there are.
+    """
+
+    client_id: str
+    index: int
+    num_clients: int
+
+
+def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experiment:
     """Check a recipe against its data and model, without loading the model's weights.
+
+    Args:
+        recipe: Every choice.
+        seat: Whose data ``data.path`` is, where it is one client's file; None = all clients'.
 
     Raises:
         FileNotFoundError: Data or model are not there.
@@ -83,8 +108,8 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
     """
     check_strategy(recipe.strategy.name)
     require_path(recipe)
-    federation = build_federation(recipe)
-    num_clients = len(federation.train)
+    federation = build_site(recipe, seat.client_id) if seat else build_federation(recipe)
+    num_clients = seat.num_clients if seat else len(federation.train)
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "
@@ -103,6 +128,8 @@ def prepare_experiment(recipe: Recipe) -> Experiment:
     check_device(recipe.model.device)
     view = check_model(recipe.model.path, lora_settings(recipe))
     budgets = expert_budgets(recipe, view, num_clients=num_clients)
+    if seat:
+        budgets = budgets[seat.index : seat.index + 1]
     tokenizer = load_tokenizer(recipe.model.path)
 
     data = recipe.data
@@ -155,6 +182,8 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
         )
     before = read_recipe(folder / RECIPE_FILE).recipe
     for key in known_options():
+        if key.startswith("deployment."):  # how long to wait may change between two starts
+            continue
         old, new = option_value(before, key), option_value(recipe, key)
         if old != new:
             raise ValueError(
@@ -313,7 +342,7 @@ def run_experiment(
             channel=build_channel(recipe),
             seeds=seeds,
             folder=folder,
-            about={"base_digest": model.base_digest, "recipe_digest": _recipe_digest(recipe)},
+            about={"base_digest": model.base_digest, "recipe_digest": recipe_digest(recipe)},
             reporter=reporter,
             title=recipe.strategy.name,
         )
@@ -342,6 +371,7 @@ def run_experiment(
     return result
 
 
-def _recipe_digest(recipe: Recipe) -> str:
+def recipe_digest(recipe: Recipe) -> str:
     """Return what two runs must have in common for one to continue the other."""
+    recipe = replace(recipe, deployment=DeploymentOptions())
     return hashlib.sha256(to_toml(recipe).encode()).hexdigest()

@@ -80,6 +80,14 @@ def build_federation(recipe: Recipe) -> Federation:
         train, test = _split_each(_read_clients(data), data, seeds)
     else:
         train, test = _divide(_read_pool(data), data, seeds)
+    return _finish(recipe, train, test)
+
+
+def _finish(
+    recipe: Recipe, train: dict[str, list[Example]], test: dict[str, list[Example]]
+) -> Federation:
+    """Find duplicates, drop those that should be, and draw the test examples that are used."""
+    data, seeds = recipe.data, Seeds(recipe.seed)
     # One list for all clients is one test set: it counts once.
     first = next(iter(test))
     has_central_test = data.test_per_category > 0 and data.partition != "file"
@@ -94,6 +102,24 @@ def build_federation(recipe: Recipe) -> Federation:
     if has_central_test:
         splits = dict.fromkeys(train, splits[first])
     return Federation(train, splits, duplicates, num_dropped, has_central_test)
+
+
+def build_site(recipe: Recipe, client_id: str) -> Federation:
+    """Read the data of one client, ``data.path``, as a federation of that client alone.
+
+    Its examples are split as they are where all clients' files lie in one folder. What stands with
+    other clients too is not known here, and ``data.duplicates = drop`` drops from this client what
+    stands in its own test split.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+        ValueError: It cannot be read, or cannot be divided as asked.
+    """
+    data, seeds = recipe.data, Seeds(recipe.seed)
+    _require_path(data)
+    examples = read_jsonl(data.path, _fields(data))
+    train, test = _split_each({client_id: examples}, data, seeds)
+    return _finish(recipe, train, test)
 
 
 def read_retention(recipe: Recipe) -> list[Example]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchard.client.client import Client
 from orchard.communication.channel import Channel
@@ -70,10 +70,13 @@ class Schedule:
         return round_number == self.num_rounds or is_due
 
 
+_AnyClient = TypeVar("_AnyClient")
+
+
 def sample_clients(
-    clients: Sequence[Client], schedule: Schedule, seeds: Seeds, round_number: int
-) -> list[Client]:
-    """Draw the cohort of a round, in the order of ``clients``."""
+    clients: Sequence[_AnyClient], schedule: Schedule, seeds: Seeds, round_number: int
+) -> list[_AnyClient]:
+    """Draw the cohort of a round, in the order of ``clients``, which may be their names."""
     size = schedule.clients_per_round or len(clients)
     drawn = seeds.generator("cohort", round_number).choice(len(clients), size, replace=False)
     return [clients[index] for index in sorted(int(i) for i in drawn)]

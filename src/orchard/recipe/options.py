@@ -333,6 +333,30 @@ class EvaluationOptions:
 
 
 @dataclass(frozen=True)
+class DeploymentOptions:
+    """How long a coordinator waits for its sites, and what it does then; not for one machine."""
+
+    sites: int = option(0, "Sites that take part; 0 = those with a key.", minimum=0)
+    quorum: int = option(0, "Fewest updates of a round that counts; 0 = of all sites.", minimum=0)
+    join_seconds: float = option(600.0, "Wait for sites to join.", above=0)
+    round_seconds: float = option(3600.0, "Wait for the answers of a round.", above=0)
+    probe_seconds: float = option(
+        30.0, "Without an answer for so long, a site is asked whether it still works.", above=0
+    )
+    attempts: int = option(3, "Tries of one site's task, and of one round.", minimum=1)
+    stragglers: str = option(
+        "drop", "An answer after its round: dropped, or counted late.", choices=("drop", "late")
+    )
+    staleness: float = option(
+        0.5, "What a late answer counts, to the power of the rounds it is late.", above=0, maximum=1
+    )
+    max_update_norm: float = option(
+        0.0, "An update of a larger L2 norm is refused; 0 = any finite one.", minimum=0
+    )
+    max_weight: float = option(1e9, "A larger weight of a name is refused.", above=0)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Every choice of a run, resolved."""
 
@@ -345,3 +369,4 @@ class Recipe:
     server: ServerOptions = field(default_factory=ServerOptions)
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    deployment: DeploymentOptions = field(default_factory=DeploymentOptions)

@@ -116,6 +116,23 @@ def resolve(values: Mapping[str, tuple[Any, str]], overrides: Sequence[str] = ()
     return Resolved(recipe, sources)
 
 
+def parse_recipe(text: str) -> Recipe:
+    """Read a whole recipe from text, as ``to_toml`` writes it; no file is opened.
+
+    Raises:
+        ValueError: It is no recipe.
+    """
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(
+            f"recipe must be TOML, got something else ({error}); send it again"
+        ) from None
+    if "extends" in table:
+        raise ValueError("recipe must be whole, got extends; send what orchard show prints")
+    return resolve({key: (value, "text") for key, value in _flatten(table).items()}).recipe
+
+
 def to_toml(recipe: Recipe) -> str:
     """Return a recipe as TOML that reads back to the same."""
     lines = [f"seed = {recipe.seed}"]

@@ -1,0 +1,1 @@
+"""A federation of real sites: what ``orchard coordinate``, ``site``, ``keys`` and ``audit`` do."""

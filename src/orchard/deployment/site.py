@@ -1,0 +1,137 @@
+"""One site of a federation: a warm worker and a SuperNode, kept running until stopped."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchard.deployment.addresses import check_security, require_flower
+from orchard.deployment.consent import Consent
+from orchard.deployment.keys import AUTHORITY, SITES, check_site_name
+from orchard.deployment.site_worker import SiteSettings
+from orchard.engine.processes import Child, child_environment, free_port, only_one
+from orchard.results import write_atomically
+
+log = logging.getLogger(__name__)
+_LOOK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class SiteOptions:
+    """What ``orchard site`` is told.
+
+    Attributes:
+        name: Of the site; the coordinator knows its key by it.
+        superlink: ``host:port`` of the coordinator.
+        store: The site's folder: personal tensors, audit log, logs.
+        consent: What its owner lets it do.
+        keys: Folder with the authority's certificate and the site's key; None = without TLS.
+        is_insecure: Whether going without keys to another machine was asked for.
+        patience_seconds: Longest that one task may take.
+    """
+
+    name: str
+    superlink: str
+    store: Path
+    consent: Consent
+    keys: Path | None = None
+    is_insecure: bool = False
+    patience_seconds: float = 24 * 3600.0
+
+
+def run_site(options: SiteOptions, *, until: Callable[[], bool] = lambda: False) -> None:
+    """Keep a worker and a SuperNode running, until interrupted or ``until`` says so.
+
+    Raises:
+        FileNotFoundError: Data or keys are not there.
+        ValueError: The name, the address or the keys do not fit.
+        TimeoutError: Another site uses the store.
+    """
+    check_site(options)
+    store = options.store
+    store.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with only_one(store / "site.lock", seconds=30.0, what="site in one store"):
+        # Paths of sockets are short, and those of stores may not be.
+        room = Path(tempfile.mkdtemp(prefix="orchard-"))
+        settings = SiteSettings(options.name, store.resolve(), room / "worker", options.consent)
+        write_atomically(store / "site.json", settings.to_json().encode())
+        children = [_worker(options), _supernode(options, settings.socket)]
+        log.info("site %s takes part through %s", options.name, options.superlink)
+        try:
+            while not until():
+                for child in children:
+                    child.keep_running()
+                time.sleep(_LOOK_SECONDS)
+        finally:
+            for child in reversed(children):
+                child.stop()
+            shutil.rmtree(room, ignore_errors=True)
+
+
+def check_site(options: SiteOptions) -> None:
+    """Refuse what cannot work, before anything is started.
+
+    Raises:
+        FileNotFoundError: Data or keys are not there.
+        ValueError: The name, the address or the keys do not fit.
+    """
+    require_flower()
+    check_site_name(options.name)
+    check_security(options.superlink, keys=options.keys, is_insecure=options.is_insecure)
+    consent = options.consent
+    for option, given in (
+        ("--data", consent.data),
+        ("--calibration", consent.calibration),
+        ("--retention", consent.retention),
+    ):
+        if given and not Path(given).is_file():
+            raise FileNotFoundError(f"{option} must be a file, got {given}, which is not there")
+    if options.keys:
+        for path in (options.keys / AUTHORITY, options.keys / SITES / f"{options.name}.key"):
+            if not path.is_file():
+                raise FileNotFoundError(
+                    f"--keys must hold {path.relative_to(options.keys)}, got {options.keys} "
+                    "without it; orchard keys makes a site's key, and the coordinator's owner "
+                    f"gives you {AUTHORITY}"
+                )
+
+
+def _worker(options: SiteOptions) -> Child:
+    store = options.store.resolve()
+    command = [sys.executable, "-m", "orchard.deployment.site_worker", str(store / "site.json")]
+    return Child("worker", command, store / "logs" / "worker.log", child_environment(store))
+
+
+def _supernode(options: SiteOptions, socket: Path) -> Child:
+    store = options.store.resolve()
+    if options.keys:
+        security = [
+            "--root-certificates",
+            str(options.keys / AUTHORITY),
+            "--auth-supernode-private-key",
+            str(options.keys / SITES / f"{options.name}.key"),
+        ]
+    else:
+        security = ["--insecure"]
+    node = f"socket={shlex.quote(str(socket))} patience_seconds={options.patience_seconds}"
+    command = [
+        str(Path(sys.executable).parent / "flower-supernode"),
+        "--superlink",
+        options.superlink,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(free_port()),
+        "--node-config",
+        node.replace("'", '"'),
+        *security,
+    ]
+    environment = child_environment(store / "flower")
+    return Child("supernode", command, store / "logs" / "supernode.log", environment)

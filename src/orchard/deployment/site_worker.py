@@ -1,0 +1,267 @@
+"""What a site does with a coordinator's requests, in a process that stays warm.
+
+The base model is loaded once and serves every request. Personal tensors are on disk when an
+update is returned, so that a worker which is killed at any moment is started again and answers the
+same request with the same bytes.
+
+Run as ``python -m orchard.deployment.site_worker SETTINGS`` by ``orchard site``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchard.client.client import Client
+from orchard.communication.audit import AUDIT_FILE, AuditLog, content_digest
+from orchard.communication.channel import Channel
+from orchard.deployment.consent import Consent, Refusal
+from orchard.engine.processes import only_one
+from orchard.engine.worker import serve, watches_parent
+from orchard.experiment import (
+    Seat,
+    build_channel,
+    build_clients,
+    folder_name,
+    load_model,
+    prepare_experiment,
+)
+from orchard.methods import build_strategy, lora_settings
+from orchard.models.adapters import AdaptedModel
+from orchard.models.loading import threads
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import parse_recipe
+from orchard.strategies.strategy import Strategy, evaluate_client, train_client
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """What a worker is started with.
+
+    Attributes:
+        name: Of the site.
+        store: Its folder: personal tensors and the audit log.
+        socket: Where it listens.
+        consent: What its owner lets it do.
+    """
+
+    name: str
+    store: Path
+    socket: Path
+    consent: Consent
+
+    def to_json(self) -> str:
+        """Return these settings as text."""
+        values = {"name": self.name, "store": str(self.store), "socket": str(self.socket)}
+        return json.dumps({**values, "consent": asdict(self.consent)})
+
+    @staticmethod
+    def from_json(text: str) -> SiteSettings:
+        """Read settings."""
+        values = json.loads(text)
+        consent = values["consent"]
+        return SiteSettings(
+            values["name"],
+            Path(values["store"]),
+            Path(values["socket"]),
+            Consent(**{**consent, "methods": tuple(consent["methods"])}),
+        )
+
+
+@dataclass(frozen=True)
+class _Session:
+    """One run, as this site takes part in it."""
+
+    recipe: Recipe
+    client: Client
+    strategy: Strategy
+    channel: Channel
+
+
+class SiteWorker:
+    """Answers a coordinator's requests with one warm model."""
+
+    def __init__(self, settings: SiteSettings) -> None:
+        """Load nothing yet: the first request says which model."""
+        self._settings = settings
+        self._audit = AuditLog(settings.store / AUDIT_FILE)
+        self._models: dict[str, AdaptedModel] = {}
+        self._sessions: dict[str, _Session] = {}
+
+    def handle(self, header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
+        """Answer one request.
+
+        Args:
+            header: ``kind`` and what belongs to it.
+            body: A task, or nothing.
+
+        Returns:
+            A header with ``refused`` where the site does not do it; the update, or nothing.
+
+        Raises:
+            Exception: Whatever training raises, with a note of round, client and stage.
+        """
+        kind = header["kind"]
+        if kind in ("who", "alive"):
+            return {"site": self._settings.name}, b""
+        try:
+            if kind == "join":
+                return self._join(header), b""
+            if kind == "round":
+                return self._round(header, body)
+            raise Refusal(f"kind must be who, alive, join or round, got {kind}")
+        except Refusal as refusal:
+            self._audit.write("refused", run=header.get("run"), kind=kind, reason=str(refusal))
+            return {"refused": str(refusal), "site": self._settings.name}, b""
+
+    def _join(self, header: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Check that this site can do what a run asks, before any weight is loaded."""
+        recipe = self._own_recipe(header)
+        try:
+            # Which seat it gets is known when all have joined; the first one must fit.
+            experiment = prepare_experiment(
+                _without_cohort(recipe), seat=Seat(self._settings.name, 0, 1)
+            )
+        except (ValueError, OSError) as error:
+            raise Refusal(f"the recipe must fit this site: {error}") from error
+        num_examples = len(experiment.train[self._settings.name])
+        self._audit.write(
+            "joined", run=header["run"], strategy=recipe.strategy.name, num_examples=num_examples
+        )
+        return {"site": self._settings.name, "num_examples": num_examples}
+
+    def _own_recipe(self, header: Mapping[str, Any]) -> Recipe:
+        try:
+            return self._settings.consent.apply(parse_recipe(str(header["recipe"])))
+        except Refusal:
+            raise
+        except (ValueError, OSError) as error:
+            raise Refusal(str(error)) from error
+
+    def _round(self, header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
+        """Evaluate what came, train from it, or both."""
+        name, number = self._settings.name, int(header["round"])
+        if header["site"] != name:
+            raise Refusal(f"site must be {name}, got {header['site']}")
+        self._audit.write(
+            "asked",
+            run=header["run"],
+            round=number,
+            trains=bool(header["train"]),
+            evaluates=list(header["evaluate"]),
+            bytes=len(body),
+            sha256=content_digest(body),
+        )
+        session = self._session(header)
+        reply: dict[str, Any] = {"site": name, "base_digest": session.client.model.base_digest}
+        with threads(session.recipe.model.num_threads):
+            task = session.channel.unpack_task(body)
+            if task.round_number != number:
+                raise Refusal(f"round must be {number} as announced, got {task.round_number}")
+            if header["evaluate"]:
+                started = time.monotonic()
+                try:
+                    reply["evaluation"] = evaluate_client(
+                        session.strategy, session.client, task, set(header["evaluate"])
+                    )
+                except Exception as error:
+                    error.add_note(f"after round {number - 1}, client {name}, evaluation")
+                    raise
+                reply["evaluation_seconds"] = time.monotonic() - started
+            message = b""
+            if header["train"]:
+                try:
+                    update = train_client(session.strategy, session.client, task)
+                    message = session.channel.pack_update(update)
+                except Exception as error:
+                    error.add_note(f"in round {number}, client {name}, local training")
+                    raise
+        self._audit.write(
+            "sent",
+            run=header["run"],
+            round=number,
+            names=sorted(update.delta) if header["train"] else [],
+            metrics=sorted(
+                {*reply.get("evaluation", {}), *(update.metrics if header["train"] else {})}
+            ),
+            bytes=len(message),
+            sha256=content_digest(message),
+        )
+        return reply, message
+
+    def _session(self, header: Mapping[str, Any]) -> _Session:
+        """Return what is needed for a run, built once."""
+        index, num_clients = int(header["index"]), int(header["num_clients"])
+        key = json.dumps([header["run"], header["recipe"], index, num_clients])
+        if key in self._sessions:
+            return self._sessions[key]
+        if not 0 <= index < num_clients:
+            raise Refusal(f"index must be in 0..{num_clients - 1}, got {index}")
+        recipe = self._own_recipe(header)
+        try:
+            experiment = prepare_experiment(
+                recipe, seat=Seat(self._settings.name, index, num_clients)
+            )
+        except (ValueError, OSError) as error:
+            raise Refusal(f"the recipe must fit this site: {error}") from error
+        model = self._model(recipe, experiment.tokenizer)
+        folder = self._settings.store / "personal" / folder_name(str(header["run"]))
+        (client,) = build_clients(experiment, model, folder)
+        strategy = build_strategy(recipe, num_clients=num_clients)
+        self._sessions = {key: _Session(recipe, client, strategy, build_channel(recipe))}
+        return self._sessions[key]
+
+    def _model(self, recipe: Recipe, tokenizer: Any) -> AdaptedModel:
+        """Return the warm model, loaded where it is not the one that the recipe needs."""
+        key = json.dumps([asdict(recipe.model), asdict(lora_settings(recipe)), recipe.seed])
+        if key not in self._models:
+            self._models.clear()
+            started = time.monotonic()
+            with threads(recipe.model.num_threads):
+                model = load_model(recipe, tokenizer)
+            self._models[key] = model
+            self._audit.write(
+                "loaded",
+                model=recipe.model.path,
+                base_digest=model.base_digest,
+                seconds=round(time.monotonic() - started, 3),
+            )
+        return self._models[key]
+
+
+def _without_cohort(recipe: Recipe) -> Recipe:
+    return replace(
+        recipe,
+        server=replace(recipe.server, clients_per_round=0),
+        client=replace(recipe.client, budget="", memory_bytes="")
+        if "," in recipe.client.budget + recipe.client.memory_bytes
+        else recipe.client,
+    )
+
+
+def main() -> None:
+    """Serve until the process that started this one ends."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    settings = SiteSettings.from_json(Path(sys.argv[1]).read_text())
+    with ExitStack() as stack:
+        stack.enter_context(
+            only_one(settings.store / "worker.lock", seconds=30.0, what="worker of a site")
+        )
+        from orchard.memory import return_memory_at_once
+
+        return_memory_at_once()
+        log.info("worker of %s answers at %s", settings.name, settings.socket)
+        serve(settings.socket, SiteWorker(settings).handle, until=watches_parent())
+
+
+if __name__ == "__main__":
+    main()

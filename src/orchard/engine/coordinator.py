@@ -1,0 +1,502 @@
+"""The same rounds as the simulator's, with clients that are sites elsewhere.
+
+The coordinator asks sites to train and evaluate by messages, and calls ``update_server``; sites
+call ``train_client`` and ``evaluate_client``. A round is committed by its checkpoint; what a crash
+interrupts is run again from the last one, with the same sites and the same draws.
+
+One message per round carries both: a site first evaluates the global tree that it is sent, which
+is the result of the round before, and then trains from it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from orchard.communication.audit import AuditLog, content_digest
+from orchard.communication.channel import Channel
+from orchard.communication.messages import LocalSettings, Task, Update, read_header
+from orchard.engine.coverage import Coverage
+from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
+from orchard.engine.progress import Reporter
+from orchard.engine.simulator import Schedule, sample_clients
+from orchard.memory import peak_memory_bytes
+from orchard.results import MetricsLog, write_atomically, write_json
+from orchard.seeding import Seeds
+from orchard.server.admission import Admission
+from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
+from orchard.strategies.strategy import Strategy, update_server
+
+log = logging.getLogger(__name__)
+Begin: TypeAlias = Callable[[int], tuple[Strategy, ServerState]]
+SITES_FILE, INBOX = "sites.json", "inbox"
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An update that was let in and lies on disk until it is aggregated.
+
+    Attributes:
+        client_id: Whose.
+        round_number: Which round's task it answers.
+        path: Its message.
+    """
+
+    client_id: str
+    round_number: int
+    path: Path
+
+
+@dataclass
+class _Late:
+    """A request whose round went on without its answer."""
+
+    site: str
+    round_number: int
+    probe: str = ""
+
+
+@dataclass
+class Coordinator:
+    """Runs the rounds of one federation.
+
+    Attributes:
+        schedule: What happens in which round.
+        channel: Encodes tasks and decodes updates.
+        seeds: The run's randomness.
+        folder: The run's folder, as the simulator writes it, with ``audit.jsonl`` and
+            ``sites.json`` beside.
+        about: What must be the same to resume.
+        recipe: The recipe as text, for the sites.
+        run: Names the run to the sites; the same when it is resumed.
+        base_digest: Of the base model, which every site must hold too.
+        patience: How long is waited for what.
+        admission: Which updates are let in.
+        reporter: Shows progress.
+    """
+
+    schedule: Schedule
+    channel: Channel
+    seeds: Seeds
+    folder: Path
+    about: Mapping[str, Any]
+    recipe: str
+    run: str
+    base_digest: str
+    patience: Patience
+    admission: Admission
+    reporter: Reporter
+
+    def __post_init__(self) -> None:
+        """Open the logs."""
+        self._log = MetricsLog(self.folder / "metrics.jsonl")
+        self._audit = AuditLog(self.folder / "audit.jsonl")
+        self._late: dict[str, _Late] = {}
+
+    def join(self, post: Post, *, num_sites: int) -> tuple[str, ...]:
+        """Wait for the sites of the run, and return their names in order.
+
+        A resumed run has the sites it began with.
+
+        Args:
+            post: Carries requests.
+            num_sites: How many are expected; the wait ends when they have joined.
+
+        Raises:
+            TimeoutError: Too few joined in time.
+        """
+        path = self.folder / SITES_FILE
+        known = tuple(json.loads(path.read_text())) if path.exists() else ()
+        expected = len(known) or num_sites
+        request = Request({"kind": "join", "run": self.run, "recipe": self.recipe})
+        end = time.monotonic() + self.patience.join_seconds
+        joined: set[str] = set()
+        refused: dict[str, str] = {}
+        while len(joined) < expected and time.monotonic() < end:
+            self.reporter.working(f"{len(joined)} of {expected} sites joined", share=0.0)
+            new = post.online() - joined - refused.keys()
+            asked = {site: request for site in sorted(new) if not known or site in known}
+            for answer in exchange(
+                post, asked, self.patience, seconds=max(end - time.monotonic(), 0.0)
+            ):
+                if answer.failure:
+                    log.warning("%s has not joined yet: %s", answer.site, answer.failure)
+                elif reason := str(answer.header.get("refused", "")):
+                    refused[answer.site] = reason
+                    self._refuse(answer.site, 0, reason)
+                else:
+                    joined.add(answer.site)
+                    self._audit.write("joined", site=answer.site, round=0)
+            if len(joined) < expected:
+                time.sleep(self.patience.poll_seconds)
+        if len(joined) < min(self.patience.quorum, expected) or not joined:
+            why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items()))
+            raise TimeoutError(
+                f"at least {max(self.patience.quorum, 1)} sites must join within "
+                f"{self.patience.join_seconds:g} seconds, got {len(joined)} of {expected}"
+                f"{' (' + why + ')' if why else ''}; start more sites, raise "
+                "deployment.join_seconds, or lower deployment.quorum"
+            )
+        if known:
+            return known
+        sites = tuple(sorted(joined))
+        write_json(path, list(sites))
+        return sites
+
+    def run_rounds(self, post: Post, begin: Begin, *, num_sites: int) -> ServerState:
+        """Run all rounds that are not yet checkpointed, and the last evaluation.
+
+        Args:
+            post: Carries requests.
+            begin: From the number of sites to the method and the state of round 0, which is used
+                where there is no checkpoint.
+            num_sites: See ``join``.
+
+        Raises:
+            TimeoutError: Too few sites joined, or answered, in time.
+            ValueError: The checkpoint belongs to another run.
+        """
+        saved = load_checkpoint(self.folder / "checkpoints", about=self.about)
+        done = saved.round_number if saved else 0
+        self._log.rewind(done)
+        self.reporter.begin(
+            title="coordinated", num_rounds=self.schedule.num_rounds, round_number=done
+        )
+        try:
+            sites = self.join(post, num_sites=num_sites)
+            strategy, state = begin(len(sites))
+            state = saved or state
+            while state.round_number < self.schedule.num_rounds:
+                state = self._round(strategy, post, sites, state)
+            if models := self._models_due(state.round_number):
+                self._evaluate(post, sites, state, models)
+        finally:
+            self.reporter.end()
+        return state
+
+    def _models_due(self, round_number: int) -> tuple[str, ...]:
+        """Return which models are still to be evaluated as they are after a round."""
+        done = {
+            model
+            for line in self._log.read()
+            if line["kind"] == "evaluation" and line["round"] == round_number
+            for values in line["clients"].values()
+            for model in {key.partition("/")[0] for key in values}
+        }
+        due = set()
+        if round_number == 0:
+            due = set(self.schedule.models) & {"base"}
+        elif self.schedule.has_evaluation(round_number):
+            due = set(self.schedule.models) & {"global", "personal"}
+        return tuple(sorted(due - done))
+
+    def _round(
+        self, strategy: Strategy, post: Post, sites: Sequence[str], state: ServerState
+    ) -> ServerState:
+        """Run one round, again where too few answered, and commit it."""
+        started = time.monotonic()
+        number, fewest = state.round_number + 1, max(self.patience.quorum, 1)
+        self.channel.reset()
+        arrived = self._read_inbox(sites, state)
+        for attempt in range(1, self.patience.attempts + 1):
+            arrived += self._ask_round(post, sites, state, {own.client_id for own in arrived})
+            if len(arrived) >= fewest:
+                break
+            log.warning(
+                "round %d, attempt %d: %d of at least %d updates",
+                number,
+                attempt,
+                len(arrived),
+                fewest,
+            )
+            time.sleep(self.patience.poll_seconds * 2**attempt)
+        else:
+            raise TimeoutError(
+                f"round {number} must have at least {fewest} updates, got {len(arrived)} in "
+                f"{self.patience.attempts} attempts; look at audit.jsonl for the reasons, and "
+                "start the coordinator again with --resume"
+            )
+        order = {site: index for index, site in enumerate(sites)}
+        arrived.sort(key=lambda own: (order[own.client_id], own.round_number))
+        lines: list[dict[str, Any]] = []
+        coverage = Coverage(state.shared, self._rounds_since_sent())
+        state = update_server(strategy, state, self._read(arrived, number, lines, coverage))
+        summary = self._summarize(lines, seconds=time.monotonic() - started) | coverage.summary()
+        for line in (*lines, {"kind": "round", "round": number, **summary}):
+            self._log.append(line)
+        save_checkpoint(self.folder / "checkpoints", state, about=self.about)
+        for own in arrived:
+            own.path.unlink(missing_ok=True)
+        self.reporter.completed(
+            number,
+            loss=summary.get("round/train_loss"),
+            uplink_bytes=int(summary["round/uplink_bytes"]),
+        )
+        return state
+
+    def _ask_round(
+        self, post: Post, sites: Sequence[str], state: ServerState, have: Set[str]
+    ) -> list[Arrived]:
+        """Ask the cohort to train and, where it is due, everybody to evaluate.
+
+        Args:
+            post: Carries requests.
+            sites: Of the run, in order.
+            state: Before the round.
+            have: Sites whose update is there; they are not asked to train again.
+
+        Returns:
+            The updates that were let in, those of earlier rounds among them.
+        """
+        number = state.round_number + 1
+        models = self._models_due(state.round_number)
+        task = Task(
+            round_number=number,
+            shared=state.shared,
+            settings=self.schedule.local(number),
+            evaluate_local="local" in self.schedule.models and self.schedule.has_evaluation(number),
+        )
+        body = self.channel.pack_task(task)
+        arrived = self._collect_late(post, state)
+        busy = {late.site for late in self._late.values()}
+        cohort = set(sample_clients(sites, self.schedule, self.seeds, number)) - have - busy
+        asked = [site for site in sites if site in cohort or (models and site not in busy)]
+        late: dict[str, str] = {}
+        measured: dict[str, Mapping[str, Any]] = {}
+        requests = {
+            site: self._request(site, sites, number, body, models, trains=site in cohort)
+            for site in asked
+        }
+        self.reporter.working(f"{len(cohort)} sites train", share=0.0)
+        for answer in exchange(
+            post, requests, self.patience, seconds=self.patience.round_seconds, late=late
+        ):
+            measured[answer.site] = answer.header
+            if answer.site in cohort or answer.failure or "refused" in answer.header:
+                arrived += self._admit(answer, state, round_number=number)
+            self.reporter.working(
+                f"{len(measured)} of {len(asked)} sites answered",
+                share=len(measured) / len(asked),
+            )
+        self._late |= {ticket: _Late(site, number) for ticket, site in late.items()}
+        self._log_evaluation(sites, state, measured)
+        return arrived
+
+    def _request(
+        self,
+        site: str,
+        sites: Sequence[str],
+        round_number: int,
+        body: bytes,
+        models: Sequence[str],
+        *,
+        trains: bool,
+    ) -> Request:
+        """Return what a site is asked in a round, and write it down."""
+        self.channel.downlink_bytes += len(body)
+        self._audit.write(
+            "asked",
+            site=site,
+            round=round_number,
+            trains=trains,
+            evaluates=list(models),
+            bytes=len(body),
+            sha256=content_digest(body),
+        )
+        header = {
+            "kind": "round",
+            "run": self.run,
+            "recipe": self.recipe,
+            "site": site,
+            "index": sites.index(site),
+            "num_clients": len(sites),
+            "round": round_number,
+            "evaluate": list(models),
+            "train": trains,
+        }
+        return Request(header, body)
+
+    def _evaluate(
+        self, post: Post, sites: Sequence[str], state: ServerState, models: Sequence[str]
+    ) -> None:
+        """Evaluate the last round's models at all sites."""
+        number = state.round_number + 1
+        body = self.channel.pack_task(Task(number, state.shared, LocalSettings(0, 0, 0.0)))
+        requests = {
+            site: self._request(site, sites, number, body, models, trains=False) for site in sites
+        }
+        measured: dict[str, Mapping[str, Any]] = {}
+        self.reporter.working(f"{len(sites)} sites evaluate", share=0.0)
+        for answer in exchange(post, requests, self.patience, seconds=self.patience.round_seconds):
+            measured[answer.site] = answer.header
+            if reason := answer.failure or str(answer.header.get("refused", "")):
+                self._refuse(answer.site, number, reason)
+        self._log_evaluation(sites, state, measured)
+
+    def _log_evaluation(
+        self, sites: Sequence[str], state: ServerState, headers: Mapping[str, Mapping[str, Any]]
+    ) -> None:
+        """Log what sites measured of the models after a round; what is no number is refused."""
+        clients: dict[str, dict[str, float]] = {}
+        seconds = [0.0]
+        for site in sites:
+            header = headers.get(site, {})
+            try:
+                values = {str(k): float(v) for k, v in dict(header.get("evaluation", {})).items()}
+                seconds.append(float(header.get("evaluation_seconds", 0.0)))
+            except (TypeError, ValueError):
+                values = {"": math.nan}
+            if not all(math.isfinite(v) for v in (*values.values(), seconds[-1])):
+                self._refuse(site, state.round_number, "evaluation must be finite numbers")
+                seconds.pop()
+            elif values:
+                clients[site] = values
+        if clients:
+            self._log.append(
+                {
+                    "kind": "evaluation",
+                    "round": state.round_number,
+                    "seconds": max(seconds),
+                    "clients": clients,
+                }
+            )
+
+    def _admit(self, answer: Answer, state: ServerState, *, round_number: int) -> list[Arrived]:
+        """Check what a site sent for a round and keep it on disk; none where it is refused."""
+        reason = answer.failure or str(answer.header.get("refused", ""))
+        base = answer.header.get("base_digest", self.base_digest)
+        if not reason and base != self.base_digest:
+            reason = f"base model must be {self.base_digest[:12]}, got {str(base)[:12]}"
+        num_names = 0
+        if not reason:
+            try:
+                self.admission.check_header(answer.body, state.shared)
+                update = self.channel.unpack_update(answer.body)
+                self.admission.check(
+                    update, client_id=answer.site, round_number=round_number, shared=state.shared
+                )
+                num_names = len(update.delta)
+            except ValueError as error:
+                reason = str(error)
+        if reason:
+            self._refuse(answer.site, round_number, reason)
+            return []
+        self.channel.uplink_bytes += len(answer.body)
+        digest = content_digest(answer.body)
+        path = self.folder / INBOX / f"round_{round_number:06d}_{digest[:16]}"
+        write_atomically(path, answer.body)
+        self._audit.write(
+            "received",
+            site=answer.site,
+            round=round_number,
+            num_names=num_names,
+            bytes=len(answer.body),
+            sha256=digest,
+        )
+        return [Arrived(answer.site, round_number, path)]
+
+    def _refuse(self, site: str, round_number: int, reason: str) -> None:
+        self._audit.write("refused", site=site, round=round_number, reason=reason)
+        log.warning("round %d, %s: %s", round_number, site, reason)
+
+    def _read_inbox(self, sites: Sequence[str], state: ServerState) -> list[Arrived]:
+        """Take up the updates that came before a crash; what was aggregated is thrown away."""
+        arrived = []
+        number = state.round_number + 1
+        for path in sorted((self.folder / INBOX).glob("round_*")):
+            message = path.read_bytes()
+            header = read_header(message)
+            site = str(header["client_id"])
+            if int(header["round_number"]) == number and site in sites:
+                arrived.append(Arrived(site, number, path))
+                self.channel.uplink_bytes += len(message)
+            else:
+                path.unlink()
+        return arrived
+
+    def _collect_late(self, post: Post, state: ServerState) -> list[Arrived]:
+        """Take what came after its round's deadline, and find out what never will."""
+        probes = {late.probe: ticket for ticket, late in self._late.items() if late.probe}
+        arrived: list[Arrived] = []
+        for reply in post.collect([*self._late, *probes]):
+            ticket = probes.get(reply.ticket, reply.ticket)
+            late = self._late.get(ticket)
+            if late is None:
+                continue
+            if reply.ticket in probes and reply.error:
+                late.probe = ""
+                continue
+            del self._late[ticket]
+            if reply.ticket in probes:
+                continue
+            if not self.patience.accept_late:
+                now = state.round_number + 1
+                self._refuse(late.site, late.round_number, f"came late, in round {now}; dropped")
+                continue
+            answer = Answer(late.site, reply.header, reply.body, reply.error)
+            arrived += self._admit(answer, state, round_number=late.round_number)
+        online = post.online()
+        for late in self._late.values():
+            if not late.probe and late.site in online:
+                late.probe = post.send(late.site, {"kind": "alive"}, b"")
+        return arrived
+
+    def _read(
+        self,
+        arrived: Sequence[Arrived],
+        round_number: int,
+        lines: list[dict[str, Any]],
+        coverage: Coverage,
+    ) -> Iterator[Update]:
+        """Yield updates from disk, one at a time, and note their metrics."""
+        for position, own in enumerate(arrived):
+            update = self.channel.unpack_update(own.path.read_bytes())
+            if own.round_number != round_number:
+                discount = self.patience.staleness ** (round_number - own.round_number)
+                weight = {name: discount * value for name, value in update.weight.items()}
+                update = replace(update, weight=weight)
+            lines.append(
+                {
+                    **update.metrics,
+                    "kind": "client",
+                    "round": round_number,
+                    "client": update.client_id,
+                }
+            )
+            coverage.add(update)
+            self.reporter.working("updates are aggregated", share=position / len(arrived))
+            yield update
+
+    def _rounds_since_sent(self) -> dict[str, list[int]]:
+        rounds = [line for line in self._log.read() if line["kind"] == "round"]
+        return rounds[-1].get("rounds_since_sent", {}) if rounds else {}
+
+    def _summarize(self, lines: Sequence[Mapping[str, Any]], *, seconds: float) -> dict[str, Any]:
+        """Return one round's numbers; sites work at the same time, so the slowest one counts."""
+        losses = [line["client/train_loss"] for line in lines if "client/train_loss" in line]
+        busy = [
+            math.fsum(
+                line.get(f"client/{what}_seconds", 0.0)
+                for what in ("prepare", "train", "evaluation")
+            )
+            for line in lines
+        ]
+        return {
+            **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
+            "round/num_clients": len(lines),
+            "round/num_dropped_out": len(lines) - len(losses),
+            "round/seconds": seconds,
+            "round/prepare_seconds": max(line.get("client/prepare_seconds", 0.0) for line in lines),
+            "round/train_seconds": max(line.get("client/train_seconds", 0.0) for line in lines),
+            "round/evaluation_seconds": 0.0,
+            "round/overhead_seconds": seconds - max(busy),
+            "round/uplink_bytes": self.channel.uplink_bytes,
+            "round/downlink_bytes": self.channel.downlink_bytes,
+            "round/peak_memory_bytes": peak_memory_bytes(),
+        }

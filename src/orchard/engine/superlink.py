@@ -1,0 +1,98 @@
+"""A SuperLink that strangers can only knock at.
+
+Flower's SuperLink serves three interfaces on one port: the fleet's, for SuperNodes, which can ask
+for their keys; the control interface, which registers nodes and starts apps; and the runtime's,
+for its own processes. The last two ask for nothing by default. Here they answer this machine
+alone, and other machines reach the fleet's interface and no more.
+
+Run as ``python -m orchard.engine.superlink`` with the arguments of ``flower-superlink``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from cryptography.hazmat.primitives import serialization
+from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.supercore.control import ControlHttpClient
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.superlink.cli.flower_superlink import (
+    SuperLinkLifespan,
+    _parse_superlink_lifespan_config,
+)
+from flwr.superlink.main import create_app
+
+_FLEET = "/v1/fleet/"
+
+
+class FleetOnly:
+    """Wraps an ASGI app: from other machines, only the fleet's paths are served."""
+
+    def __init__(self, app: Any) -> None:
+        """Guard ``app``."""
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] == "lifespan" or self._may_pass(scope):
+            await self._app(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": 403, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    @staticmethod
+    def _may_pass(scope: Mapping[str, Any]) -> bool:
+        # Paths with dots or doubled slashes are for nobody's good.
+        path = str(scope.get("path", ""))
+        if path.startswith(_FLEET) and ".." not in path and "//" not in path:
+            return True
+        host = (scope.get("client") or ("",))[0]
+        try:
+            return ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return False
+
+
+def register_nodes(address: str, *, authority: Path | None, keys: Mapping[str, Path]) -> None:
+    """Tell a SuperLink on this machine which keys its SuperNodes have.
+
+    Args:
+        address: ``host:port`` on this machine.
+        authority: The certificate that the SuperLink's is signed with; None = no TLS.
+        keys: Name of a site to the file of its public key.
+    """
+    client = ControlHttpClient.from_server_address(
+        server_address=address,
+        insecure=authority is None,
+        root_certificates=authority.read_bytes() if authority else None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
+    )
+    try:
+        for name, path in keys.items():
+            key: Any = serialization.load_ssh_public_key(path.read_bytes())
+            client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=name))
+    finally:
+        client.close()
+
+
+def main() -> None:
+    """Serve until stopped, by the arguments of ``flower-superlink``."""
+    config = _parse_superlink_lifespan_config()
+    uvicorn.run(
+        FleetOnly(create_app(config, SuperLinkLifespan)),
+        host=config.host,
+        port=config.port,
+        log_level="warning",
+        ssl_keyfile=config.ssl_keyfile,
+        ssl_certfile=config.ssl_certfile,
+        workers=1,
+    )
+
+
+if __name__ == "__main__":
+    main()

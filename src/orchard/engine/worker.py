@@ -1,0 +1,143 @@
+"""A process that stays warm beside a SuperNode, and how others on its machine ask it.
+
+Flower starts a process for every message. Here that process only hands the message to a worker,
+which has loaded the model once, over a local socket in a folder that no other user can enter.
+
+A request and a reply are frames: a JSON header and a body of bytes. This module imports no model
+code, because whoever asks must start fast.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Header: TypeAlias = Mapping[str, Any]
+Handle: TypeAlias = Callable[[Header, bytes], tuple[Header, bytes]]
+"""From a request's header and body to those of its reply."""
+
+_LENGTHS = struct.Struct(">IQ")
+_MAX_HEADER_BYTES = 64 * 2**20
+_RETRY_SECONDS = 0.2
+
+
+class WorkerError(RuntimeError):
+    """The worker could not be asked, or its handler raised."""
+
+
+def serve(path: Path, handle: Handle, *, until: Callable[[], bool] = lambda: False) -> None:
+    """Answer one request after another on a local socket, until ``until`` says so.
+
+    A request whose handler raises is answered with the error; the worker goes on. A connection
+    that breaks is dropped.
+
+    Args:
+        path: Of the socket. Its folder is made for this user alone; what is there is replaced.
+        handle: Answers a request.
+        until: Asked twice a second; True ends the worker.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.parent.chmod(0o700)
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as server:
+        server.bind(str(path))
+        path.chmod(0o600)
+        server.listen()
+        server.settimeout(0.5)
+        while not until():
+            try:
+                connection, _ = server.accept()
+            except TimeoutError:
+                continue
+            with connection:
+                connection.settimeout(None)
+                try:
+                    _answer(connection, handle)
+                except (OSError, ValueError):
+                    continue
+
+
+def _answer(connection: socket.socket, handle: Handle) -> None:
+    header, body = _receive(connection)
+    try:
+        reply, content = handle(header, body)
+    except Exception as error:
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        reply, content = {"error": f"{type(error).__name__}: {error}{notes}"}, b""
+    _send(connection, reply, content)
+
+
+def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Header, bytes]:
+    """Ask the worker behind ``path``, again where it is not there yet or dies while it answers.
+
+    Args:
+        path: The worker's socket.
+        header: JSON values.
+        body: Whatever belongs to it.
+        seconds: After so many seconds without an answer this gives up.
+
+    Returns:
+        The header and body of the reply.
+
+    Raises:
+        WorkerError: There was no answer in time, or the handler raised.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+                connection.settimeout(max(end - time.monotonic(), _RETRY_SECONDS))
+                connection.connect(str(path))
+                _send(connection, header, body)
+                reply, content = _receive(connection)
+                break
+        except OSError as error:
+            if time.monotonic() >= end:
+                raise WorkerError(
+                    f"worker must answer within {seconds:g} seconds, got {error}; look at the "
+                    "site's log, or raise deployment.round_seconds"
+                ) from error
+            time.sleep(_RETRY_SECONDS)
+    if "error" in reply:
+        raise WorkerError(str(reply["error"]))
+    return reply, content
+
+
+def _send(connection: socket.socket, header: Header, body: bytes) -> None:
+    text = json.dumps(header, allow_nan=False).encode()
+    connection.sendall(_LENGTHS.pack(len(text), len(body)) + text)
+    connection.sendall(body)
+
+
+def _receive(connection: socket.socket) -> tuple[Header, bytes]:
+    header_size, body_size = _LENGTHS.unpack(_read(connection, _LENGTHS.size))
+    if header_size > _MAX_HEADER_BYTES:
+        raise ValueError(
+            f"header must have at most {_MAX_HEADER_BYTES} bytes, got {header_size}; "
+            "check that both sides run the same version"
+        )
+    header = json.loads(_read(connection, header_size))
+    return header, bytes(_read(connection, body_size))
+
+
+def _read(connection: socket.socket, size: int) -> bytearray:
+    content = bytearray(size)
+    view, done = memoryview(content), 0
+    while done < size:
+        received = connection.recv_into(view[done:])
+        if received == 0:
+            raise ConnectionResetError("the connection was closed before the message was complete")
+        done += received
+    return content
+
+
+def watches_parent() -> Callable[[], bool]:
+    """Return what says whether the process that started this one has gone."""
+    parent = os.getppid()
+    return lambda: os.getppid() != parent

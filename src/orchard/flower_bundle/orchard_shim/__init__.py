@@ -1,0 +1,1 @@
+"""The app that Flower sends to its nodes."""
