@@ -211,10 +211,11 @@ def coordinate(
 
         options = CoordinatorOptions(folder, address, keys, insecure)
         check_coordinator(resolved.recipe, options, resume=resume)
+    from orchard.engine.processes import leaves_on_termination
     from orchard.engine.progress import make_console
     from orchard.reports import result_table, run_sentence
 
-    with _clear_errors(code=FAILED, traceback=traceback):
+    with _clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
         result = run_coordinator(resolved.recipe, options, resume=resume)
     console = make_console()
     console.print(result_table(result))
@@ -249,7 +250,9 @@ def site(
         )
         options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)
         check_site(options)
-    with _clear_errors(code=FAILED, traceback=traceback):
+    from orchard.engine.processes import leaves_on_termination
+
+    with _clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
         run_site(options)
 
 

@@ -19,7 +19,7 @@ from orchard.deployment.addresses import check_security, require_flower, split_a
 from orchard.deployment.keys import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
 from orchard.engine.coordinator import SITES_FILE, Coordinator
 from orchard.engine.exchange import Patience, Post
-from orchard.engine.processes import Child, child_environment, only_one
+from orchard.engine.processes import Child, child_environment, end_when_free, only_one
 from orchard.engine.progress import Lines, make_console
 from orchard.experiment import (
     RECIPE_FILE,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _RUN_FILE, _RESULT_FILE, _FAILURE_FILE = "run.json", "result.json", "failure.json"
+_LOCK_FILE = "coordinator.lock"
 _START_SECONDS, _LOOK_SECONDS = 60.0, 0.5
 
 
@@ -128,7 +129,7 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, resume: bool) -> 
     num_sites = check_coordinator(recipe, options, resume=resume)
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / "coordinator.lock", seconds=30.0, what="coordinator in one folder"):
+    with only_one(folder / _LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
         write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
         if not (folder / _RUN_FILE).exists():
             write_json(folder / _RUN_FILE, {"run": secrets.token_hex(8)})
@@ -290,6 +291,8 @@ def run_in_server_app(folder: Path, grid: Grid) -> None:
     from orchard.engine.flower import Coordinated
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    end_when_free(folder / _LOCK_FILE)
     with only_one(folder / "rounds.lock", seconds=60.0, what="process that runs rounds"):
         try:
             Coordinated(partial(run_over, folder)).start(grid)

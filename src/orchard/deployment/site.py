@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import logging
-import shlex
 import shutil
 import sys
 import tempfile
@@ -120,7 +120,7 @@ def _supernode(options: SiteOptions, socket: Path) -> Child:
         ]
     else:
         security = ["--insecure"]
-    node = f"socket={shlex.quote(str(socket))} patience_seconds={options.patience_seconds}"
+    node = f"socket={json.dumps(str(socket))} patience_seconds={options.patience_seconds}"
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
         "--superlink",
@@ -130,7 +130,7 @@ def _supernode(options: SiteOptions, socket: Path) -> Child:
         "--port",
         str(free_port()),
         "--node-config",
-        node.replace("'", '"'),
+        node,
         *security,
     ]
     environment = child_environment(store / "flower")

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
-_STOP_SECONDS = 5.0
+_STOP_SECONDS, _WATCH_SECONDS = 5.0, 0.5
 # What Flower would do over the network by itself.
 _OFFLINE = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -164,3 +165,36 @@ def only_one(path: Path, *, seconds: float, what: str) -> Iterator[None]:
                     ) from None
                 time.sleep(0.2)
         yield
+
+
+def end_when_free(path: Path) -> None:
+    """End this process at once when nobody holds a lock file any more.
+
+    For a process that Flower starts, and that is therefore no child of whoever holds the lock.
+    """
+
+    def watch() -> None:
+        with path.open("a") as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(_WATCH_SECONDS)
+                    continue
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch").start()
+
+
+@contextmanager
+def leaves_on_termination() -> Iterator[None]:
+    """Let SIGTERM end what is inside as an interrupt does, so that it cleans up."""
+
+    def leave(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
