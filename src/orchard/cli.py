@@ -305,7 +305,11 @@ def audit(
 def _log_to_stderr() -> None:
     import logging
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    own = logging.getLogger("orchard")
+    own.addHandler(handler)
+    own.setLevel(logging.INFO)
 
 
 @app.command()

@@ -233,7 +233,7 @@ def _register(options: CoordinatorOptions) -> None:
     """Tell the SuperLink the keys of the sites: a new one knows none."""
     if not options.keys:
         return
-    from orchard.engine.superlink import register_nodes
+    from orchard.engine.control import register_nodes
 
     _, port = split_address(options.address)
     register_nodes(

@@ -12,15 +12,9 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import uvicorn
-from cryptography.hazmat.primitives import serialization
-from flwr.proto.control_pb2 import RegisterNodeRequest
-from flwr.supercore.control import ControlHttpClient
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.cli.flower_superlink import (
     SuperLinkLifespan,
     _parse_superlink_lifespan_config,
@@ -56,28 +50,6 @@ class FleetOnly:
             return ipaddress.ip_address(host).is_loopback
         except ValueError:
             return False
-
-
-def register_nodes(address: str, *, authority: Path | None, keys: Mapping[str, Path]) -> None:
-    """Tell a SuperLink on this machine which keys its SuperNodes have.
-
-    Args:
-        address: ``host:port`` on this machine.
-        authority: The certificate that the SuperLink's is signed with; None = no TLS.
-        keys: Name of a site to the file of its public key.
-    """
-    client = ControlHttpClient.from_server_address(
-        server_address=address,
-        insecure=authority is None,
-        root_certificates=authority.read_bytes() if authority else None,
-        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
-    )
-    try:
-        for name, path in keys.items():
-            key: Any = serialization.load_ssh_public_key(path.read_bytes())
-            client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=name))
-    finally:
-        client.close()
 
 
 def main() -> None:
