@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-deployment check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# Real processes with TLS and keys, one test after another.
+test-deployment: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m deployment
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
