@@ -28,7 +28,13 @@ from orchard.federation import (
     read_calibration,
     read_retention,
 )
-from orchard.methods import build_strategy, check_strategy, lora_settings, require_path
+from orchard.methods import (
+    build_strategy,
+    check_aggregation,
+    check_strategy,
+    lora_settings,
+    require_path,
+)
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import (
     check_device,
@@ -110,6 +116,8 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     require_path(recipe)
     federation = build_site(recipe, seat.client_id) if seat else build_federation(recipe)
     num_clients = seat.num_clients if seat else len(federation.train)
+    if seat is None:
+        check_aggregation(recipe, num_clients=num_clients)
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "

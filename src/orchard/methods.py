@@ -17,6 +17,7 @@ from orchard.models.targets import LoraSettings
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.server.optimizers import SGD
+from orchard.server.robust import MIN_CONTRIBUTORS, RobustSettings, robust_aggregate
 from orchard.strategies.fedavg_dropout import fedavg_dropout
 from orchard.strategies.fedavg_random import fedavg_random
 from orchard.strategies.fedmoe import fedmoe
@@ -29,7 +30,13 @@ from orchard.strategies.pflmoe import pflmoe
 from orchard.strategies.scaffold import scaffold
 from orchard.strategies.seermoe import seermoe
 from orchard.strategies.session import SubsetSettings
-from orchard.strategies.strategy import Strategy, by_num_examples, uniformly
+from orchard.strategies.strategy import (
+    Aggregate,
+    Strategy,
+    by_num_examples,
+    mean_delta,
+    uniformly,
+)
 
 ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
 
@@ -319,6 +326,33 @@ def has_part(names: Iterable[str], part: str) -> bool:
     return any(METHODS[name].part == part for name in names)
 
 
+def check_aggregation(recipe: Recipe, *, num_clients: int) -> None:
+    """Refuse a robust kernel where the method needs the mean, or clients are too few for it.
+
+    Raises:
+        ValueError: It does, or they are.
+    """
+    kind, names = recipe.server.aggregation, check_strategy(recipe.strategy.name)
+    if kind == "mean":
+        return
+    cohort = recipe.server.clients_per_round or num_clients
+    if cohort < MIN_CONTRIBUTORS:
+        raise ValueError(
+            f"server.aggregation must be mean with {cohort} clients in a round, got {kind}; a "
+            f"robust one takes at least {MIN_CONTRIBUTORS}"
+        )
+    if "scaffold" in names:
+        raise ValueError(
+            f"server.aggregation must be mean with scaffold, got {kind}; its control variates are "
+            "means over clients"
+        )
+    if "hfedmoe" in names and recipe.selection.router in ("literal", "damped"):
+        raise ValueError(
+            f"server.aggregation must be mean with selection.router = {recipe.selection.router}, "
+            f"got {kind}; that sums routers by the clients' preferences"
+        )
+
+
 def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:
     """Return the federated method of a recipe.
 
@@ -326,7 +360,12 @@ def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:
         ValueError: See ``check_strategy``.
     """
     weigh = by_num_examples if recipe.server.weighting == "examples" else uniformly
-    strategy = Strategy(weigh=weigh, optimizer=SGD(lr=recipe.server.lr or 1.0))
+    check_aggregation(recipe, num_clients=num_clients)
+    server = recipe.server
+    aggregate: Aggregate = mean_delta
+    if server.aggregation != "mean":
+        aggregate = robust_aggregate(RobustSettings(server.aggregation, server.trim, server.clip))
+    strategy = Strategy(weigh=weigh, aggregate=aggregate, optimizer=SGD(lr=server.lr or 1.0))
     for name in check_strategy(recipe.strategy.name):
         strategy = METHODS[name].apply(strategy, recipe, num_clients)
     return strategy

@@ -29,7 +29,13 @@ from orchard.experiment import (
     load_model,
     recipe_digest,
 )
-from orchard.methods import build_strategy, check_strategy, lora_settings, require_path
+from orchard.methods import (
+    build_strategy,
+    check_aggregation,
+    check_strategy,
+    lora_settings,
+    require_path,
+)
 from orchard.models.loading import check_device, check_model, load_tokenizer, threads
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe, to_toml
@@ -108,6 +114,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
             "deployment.sites must say how many sites take part, got 0; for example "
             "deployment.sites=3"
         )
+    check_aggregation(recipe, num_clients=num_sites)
     for name, value in (
         ("deployment.quorum", recipe.deployment.quorum),
         ("server.clients_per_round", recipe.server.clients_per_round),

@@ -41,6 +41,14 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
         "data.test_size": (data.test_per_category == 0, "data.test_per_category = 0"),
         "strategy.prox_mu": ("fedprox" in methods, "fedprox in strategy.name"),
         "strategy.entropy_coefficient": ("seermoe" in methods, "seermoe in strategy.name"),
+        "server.trim": (
+            recipe.server.aggregation in ("trimmed_mean", "krum"),
+            "server.aggregation = trimmed_mean or krum",
+        ),
+        "server.clip": (
+            recipe.server.aggregation == "clipped_mean",
+            "server.aggregation = clipped_mean",
+        ),
         "server.momentum": ("fedavgm" in methods, "fedavgm in strategy.name"),
         "server.dampening": ("fedavgm" in methods, "fedavgm in strategy.name"),
         "server.beta1": (adaptive, "fedadam or fedyogi in strategy.name"),

@@ -286,6 +286,21 @@ class ServerOptions:
         "How much a client counts: its training examples, or all the same.",
         choices=("examples", "uniform"),
     )
+    aggregation: str = option(
+        "mean",
+        "How updates become one; all but the mean bear a minority of hostile clients, need three "
+        "that sent a name, and hold all updates in memory.",
+        choices=("mean", "median", "trimmed_mean", "clipped_mean", "krum"),
+    )
+    trim: float = option(
+        0.2,
+        "trimmed_mean, krum: share of clients left out, at each end or at all.",
+        above=0,
+        maximum=0.49,
+    )
+    clip: float = option(
+        0.0, "clipped_mean: largest L2 norm of an update; 0 = the round's median.", minimum=0
+    )
     lr: float = option(
         0.0,
         "Server learning rate; 0 = the method's own: 0.001 for FedAdagrad, FedAdam and FedYogi, "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ import torch
 
 from orchard.communication.messages import Update
 from orchard.trees import Tree
+
+_MAX_METRICS = 10_000
+_METRIC = re.compile(r"(client|local)/[\w.,-]{1,200}")
 
 
 class RefusedUpdate(ValueError):
@@ -110,7 +114,13 @@ class Admission:
         if norm > torch.finfo(torch.float32).max:
             raise RefusedUpdate(f"norm of the update must fit float32, got {norm:g}")
         self._check_weights(update.weight)
+        if len(update.metrics) > _MAX_METRICS:
+            raise RefusedUpdate(
+                f"metrics must be at most {_MAX_METRICS}, got {len(update.metrics)}"
+            )
         for name, value in update.metrics.items():
+            if not _METRIC.fullmatch(name):
+                raise RefusedUpdate(f"metric must be client/name or local/name, got {name[:80]!r}")
             if not math.isfinite(value):
                 raise RefusedUpdate(f"metric {name} must be finite, got {value}")
 

@@ -1,0 +1,261 @@
+"""Updates that must not count: each is refused with a reason, and the round goes on without it."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from orchard.communication.audit import read_audit
+from orchard.communication.channel import Channel
+from orchard.communication.messages import LocalSettings, Task, Update
+from orchard.engine.coordinator import Coordinator
+from orchard.engine.exchange import Patience, Reply
+from orchard.engine.progress import Silent
+from orchard.engine.simulator import Schedule
+from orchard.seeding import Seeds
+from orchard.server.admission import Admission
+from orchard.server.checkpoint import ServerState
+from orchard.strategies.strategy import Strategy, start_server
+from sites import same
+
+SHARED = {"layers.0.q_proj.lora_A": torch.zeros(4, 3), "layers.0.router.1": torch.zeros(3)}
+FIRST, SECOND = SHARED
+SITES = ("a", "b", "bad")
+BAD = 3.0  # what the bad client's honest update would be
+
+
+def honest(site: str, round_number: int = 1) -> Update:
+    value = {"a": 1.0, "b": 2.0, "bad": BAD}[site]
+    delta = {name: torch.full_like(tensor, value) for name, tensor in SHARED.items()}
+    metrics = {"client/train_loss": 1.0, "client/num_examples": 4.0}
+    return Update(site, round_number, delta, dict.fromkeys(delta, 4.0), metrics)
+
+
+def encoded(update: Update) -> bytes:
+    return Channel().pack_update(update)
+
+
+def changed(**facts: Any) -> bytes:
+    return encoded(replace(honest("bad"), **facts))
+
+
+def with_delta(name: str, value: torch.Tensor) -> bytes:
+    own = honest("bad")
+    delta = {**own.delta, name: value}
+    return encoded(replace(own, delta=delta, weight=dict.fromkeys(delta, 4.0)))
+
+
+def with_weight(weight: float) -> bytes:
+    # As JSON, which takes NaN and infinity where the encoder would not.
+    return rewritten(lambda header: header["weight"].__setitem__(FIRST, weight))
+
+
+def rewritten(change: Callable[[dict[str, Any]], object], tensors: Any = None) -> bytes:
+    """Return an honest message whose header was changed by somebody who knows the format."""
+    header: dict[str, Any] = {
+        "kind": "update",
+        "client_id": "bad",
+        "round_number": 1,
+        "weight": dict.fromkeys(SHARED, 4.0),
+        "metrics": {"client/train_loss": "+1.0e+00"},
+    }
+    change(header)
+    delta = dict(honest("bad").delta) if tensors is None else tensors
+    return save(delta, metadata={"orchard": json.dumps(header)})
+
+
+def with_raw_header(change: Callable[[dict[str, Any]], object]) -> bytes:
+    """Return an honest message whose safetensors header was changed."""
+    message = encoded(honest("bad"))
+    size = int.from_bytes(message[:8], "little")
+    header = json.loads(message[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + message[8 + size :]
+
+
+def value_of(number: float) -> torch.Tensor:
+    tensor = torch.full((4, 3), BAD)
+    tensor[2, 1] = number
+    return tensor
+
+
+BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
+    "nothing": (lambda: b"", "safetensors buffer"),
+    "noise": (lambda: bytes(range(256)) * 2, "safetensors buffer"),
+    "a pickle": (lambda: pickle.dumps({FIRST: [1.0]}), "safetensors"),
+    "a header longer than the message": (
+        lambda: (1 << 40).to_bytes(8, "little") + b"{}",
+        "claim a header of",
+    ),
+    "cut off": (lambda: encoded(honest("bad"))[:-7], "complete tensors"),
+    "padded": (lambda: encoded(honest("bad")) + bytes(100), "complete tensors"),
+    "far too long": (lambda: encoded(honest("bad")) + bytes(200_000), "at most"),
+    "a header that is no object": (
+        lambda: (2).to_bytes(8, "little") + b"[]" + bytes(8),
+        "safetensors header",
+    ),
+    "a task": (
+        lambda: Channel().pack_task(Task(1, SHARED, LocalSettings(1, 0, 0.1))),
+        "must be an update",
+    ),
+    "without our header": (lambda: save({FIRST: torch.zeros(4, 3)}), "orchard header"),
+    "without weights": (lambda: rewritten(lambda h: h.pop("weight")), "missing or wrong"),
+    "weights that are a list": (
+        lambda: rewritten(lambda h: h.__setitem__("weight", [1.0, 1.0])),
+        "missing or wrong",
+    ),
+    "another client's name": (lambda: changed(client_id="a"), "who was asked"),
+    "another client's update": (lambda: encoded(honest("a")), "who was asked"),
+    "a replay of an earlier round": (lambda: changed(round_number=0), "round must be 1"),
+    "a later round": (lambda: changed(round_number=2), "round must be 1"),
+    "an unknown name": (lambda: with_delta("layers.9.q_proj.lora_A", torch.ones(2)), "name of"),
+    "a personal tensor": (lambda: with_delta("layers.0.graft.gate", torch.ones(3)), "name of"),
+    "another shape": (lambda: with_delta(FIRST, torch.ones(4, 4)), "shape of"),
+    "turned over": (lambda: with_delta(FIRST, torch.ones(3, 4)), "shape of"),
+    "a scalar": (lambda: with_delta(FIRST, torch.tensor(1.0)), "shape of"),
+    "whole numbers": (lambda: with_delta(FIRST, torch.ones(4, 3, dtype=torch.int32)), "floating"),
+    "NaN": (lambda: with_delta(FIRST, value_of(float("nan"))), "finite"),
+    "infinity": (lambda: with_delta(FIRST, value_of(float("inf"))), "finite"),
+    "minus infinity": (lambda: with_delta(FIRST, value_of(float("-inf"))), "finite"),
+    "an absurd norm": (lambda: with_delta(FIRST, value_of(1e20)), "norm of the update"),
+    "a norm a little too large": (lambda: with_delta(FIRST, value_of(200.0)), "norm of the update"),
+    "a negative weight": (lambda: with_weight(-1.0), "weight of"),
+    "a weight that is NaN": (lambda: with_weight(float("nan")), "weight of"),
+    "an infinite weight": (lambda: with_weight(float("inf")), "weight of"),
+    "an absurd weight": (lambda: with_weight(1e30), "weight of"),
+    "a weight without a tensor": (
+        lambda: rewritten(lambda h: h["weight"].__setitem__("layers.0.router.9", 1.0)),
+        "names of delta",
+    ),
+    "a tensor without a weight": (
+        lambda: rewritten(lambda h: h["weight"].pop(FIRST)),
+        "names of delta",
+    ),
+    "a metric that is NaN": (
+        lambda: rewritten(lambda h: h["metrics"].__setitem__("client/train_loss", "nan")),
+        "metric",
+    ),
+    "a metric that is no number": (
+        lambda: rewritten(lambda h: h["metrics"].__setitem__("client/train_loss", "low")),
+        "could not convert",
+    ),
+    "a metric that hides another": (
+        lambda: rewritten(lambda h: h["metrics"].__setitem__("kind", "1.0")),
+        "client/name",
+    ),
+    "a shape below zero": (
+        lambda: with_raw_header(lambda h: h[FIRST].__setitem__("shape", [-4, -3])),
+        "whole numbers",
+    ),
+    "a shape of petabytes": (
+        lambda: with_raw_header(lambda h: h[FIRST].__setitem__("shape", [1 << 25, 1 << 25])),
+        "complete tensors",
+    ),
+    "tensors that overlap": (
+        lambda: with_raw_header(
+            lambda h: h[SECOND].__setitem__("data_offsets", [0, 12]),
+        ),
+        "complete tensors",
+    ),
+}
+
+
+@dataclass
+class Scripted:
+    """A post whose sites answer at once; the bad one with what it is given."""
+
+    bad: bytes | None
+    asked: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._waiting: dict[str, tuple[str, Mapping[str, Any]]] = {}
+
+    def online(self) -> frozenset[str]:
+        return frozenset(SITES)
+
+    def send(self, site: str, header: Mapping[str, Any], body: bytes) -> str:
+        self.asked.append(site)
+        ticket = str(len(self.asked))
+        self._waiting[ticket] = site, header
+        return ticket
+
+    def collect(self, tickets: Collection[str]) -> list[Reply]:
+        return [self._reply(ticket, *self._waiting.pop(ticket)) for ticket in tickets]
+
+    def _reply(self, ticket: str, site: str, header: Mapping[str, Any]) -> Reply:
+        if header["kind"] == "join":
+            return Reply(ticket, {"site": site})
+        if site != "bad":
+            return Reply(ticket, {}, encoded(honest(site, header["round"])))
+        return Reply(ticket, error="away") if self.bad is None else Reply(ticket, {}, self.bad)
+
+
+def run_round(folder: Path, bad: bytes | None) -> ServerState:
+    schedule = Schedule(
+        num_rounds=1,
+        clients_per_round=0,
+        steps=1,
+        epochs=0,
+        lr=0.1,
+        lr_min=0.1,
+        is_cosine=False,
+        evaluate_every=0,
+        models=(),
+    )
+    coordinator = Coordinator(
+        schedule=schedule,
+        channel=Channel(),
+        seeds=Seeds(0),
+        folder=folder,
+        about={},
+        recipe="",
+        run="test",
+        base_digest="base",
+        patience=Patience(quorum=2, attempts=1, poll_seconds=0.0),
+        admission=Admission(max_update_norm=100.0, max_weight=1e9),
+        reporter=Silent(),
+    )
+    strategy = Strategy()
+    begin = lambda num_clients: (strategy, start_server(strategy, SHARED))  # noqa: E731
+    return coordinator.run_rounds(Scripted(bad), begin, num_sites=3)
+
+
+@pytest.mark.parametrize("kind", BAD_UPDATES)
+def test_a_bad_update_is_refused_and_changes_nothing(kind: str, tmp_path: Path) -> None:
+    make, reason = BAD_UPDATES[kind]
+    without = run_round(tmp_path / "without", None)
+    state = run_round(tmp_path / "with", make())
+    assert same(state.shared, without.shared)
+    refused = [e for e in read_audit(tmp_path / "with" / "audit.jsonl") if e["event"] == "refused"]
+    assert [(event["site"], event["round"]) for event in refused] == [("bad", 1)]
+    assert reason in refused[0]["reason"]
+
+
+def test_the_honest_update_of_that_client_counts(tmp_path: Path) -> None:
+    without = run_round(tmp_path / "without", None)
+    state = run_round(tmp_path / "with", encoded(honest("bad")))
+    assert state.shared[FIRST].unique().tolist() == [2.0]
+    assert without.shared[FIRST].unique().tolist() == [1.5]
+    rewritten_message = rewritten(lambda header: None)
+    assert same(run_round(tmp_path / "again", rewritten_message).shared, state.shared)
+
+
+def test_nothing_in_the_code_unpickles() -> None:
+    source = Path(__file__).parents[2] / "src" / "orchard"
+    words = ("import pickle", "pickle.load", "torch.load(", "allow_pickle=True", "import dill")
+    found = [
+        (path.name, word)
+        for path in source.rglob("*.py")
+        for word in words
+        if word in path.read_text()
+    ]
+    assert found == []
