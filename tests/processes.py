@@ -33,9 +33,10 @@ def orchard(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
-    """Send SIGKILL, and wait for the end."""
+    """Send SIGKILL; what is our own child is waited for."""
     process.send_signal(signal.SIGKILL)
-    process.wait(10)
+    if isinstance(process, subprocess.Popen):
+        process.wait(10)
 
 
 @dataclass
@@ -56,6 +57,7 @@ class Processes:
     is_secure: bool = True
     port: int = field(default_factory=free_port)
     sites: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    coordinator: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ class Processes:
         self, recipe: Path, overrides: Sequence[str], *, run: Path, resume: bool = False
     ) -> subprocess.Popen[bytes]:
         """Start the coordinator of a run."""
-        return orchard(
+        self.coordinator = orchard(
             "coordinate",
             str(recipe),
             *overrides,
@@ -102,12 +104,14 @@ class Processes:
             *(["--resume"] if resume else []),
             log=self.folder / "coordinator.log",
         )
+        return self.coordinator
 
     def stop(self) -> None:
-        """End all sites."""
-        for process in self.sites.values():
+        """End all of it."""
+        everything = [*self.sites.values(), *([self.coordinator] if self.coordinator else [])]
+        for process in everything:
             process.terminate()
-        for process in self.sites.values():
+        for process in everything:
             try:
                 process.wait(20)
             except subprocess.TimeoutExpired:

@@ -1,7 +1,8 @@
 """An append-only log of what crossed the network: what was asked, sent, received and refused.
 
 Every line has the hash of the line before it, so that a line that was changed or taken out in the
-middle shows. A line cut off by a crash is completed by nothing: it is dropped when the log is next
+middle shows. Who can write the file can still cut its end off, or write all of it anew: whoever
+must trust another's log keeps its last hash. A line cut off by a crash is completed by nothing: it is dropped when the log is next
 opened, and its event had not been let out.
 """
 
@@ -81,7 +82,7 @@ def read_audit(path: Path) -> list[dict[str, Any]]:
         try:
             event = json.loads(line)
             previous = event.pop("previous")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"line {number} of {path} must be an event, got something else; the log was "
                 "changed after it was written"

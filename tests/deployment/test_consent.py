@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchard.communication.audit import read_audit
+from orchard.deployment.consent import Consent, Refusal
+from orchard.deployment.site_worker import SiteWorker
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import parse_recipe, to_toml
+from sites import make_workers, site_recipe, write_sites
+
+
+def recipe(method: str = "flex", **data: Any) -> Recipe:
+    own = site_recipe(method, Path("elsewhere"))
+    return replace(own, data=replace(own.data, **data))
+
+
+def test_no_path_of_the_coordinator_is_opened() -> None:
+    asked = recipe()
+    asked = replace(
+        asked,
+        model=replace(asked.model, path="/models/theirs"),
+        evaluation=replace(asked.evaluation, retention_path="/etc/theirs"),
+        strategy=replace(asked.strategy, calibration_path="/etc/theirs"),
+    )
+    own = Consent("own.jsonl", model="own", retention="kept.jsonl", calibration="corpus.jsonl")
+    applied = own.apply(asked)
+    assert "theirs" not in to_toml(applied)
+    assert applied.data.path == "own.jsonl"
+    for lacking in (
+        replace(own, model=""),
+        replace(own, retention=""),
+        replace(own, calibration=""),
+    ):
+        with pytest.raises(Refusal, match="this site"):
+            lacking.apply(asked)
+
+
+def test_a_recipe_from_the_network_names_no_file_to_read() -> None:
+    with pytest.raises(ValueError, match="must be whole"):
+        parse_recipe('extends = "/etc/secret.toml"')
+    with pytest.raises(ValueError, match="must be TOML"):
+        parse_recipe("not [ toml")
+    asked = recipe("hfedmoe")
+    assert parse_recipe(to_toml(asked)) == asked
+
+
+def test_the_owner_chooses_methods_and_budgets() -> None:
+    consent = Consent("own.jsonl", methods=("hfedmoe",), budget="25%")
+    assert consent.apply(recipe("hfedmoe")).client.budget == "25%"
+    with pytest.raises(Refusal, match="must be of hfedmoe"):
+        consent.apply(recipe("flex"))
+    with pytest.raises(Refusal, match="trains all"):
+        Consent("own.jsonl", budget="25%").apply(recipe("flex"))
+    with pytest.raises(Refusal, match="at most 1MB at this site"):
+        Consent("own.jsonl", memory="1MB").apply(recipe("flex"))
+    assert Consent("own.jsonl", memory="64GB").apply(recipe("flex")).client.memory_bytes == ""
+    assert Consent("o.jsonl", memory="64GB").apply(recipe("hfedmoe")).client.memory_bytes == "64GB"
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> SiteWorker:
+    data = write_sites(tmp_path / "data", num_sites=1)
+    (worker,) = make_workers(
+        data, tmp_path / "stores", consent=lambda own: replace(own, methods=("flex",))
+    ).values()
+    return worker
+
+
+def join(asked: Recipe) -> dict[str, Any]:
+    return {"kind": "join", "run": "r", "recipe": to_toml(asked)}
+
+
+def test_a_site_joins_or_says_why_not_and_writes_it_down(
+    worker: SiteWorker, tmp_path: Path
+) -> None:
+    header, _ = worker.handle(join(recipe()), b"")
+    assert header["num_examples"] == 18
+    header, _ = worker.handle(join(recipe("fedavg")), b"")
+    assert "must be of flex" in header["refused"]
+    header, _ = worker.handle(join(recipe(test_size=500.0)), b"")
+    assert "must fit this site" in header["refused"]
+    header, _ = worker.handle({"kind": "format", "run": "r"}, b"")
+    assert "kind must be" in header["refused"]
+    (store,) = (tmp_path / "stores").iterdir()
+    events = [event["event"] for event in read_audit(store / "audit.jsonl")]
+    assert events == ["joined", "refused", "refused", "refused"]
+
+
+def test_a_task_for_another_site_is_refused(worker: SiteWorker) -> None:
+    header = {
+        **join(recipe()),
+        "kind": "round",
+        "round": 1,
+        "site": "elsewhere",
+        "index": 0,
+        "num_clients": 1,
+        "evaluate": [],
+        "train": True,
+    }
+    reply, body = worker.handle(json.loads(json.dumps(header)), b"")
+    assert "site must be" in reply["refused"]
+    assert body == b""

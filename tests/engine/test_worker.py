@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchard.engine.worker import WorkerError, ask, serve
+
+
+@pytest.fixture
+def socket() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="orchard-test-") as folder:
+        yield Path(folder) / "own" / "worker"
+
+
+def start(socket: Path, handle: Any) -> threading.Event:
+    end = threading.Event()
+    threading.Thread(target=serve, args=(socket, handle), kwargs={"until": end.is_set}).start()
+    return end
+
+
+def double(header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
+    if header.get("fails"):
+        error = ValueError("too much")
+        error.add_note("in round 1, client a, local training")
+        raise error
+    return {"n": header["n"] * 2}, body * 2
+
+
+def test_a_request_is_answered_whatever_its_size(socket: Path) -> None:
+    end = start(socket, double)
+    try:
+        for size in (0, 1, 3_000_000):
+            header, body = ask(socket, {"n": 2}, bytes(size), seconds=10.0)
+            assert header == {"n": 4}
+            assert body == bytes(2 * size)
+    finally:
+        end.set()
+
+
+def test_an_error_says_what_and_where_and_the_worker_goes_on(socket: Path) -> None:
+    end = start(socket, double)
+    try:
+        with pytest.raises(WorkerError, match=r"too much \(in round 1, client a, local training\)"):
+            ask(socket, {"fails": True}, b"", seconds=10.0)
+        assert ask(socket, {"n": 1}, b"", seconds=10.0)[0] == {"n": 2}
+    finally:
+        end.set()
+
+
+def test_only_this_user_can_open_the_socket(socket: Path) -> None:
+    end = start(socket, double)
+    try:
+        ask(socket, {"n": 1}, b"", seconds=10.0)
+        assert stat.S_IMODE(socket.stat().st_mode) == 0o600
+        assert stat.S_IMODE(socket.parent.stat().st_mode) == 0o700
+    finally:
+        end.set()
+
+
+def test_whoever_asks_waits_for_a_worker_that_starts_late(socket: Path) -> None:
+    def later() -> None:
+        time.sleep(0.5)
+        ends.append(start(socket, double))
+
+    ends: list[threading.Event] = []
+    thread = threading.Thread(target=later)
+    thread.start()
+    try:
+        assert ask(socket, {"n": 1}, b"", seconds=10.0)[0] == {"n": 2}
+    finally:
+        thread.join()
+        ends[0].set()
+
+
+def test_a_wait_is_bounded(socket: Path) -> None:
+    with pytest.raises(WorkerError, match=r"within 0\.3 seconds"):
+        ask(socket, {"n": 1}, b"", seconds=0.3)
