@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import tempfile
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -259,3 +260,36 @@ def test_nothing_in_the_code_unpickles() -> None:
         if word in path.read_text()
     ]
     assert found == []
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "refused_updates.md"
+
+
+def test_the_page_lists_them_all() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| ")][2:]
+    assert [row.split(" | ")[1] for row in rows] == list(BAD_UPDATES)
+
+
+def main() -> None:
+    """Write the page: each bad update, and what the coordinator logged."""
+    lines = [
+        "# Updates that are refused",
+        "",
+        "Two honest sites and one that sends what stands here, in a round of FedAvg. Each is",
+        "refused, and the global model afterwards is, bit for bit, the one without that site.",
+        "`tests/deployment/test_bad_updates.py` sends them, and, run as a program, writes this page.",
+        "",
+        "| # | sent | logged |",
+        "| ---: | --- | --- |",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, (kind, (make, _)) in enumerate(BAD_UPDATES.items(), start=1):
+            run_round(Path(folder) / str(number), make())
+            events = read_audit(Path(folder) / str(number) / "audit.jsonl")
+            (reason,) = [event["reason"] for event in events if event["event"] == "refused"]
+            lines.append(f"| {number} | {kind} | {reason.replace('|', '/')} |")
+    PAGE.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

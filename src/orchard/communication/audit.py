@@ -2,8 +2,9 @@
 
 Every line has the hash of the line before it, so that a line that was changed or taken out in the
 middle shows. Who can write the file can still cut its end off, or write all of it anew: whoever
-must trust another's log keeps its last hash. A line cut off by a crash is completed by nothing: it is dropped when the log is next
-opened, and its event had not been let out.
+must trust another's log keeps its last hash.
+
+A line that a crash cut off is dropped when the log is next opened; its event was not let out.
 """
 
 from __future__ import annotations

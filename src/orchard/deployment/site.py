@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from orchard.results import write_atomically
 
 log = logging.getLogger(__name__)
 _LOOK_SECONDS = 0.5
+_NODE_ID = re.compile(r"SuperNode ID: (\d+)")
 
 
 @dataclass(frozen=True)
@@ -133,5 +135,30 @@ def _supernode(options: SiteOptions, socket: Path) -> Child:
         node,
         *security,
     ]
+    log_path = store / "logs" / "supernode.log"
+
+    def release() -> None:
+        _release_place(options, log_path)
+
+    if log_path.exists():  # a site that was killed left its SuperNode's place taken
+        release()
     environment = child_environment(store / "flower")
-    return Child("supernode", command, store / "logs" / "supernode.log", environment)
+    return Child("supernode", command, log_path, environment, before_restart=release)
+
+
+def _release_place(options: SiteOptions, log_path: Path) -> None:
+    """Give up the place of the SuperNode that ended, so that the next one is let in at once."""
+    found = _NODE_ID.findall(log_path.read_text(errors="replace"))
+    if not found or not options.keys:
+        return
+    from orchard.engine.control import release_node
+
+    try:
+        release_node(
+            options.superlink,
+            authority=options.keys / AUTHORITY,
+            key=options.keys / SITES / f"{options.name}.key",
+            node_id=int(found[-1]),
+        )
+    except Exception as error:  # the SuperLink may be away, or new: then there is no place taken
+        log.info("the last SuperNode's place could not be released: %s", error)

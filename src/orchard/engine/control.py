@@ -1,4 +1,4 @@
-"""What the coordinator tells a SuperLink on its own machine."""
+"""What the coordinator and its sites tell a SuperLink apart from messages."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives import serialization
 from flwr.proto.control_pb2 import RegisterNodeRequest
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 
 def register_nodes(address: str, *, authority: Path, keys: Mapping[str, Path]) -> None:
@@ -36,3 +39,31 @@ def register_nodes(address: str, *, authority: Path, keys: Mapping[str, Path]) -
             client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=name))
     finally:
         client.close()
+
+
+def release_node(address: str, *, authority: Path, key: Path, node_id: int) -> None:
+    """Tell a SuperLink that a SuperNode which ended without a word is gone.
+
+    Else its place is taken until it has missed two heartbeats, for a minute, and no SuperNode with
+    the same key is let in.
+
+    Args:
+        address: ``host:port`` of the SuperLink.
+        authority: The certificate that the SuperLink's is signed with.
+        key: The file of the site's private key.
+        node_id: What the SuperNode was called.
+
+    Raises:
+        httpx.HTTPError: The SuperLink cannot be reached, or does not know the node.
+    """
+    private: Any = serialization.load_ssh_private_key(key.read_bytes(), password=None)
+    with FleetHttpClient.from_server_address(
+        address,
+        False,
+        authority.read_bytes(),
+        interceptors=[
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(private, private.public_key()),
+        ],
+    ) as client:
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))

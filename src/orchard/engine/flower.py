@@ -7,7 +7,6 @@ Flower is its Grid: connected nodes, messages, replies.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -18,7 +17,6 @@ from flwr.serverapp.strategy import Result, Strategy
 from orchard.engine.exchange import Post, Reply
 from orchard.engine.flower_messages import pack, unpack
 
-log = logging.getLogger(__name__)
 # Flower's codes for a message, its reply or its node that is not there any more.
 _LOST = frozenset({3, 4, 5})
 _TRAIN, _QUERY = "train", "query"
@@ -41,12 +39,12 @@ class FlowerPost:
     def online(self) -> frozenset[str]:
         """Return the names of the connected sites."""
         present: dict[str, int] = {}
-        for node in self._grid.get_nodes():
-            name = node.name or self._names.get(node.node_id, "")
-            if not name:
+        # Without keys a site that starts again is a new node beside the old one: the newest counts.
+        for node in sorted(self._grid.get_nodes(), key=lambda node: node.last_activated_at):
+            if name := node.name or self._names.get(node.node_id, ""):
+                present[name] = node.node_id
+            else:
                 self._introduce(node.node_id)
-            elif present.setdefault(name, node.node_id) != node.node_id:
-                log.warning("two nodes say that they are %s; the second one is left out", name)
         if self._introductions:
             self._learn_names()
         self._nodes = present

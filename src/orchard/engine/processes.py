@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +53,7 @@ class Child:
         command: What is run.
         log_path: Where its output goes, appended.
         environment: Its environment.
+        before_restart: Called before it is started again.
         steady_seconds: One that ran this long starts anew without a wait.
     """
 
@@ -60,9 +61,11 @@ class Child:
     command: Sequence[str]
     log_path: Path
     environment: Mapping[str, str]
+    before_restart: Callable[[], None] = lambda: None
     steady_seconds: float = 60.0
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     num_failures: int = field(default=0, init=False)
+    num_starts: int = field(default=0, init=False)
     _started_at: float = field(default=0.0, init=False)
     _wait_until: float = field(default=0.0, init=False)
 
@@ -80,6 +83,7 @@ class Child:
                 start_new_session=True,
             )
         self._started_at = time.monotonic()
+        self.num_starts += 1
 
     @property
     def is_running(self) -> bool:
@@ -107,6 +111,8 @@ class Child:
             )
             self._wait_until = now + wait
         if now >= self._wait_until:
+            if self.num_starts:
+                self.before_restart()
             self.start()
 
     def stop(self) -> None:
