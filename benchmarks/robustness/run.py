@@ -100,7 +100,7 @@ def write_table() -> None:
     """Write table.md and figure.png."""
     found = records()
     lines = [
-        "| attack | kernel | seeds | final accuracy, % (spread) | final loss (spread) | loss by seed |",
+        "| attack | kernel | seeds | final accuracy, % | final loss (spread) | loss by seed |",
         "| --- | --- | ---: | ---: | ---: | --- |",
     ]
     for attack in ATTACKS:

@@ -21,13 +21,15 @@ from typing import Any, TypeAlias
 
 from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.channel import Channel
-from orchard.communication.messages import LocalSettings, Task, Update, read_header
+from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
+from orchard.engine.inbox import Arrived, Inbox
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, sample_clients
+from orchard.engine.stragglers import Stragglers
 from orchard.memory import peak_memory_bytes
-from orchard.results import MetricsLog, write_atomically, write_json
+from orchard.results import MetricsLog, write_json
 from orchard.seeding import Seeds
 from orchard.server.admission import Admission
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
@@ -35,31 +37,7 @@ from orchard.strategies.strategy import Strategy, update_server
 
 log = logging.getLogger(__name__)
 Begin: TypeAlias = Callable[[int], tuple[Strategy, ServerState]]
-SITES_FILE, INBOX = "sites.json", "inbox"
-
-
-@dataclass(frozen=True)
-class Arrived:
-    """An update that was let in and lies on disk until it is aggregated.
-
-    Attributes:
-        client_id: Whose.
-        round_number: Which round's task it answers.
-        path: Its message.
-    """
-
-    client_id: str
-    round_number: int
-    path: Path
-
-
-@dataclass
-class _Late:
-    """A request whose round went on without its answer."""
-
-    site: str
-    round_number: int
-    probe: str = ""
+SITES_FILE = "sites.json"
 
 
 @dataclass
@@ -97,7 +75,8 @@ class Coordinator:
         """Open the logs."""
         self._log = MetricsLog(self.folder / "metrics.jsonl")
         self._audit = AuditLog(self.folder / "audit.jsonl")
-        self._late: dict[str, _Late] = {}
+        self._inbox = Inbox(self.folder / "inbox")
+        self._stragglers = Stragglers()
 
     def join(self, post: Post, *, num_sites: int) -> tuple[str, ...]:
         """Wait for the sites of the run, and return their names in order.
@@ -203,7 +182,8 @@ class Coordinator:
         started = time.monotonic()
         number, fewest = state.round_number + 1, max(self.patience.quorum, 1)
         self.channel.reset()
-        arrived = self._read_inbox(sites, state)
+        arrived = self._inbox.take_up(sites, round_number=number)
+        self.channel.uplink_bytes += sum(own.num_bytes for own in arrived)
         for attempt in range(1, self.patience.attempts + 1):
             arrived += self._ask_round(post, sites, state, {own.client_id for own in arrived})
             if len(arrived) >= fewest:
@@ -231,8 +211,7 @@ class Coordinator:
         for line in (*lines, {"kind": "round", "round": number, **summary}):
             self._log.append(line)
         save_checkpoint(self.folder / "checkpoints", state, about=self.about)
-        for own in arrived:
-            own.path.unlink(missing_ok=True)
+        self._inbox.throw_away(arrived)
         self.reporter.completed(
             number,
             loss=summary.get("round/train_loss"),
@@ -264,7 +243,7 @@ class Coordinator:
         )
         body = self.channel.pack_task(task)
         arrived = self._collect_late(post, state)
-        busy = {late.site for late in self._late.values()}
+        busy = self._stragglers.busy
         cohort = set(sample_clients(sites, self.schedule, self.seeds, number)) - have - busy
         asked = [site for site in sites if site in cohort or (models and site not in busy)]
         late: dict[str, str] = {}
@@ -284,7 +263,7 @@ class Coordinator:
                 f"{len(measured)} of {len(asked)} sites answered",
                 share=len(measured) / len(asked),
             )
-        self._late |= {ticket: _Late(site, number) for ticket, site in late.items()}
+        self._stragglers.add(late, round_number=number)
         self._log_evaluation(sites, state, measured)
         return arrived
 
@@ -388,63 +367,32 @@ class Coordinator:
             self._refuse(answer.site, round_number, reason)
             return []
         self.channel.uplink_bytes += len(answer.body)
-        digest = content_digest(answer.body)
-        path = self.folder / INBOX / f"round_{round_number:06d}_{digest[:16]}"
-        write_atomically(path, answer.body)
+        arrived = self._inbox.put(answer.site, round_number, answer.body)
         self._audit.write(
             "received",
             site=answer.site,
             round=round_number,
             num_names=num_names,
             bytes=len(answer.body),
-            sha256=digest,
+            sha256=content_digest(answer.body),
         )
-        return [Arrived(answer.site, round_number, path)]
+        return [arrived]
 
     def _refuse(self, site: str, round_number: int, reason: str) -> None:
         self._audit.write("refused", site=site, round=round_number, reason=reason)
         log.warning("round %d, %s: %s", round_number, site, reason)
 
-    def _read_inbox(self, sites: Sequence[str], state: ServerState) -> list[Arrived]:
-        """Take up the updates that came before a crash; what was aggregated is thrown away."""
-        arrived = []
-        number = state.round_number + 1
-        for path in sorted((self.folder / INBOX).glob("round_*")):
-            message = path.read_bytes()
-            header = read_header(message)
-            site = str(header["client_id"])
-            if int(header["round_number"]) == number and site in sites:
-                arrived.append(Arrived(site, number, path))
-                self.channel.uplink_bytes += len(message)
-            else:
-                path.unlink()
-        return arrived
-
     def _collect_late(self, post: Post, state: ServerState) -> list[Arrived]:
-        """Take what came after its round's deadline, and find out what never will."""
-        probes = {late.probe: ticket for ticket, late in self._late.items() if late.probe}
+        """Take or drop what came after its round's deadline."""
         arrived: list[Arrived] = []
-        for reply in post.collect([*self._late, *probes]):
-            ticket = probes.get(reply.ticket, reply.ticket)
-            late = self._late.get(ticket)
-            if late is None:
-                continue
-            if reply.ticket in probes and reply.error:
-                late.probe = ""
-                continue
-            del self._late[ticket]
-            if reply.ticket in probes:
-                continue
+        for late in self._stragglers.collect(post):
             if not self.patience.accept_late:
-                now = state.round_number + 1
-                self._refuse(late.site, late.round_number, f"came late, in round {now}; dropped")
+                reason = f"came late, in round {state.round_number + 1}; dropped"
+                self._refuse(late.site, late.round_number, reason)
                 continue
+            reply = late.reply
             answer = Answer(late.site, reply.header, reply.body, reply.error)
             arrived += self._admit(answer, state, round_number=late.round_number)
-        online = post.online()
-        for late in self._late.values():
-            if not late.probe and late.site in online:
-                late.probe = post.send(late.site, {"kind": "alive"}, b"")
         return arrived
 
     def _read(
