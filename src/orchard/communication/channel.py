@@ -6,6 +6,7 @@ length of what was sent, and a client trains from what it would have received.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -45,6 +46,26 @@ class Cast:
     def decode(self, tree: Tree) -> Tree:
         """Cast to float32."""
         return map_tree(lambda t: t.float() if t.is_floating_point() else t, tree)
+
+
+@dataclass(frozen=True)
+class _CastWhenRead(Mapping[str, torch.Tensor]):
+    """What ``cast`` decodes ``tree`` to, one tensor at a time; nothing is kept."""
+
+    cast: Cast
+    tree: Tree
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        tensor = self.tree[name]
+        if tensor.dtype is torch.float32:  # of thousands, nothing to do must cost nothing
+            return tensor
+        return self.cast.decode({name: tensor})[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tree)
+
+    def __len__(self) -> int:
+        return len(self.tree)
 
 
 @dataclass
@@ -89,8 +110,14 @@ class Channel:
         return messages.encode_update(replace(update, delta=self._encode(update.delta)))
 
     def unpack_update(self, message: bytes) -> Update:
-        """Return the update that the server reads from ``message``."""
+        """Return the update that the server reads from ``message``.
+
+        Its tensors are for reading only. Where nothing was done but to cast them, each is cast when
+        it is read: who adds one after the other to a sum never holds the whole update in float32.
+        """
         update = messages.decode_update(message)
+        if len(self.stages) == 1 and isinstance(self.stages[0], Cast):
+            return replace(update, delta=_CastWhenRead(self.stages[0], update.delta))
         return replace(update, delta=self._decode(update.delta))
 
     def send_task(self, task: Task) -> Task:
