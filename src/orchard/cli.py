@@ -91,8 +91,10 @@ def run(
         experiment = prepare_experiment(resolved.recipe)
     from orchard.engine.progress import choose_reporter, make_console
     from orchard.experiment import data_notes, run_experiment
+    from orchard.memory import keep_what_is_loaded
     from orchard.reports import result_table, run_sentence
 
+    keep_what_is_loaded()
     console = make_console()
     for note in data_notes(experiment):
         console.print(f"note: {note}", style="yellow", highlight=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +25,15 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def resident_memory_bytes() -> int:
+    """Return the resident size of this process now; where the system does not say, its peak."""
+    if _STATUS.exists():
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                return 1024 * int(line.split()[1])
+    return peak_memory_bytes()
+
+
 def return_memory_at_once() -> None:
     """Let glibc give every freed block of 1 MiB or more back to the system; else nothing.
 
@@ -34,6 +44,16 @@ def return_memory_at_once() -> None:
     mallopt = getattr(_libc(), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+
+
+def keep_what_is_loaded() -> None:
+    """Let Python's garbage collector pass over every object that there is now.
+
+    For a process that ends with its run: what is garbage by then stays. torch and transformers are
+    half a million objects, and to go through them took 0.15 s, once for every seven updates of 2,400
+    tensors: a third of the time of adding them up.
+    """
+    gc.freeze()
 
 
 def release_freed_memory() -> None:

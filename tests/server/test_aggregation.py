@@ -232,6 +232,7 @@ def test_tensors_that_are_added_together_give_the_bits_of_one_after_the_other(
     dtype: torch.dtype, num_weights: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("orchard.server.aggregation._GATHERED", 500)
+    monkeypatch.setattr("orchard.server.aggregation._BLOCK", 128)
     generator = torch.Generator().manual_seed(3)
     updates = []
     for client in range(4):

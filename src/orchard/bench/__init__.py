@@ -25,8 +25,14 @@ def _graft(repeats: int) -> dict[str, Any]:
     return {"dtype": dtype, "num_tokens": 512, **found}
 
 
+def _aggregate(repeats: int) -> dict[str, Any]:
+    from orchard.bench.aggregate import bench_aggregate
+
+    return bench_aggregate(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
-    {"memory": _memory, "graft": _graft}
+    {"memory": _memory, "graft": _graft, "aggregate": _aggregate}
 )
 """Name to what runs it, given how many repeats, and returns what it found."""
 

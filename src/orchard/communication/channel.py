@@ -6,7 +6,6 @@ length of what was sent, and a client trains from what it would have received.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -14,7 +13,7 @@ import torch
 
 from orchard.communication import messages
 from orchard.communication.messages import Task, Update
-from orchard.trees import Tree, map_tree
+from orchard.trees import Tree, Widened, map_tree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -46,26 +45,6 @@ class Cast:
     def decode(self, tree: Tree) -> Tree:
         """Cast to float32."""
         return map_tree(lambda t: t.float() if t.is_floating_point() else t, tree)
-
-
-@dataclass(frozen=True)
-class _CastWhenRead(Mapping[str, torch.Tensor]):
-    """What ``cast`` decodes ``tree`` to, one tensor at a time; nothing is kept."""
-
-    cast: Cast
-    tree: Tree
-
-    def __getitem__(self, name: str) -> torch.Tensor:
-        tensor = self.tree[name]
-        if tensor.dtype is torch.float32:  # of thousands, nothing to do must cost nothing
-            return tensor
-        return self.cast.decode({name: tensor})[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.tree)
-
-    def __len__(self) -> int:
-        return len(self.tree)
 
 
 @dataclass
@@ -109,15 +88,15 @@ class Channel:
         """Return ``update`` as the client sends it."""
         return messages.encode_update(replace(update, delta=self._encode(update.delta)))
 
-    def unpack_update(self, message: bytes) -> Update:
+    def unpack_update(self, message: bytes | bytearray) -> Update:
         """Return the update that the server reads from ``message``.
 
-        Its tensors are for reading only. Where nothing was done but to cast them, each is cast when
-        it is read: who adds one after the other to a sum never holds the whole update in float32.
+        Its tensors are for reading only. Where nothing was done but to cast them, each is widened
+        when it is read: who adds one after the other to a sum never holds all of them in float32.
         """
         update = messages.decode_update(message)
         if len(self.stages) == 1 and isinstance(self.stages[0], Cast):
-            return replace(update, delta=_CastWhenRead(self.stages[0], update.delta))
+            return replace(update, delta=Widened(update.delta))
         return replace(update, delta=self._decode(update.delta))
 
     def send_task(self, task: Task) -> Task:

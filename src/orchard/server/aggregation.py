@@ -13,12 +13,15 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from orchard.communication.messages import Update
-from orchard.trees import Tree
+from orchard.trees import Tree, Widened
 
 
 # Elements that are gathered and added with one call: LoRA has thousands of small tensors, and a
-# call for each costs more than the sum. Not all of an update, because reading may decode it.
-_GATHERED = 1 << 20
+# call for each costs more than the sum. Not more, because what is gathered is in float32.
+_GATHERED = 1 << 18
+# Elements that are widened to float32 at a time, 256 KiB: they stay in a cache, and a large tensor
+# needs no second one of twice its size.
+_BLOCK = 1 << 16
 
 
 class WeightedMean:
@@ -28,6 +31,7 @@ class WeightedMean:
         """Start with no name."""
         self._weighted_sum: dict[str, torch.Tensor] = {}
         self._weight_sum: dict[str, float] = {}
+        self._block: torch.Tensor | None = None
 
     def add(self, values: Tree, weights: Mapping[str, float]) -> None:
         """Add one client's values, each read once.
@@ -44,7 +48,9 @@ class WeightedMean:
         totals: list[torch.Tensor] = []
         tensors: list[torch.Tensor] = []
         num_elements, last_weight = 0, 0.0
-        for name, tensor in values.items():
+        # The sum widens by itself.
+        stored = values.stored if isinstance(values, Widened) else values
+        for name, tensor in stored.items():
             if name not in weights:
                 continue
             weight = weights[name]
@@ -62,13 +68,26 @@ class WeightedMean:
             weight_sum[name] += weight
             if weight == 0:  # what does not count must not poison the sum, even where it is NaN
                 continue
+            if tensor.dtype is not torch.float32:
+                if tensor.numel() > _BLOCK:
+                    self._add_in_blocks(total, tensor, weight)
+                    continue
+                tensor = tensor.float()
             if weight != last_weight or num_elements >= _GATHERED:
                 _add(totals, tensors, last_weight)
                 totals, tensors, num_elements, last_weight = [], [], 0, weight
             totals.append(total)
-            tensors.append(tensor if tensor.dtype is torch.float32 else tensor.float())
+            tensors.append(tensor)
             num_elements += tensor.numel()
         _add(totals, tensors, last_weight)
+
+    def _add_in_blocks(self, total: torch.Tensor, tensor: torch.Tensor, weight: float) -> None:
+        if self._block is None or self._block.device != tensor.device:
+            self._block = torch.empty(_BLOCK, device=tensor.device)
+        blocks = total.view(-1).split(_BLOCK), tensor.reshape(-1).split(_BLOCK)
+        for part, narrow in zip(*blocks, strict=True):
+            wide = self._block[: len(narrow)]
+            part.add_(wide.copy_(narrow), alpha=weight)
 
     def merge(self, other: WeightedMean) -> None:
         """Add the partial sums of ``other``, which keeps its own."""
@@ -113,34 +132,6 @@ def _shape_error(name: str, tensor: torch.Tensor, total: torch.Tensor) -> ValueE
         f"{name} must have shape {tuple(total.shape)} as in earlier updates, got "
         f"{tuple(tensor.shape)}; check that all clients run the same recipe"
     )
-
-
-def mean(self) -> dict[str, torch.Tensor]:
-    """Return the weighted mean of every name that was sent, in float32, and start anew.
-
-    The sums become the mean, so that there is never a second tree.
-
-    Raises:
-        ValueError: A name was sent, but with weight 0 by every client that sent it.
-    """
-    for name, weight in self._weight_sum.items():
-        if weight == 0.0:
-            raise ValueError(
-                f"weights of {name} must not all be 0, got {weight}; leave the name out of "
-                "the update where it does not count"
-            )
-    found, weights = self._weighted_sum, self._weight_sum
-    self._weighted_sum, self._weight_sum = {}, {}
-    if found:
-        torch._foreach_div_(list(found.values()), [weights[name] for name in found])
-    return found
-
-
-def _add_in_blocks(total: torch.Tensor, tensor: torch.Tensor, weight: float) -> None:
-    flat_total, flat = total.view(-1), tensor.reshape(-1)
-    for start in range(0, len(flat), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        flat_total[block].add_(flat[block].float(), alpha=weight)
 
 
 def mean(updates: Iterable[Update]) -> dict[str, torch.Tensor]:
