@@ -163,7 +163,10 @@ def plan(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="What to measure: memory or graft.", show_default=False)
+        str,
+        typer.Argument(
+            help="What to measure: one of the benches, such as memory.", show_default=False
+        ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,

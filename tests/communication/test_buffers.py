@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
+from safetensors.torch import load, save
 
 from orchard import trees
-from orchard.communication.buffers import view_tensors
+from orchard.communication.buffers import join_tensors, view_tensors
 from orchard.communication.channel import Cast, Channel
 from orchard.communication.messages import Update, decode_update, encode_update
 
@@ -110,3 +110,22 @@ def test_an_update_in_bfloat16_is_widened_as_it_is_read() -> None:
         assert tensor.dtype == torch.float32
         assert torch.equal(tensor, sent[name].to(torch.bfloat16).float())
         assert received[name].data_ptr() != tensor.data_ptr()
+
+
+def test_a_buffer_is_what_safetensors_writes() -> None:
+    tree = {"b": torch.randn(3, 4), "a": torch.randn(5), "é": torch.randn(2, 2).t()}
+    own = {name: tensor.contiguous() for name, tensor in tree.items()}
+    metadata = {"orchard": json.dumps({"é": 1})}
+    assert join_tensors(tree, metadata=metadata) == save(own, metadata=metadata)
+
+
+def test_safetensors_reads_every_dtype_of_a_buffer() -> None:
+    tree = {str(dtype): torch.arange(7).to(dtype) for dtype in DTYPES}
+    tree |= {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.5), "": torch.ones(1)}
+    found = load(join_tensors(tree, metadata={}))
+    assert trees.digest(found) == trees.digest(tree)
+
+
+def test_a_dtype_that_cannot_be_sent_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"^a must be of BOOL, .* got torch\.complex64; cast it"):
+        join_tensors({"a": torch.zeros(1, dtype=torch.complex64)}, metadata={})

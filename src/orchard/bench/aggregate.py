@@ -1,9 +1,9 @@
 """What a server's round costs: reading updates and adding them up, beside a copy and Flower.
 
-Updates are message files. Reading a file stands for the network and is not counted; all else is: ``Channel.unpack_update``, the strategy's aggregation, the optimizer's step. Three things
-take turns in one process, on one thread: a plain copy of as many bytes, this package, and
-Flower's FedAvg, whose replies are all in memory before it begins. Peaks are of processes of their
-own.
+Updates are message files. Reading a file stands for the network and is not counted; all else is:
+``Channel.unpack_update``, the strategy's aggregation, the optimizer's step. Three things take turns
+in one process, on one thread: a plain copy of as many bytes, this package, and Flower's FedAvg,
+whose replies are all in memory before it begins. Peaks are of processes of their own.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def compare(case: Case, timed: Mapping[str, float]) -> dict[str, float]:
 def main(arguments: Sequence[str]) -> None:
     """Measure what is given as JSON in this process, and print what was found as JSON."""
     what, about, options = json.loads(arguments[0])
-    run = {"time": time_sides, "memory": measure_memory}[what]
+    run: Callable[..., dict[str, Any]] = time_sides if what == "time" else measure_memory
     keep_what_is_loaded()  # as orchard run does
     with threads(1):
         print(json.dumps(run(Case(**about), **options)))

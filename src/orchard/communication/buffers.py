@@ -1,11 +1,13 @@
-"""Tensors that stand in a received safetensors buffer, without a copy of them.
+"""Safetensors buffers, written with one copy of the tensors and read with none.
 
 ``safetensors.torch.load`` copies every tensor out of the buffer, which takes longer than adding it
-to a sum. Here the layout is checked and each tensor is a view.
+to a sum; here the layout is checked and each tensor is a view. ``safetensors.torch.save`` takes
+0.05 ms a tensor, as much as all else that a round of small tensors costs.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -14,6 +16,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+_ALIGNMENT = 8  # of the first tensor, in bytes
 Buffer: TypeAlias = bytes | bytearray
 
 _DTYPES = {
@@ -31,6 +34,36 @@ _DTYPES = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
+
+
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def join_tensors(tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors buffer, its widest dtypes first and then by name.
+
+    Raises:
+        ValueError: A dtype is not one that can be sent.
+    """
+    parts: list[Any] = []
+    layout: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0])):
+        if tensor.dtype not in _NAMES:
+            raise ValueError(
+                f"{name} must be of {', '.join(_DTYPES)}, got {tensor.dtype}; cast it before"
+            )
+        start, end = end, end + tensor.nbytes
+        layout[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+        # numpy has no bfloat16.
+        parts.append(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    header = json.dumps(layout, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    return b"".join([len(header).to_bytes(8, "little"), header, *parts])
 
 
 def view_tensors(buffer: Buffer, layout: Mapping[str, Any]) -> dict[str, torch.Tensor]:

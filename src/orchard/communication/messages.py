@@ -13,9 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from safetensors.torch import save
-
-from orchard.communication.buffers import Buffer, view_tensors
+from orchard.communication.buffers import Buffer, join_tensors, view_tensors
 from orchard.results import Metrics
 from orchard.trees import Tree
 
@@ -87,8 +85,7 @@ class Update:
 
 
 def _pack(tensors: Tree, header: Mapping[str, Any]) -> bytes:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(contiguous, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
+    return join_tensors(tensors, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
 
 
 def read_header(message: Buffer) -> dict[str, Any]:

@@ -15,7 +15,6 @@ import torch
 from orchard.communication.messages import Update
 from orchard.trees import Tree, Widened
 
-
 # Elements that are gathered and added with one call: LoRA has thousands of small tensors, and a
 # call for each costs more than the sum. Not more, because what is gathered is in float32.
 _GATHERED = 1 << 18
@@ -84,7 +83,7 @@ class WeightedMean:
     def _add_in_blocks(self, total: torch.Tensor, tensor: torch.Tensor, weight: float) -> None:
         if self._block is None or self._block.device != tensor.device:
             self._block = torch.empty(_BLOCK, device=tensor.device)
-        blocks = total.view(-1).split(_BLOCK), tensor.reshape(-1).split(_BLOCK)
+        blocks = torch.split(total.view(-1), _BLOCK), torch.split(tensor.reshape(-1), _BLOCK)
         for part, narrow in zip(*blocks, strict=True):
             wide = self._block[: len(narrow)]
             part.add_(wide.copy_(narrow), alpha=weight)
