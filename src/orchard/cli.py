@@ -164,9 +164,7 @@ def plan(
 def bench(
     name: Annotated[
         str,
-        typer.Argument(
-            help="What to measure: one of the benches, such as memory.", show_default=False
-        ),
+        typer.Argument(help="What to measure, such as memory.", show_default=False),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,

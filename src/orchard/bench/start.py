@@ -140,6 +140,6 @@ def bench_start(
         )
         if name in LIMITS:
             found[f"{name}_limit_seconds"] = LIMITS[name]
-        say(f"{name}: {json.dumps([round(value, 3) for value in map(median, zip(*times))])} s")
+        say(f"{name}: {found[f'{name}_seconds']:.3f} s, CPU {found[f'{name}_cpu_seconds']:.3f} s")
     found["slowest_imports"] = slowest_imports()
     return found
