@@ -82,19 +82,22 @@ def run(
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    from orchard.memory import loading_to_stay
+
+    with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
         resolved = _resolve(recipe, overrides)
         folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
-        from orchard.experiment import check_folder, prepare_experiment
+        from orchard.engine.progress import choose_reporter, make_console
+        from orchard.experiment import (
+            check_folder,
+            data_notes,
+            prepare_experiment,
+            run_experiment,
+        )
+        from orchard.reports import result_table, run_sentence
 
         check_folder(folder, resolved.recipe, resume=resume)
         experiment = prepare_experiment(resolved.recipe)
-    from orchard.engine.progress import choose_reporter, make_console
-    from orchard.experiment import data_notes, run_experiment
-    from orchard.memory import keep_what_is_loaded
-    from orchard.reports import result_table, run_sentence
-
-    keep_what_is_loaded()
     console = make_console()
     for note in data_notes(experiment):
         console.print(f"note: {note}", style="yellow", highlight=False)

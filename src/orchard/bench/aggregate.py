@@ -25,7 +25,7 @@ import torch
 
 from orchard.communication.channel import DTYPES, Cast, Channel
 from orchard.communication.messages import Update, decode_update
-from orchard.memory import keep_what_is_loaded, peak_memory_bytes, resident_memory_bytes
+from orchard.memory import loading_to_stay, peak_memory_bytes, resident_memory_bytes
 from orchard.models.loading import threads
 from orchard.server.checkpoint import ServerState
 from orchard.strategies.strategy import Strategy, update_server
@@ -333,7 +333,8 @@ def main(arguments: Sequence[str]) -> None:
     """Measure what is given as JSON in this process, and print what was found as JSON."""
     what, about, options = json.loads(arguments[0])
     run: Callable[..., dict[str, Any]] = time_sides if what == "time" else measure_memory
-    keep_what_is_loaded()  # as orchard run does
+    with loading_to_stay():  # as orchard run does
+        pass
     with threads(1):
         print(json.dumps(run(Case(**about), **options)))
 

@@ -31,7 +31,7 @@ from orchard.experiment import (
     load_model,
     prepare_experiment,
 )
-from orchard.memory import keep_what_is_loaded, peak_memory_bytes, resident_memory_bytes
+from orchard.memory import loading_to_stay, peak_memory_bytes, resident_memory_bytes
 from orchard.methods import build_strategy
 from orchard.models.loading import threads
 from orchard.recipe.reading import read_recipe
@@ -73,7 +73,8 @@ def run_rounds(num_clients: int, num_rounds: int) -> dict[str, float]:
         model = load_model(recipe, experiment.tokenizer)
         first, *_ = build_clients(experiment, model, folder / "clients")
         state = start_server(build_strategy(recipe, num_clients=num_clients), model.fresh)
-        keep_what_is_loaded()  # as orchard run does
+        with loading_to_stay():  # as orchard run does
+            pass
         process = resident_memory_bytes()
         clients = [
             replace(

@@ -7,7 +7,6 @@ alone stands beside it. Files are in the page cache: each command runs once befo
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
