@@ -30,7 +30,7 @@ def test_cpu_seconds_are_those_of_the_command() -> None:
 
 
 def test_a_command_that_fails_says_why() -> None:
-    with pytest.raises(RuntimeError, match="a measured command failed.*no such thing"):
+    with pytest.raises(RuntimeError, match=r"a measured command failed.*no such thing"):
         run_to_end(["-c", "raise SystemExit('no such thing')"])
 
 
