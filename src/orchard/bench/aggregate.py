@@ -135,8 +135,12 @@ def _aggregate(case: Case, state: ServerState) -> tuple[ServerState, list[float]
     return after, spent
 
 
-def time_sides(case: Case, *, repeats: int, with_flower: bool) -> dict[str, Any]:
-    """Return seconds of a copy, of this package and of Flower, all for one round's bytes.
+def time_sides(
+    case: Case, *, repeats: int, with_flower: bool, peer_clients: int = 20
+) -> dict[str, Any]:
+    """Return seconds per update of a copy, of this package and of Flower.
+
+    Flower's rounds have ``peer_clients``, of which it holds all; both means are compared for those.
 
     Raises:
         RuntimeError: The two means differ.
@@ -145,16 +149,19 @@ def time_sides(case: Case, *, repeats: int, with_flower: bool) -> dict[str, Any]
     source = torch.empty(case.num_bytes, dtype=torch.uint8).fill_(1)
     target = torch.empty_like(source).fill_(0)
     sides: dict[str, Callable[[], list[float]]] = {
-        "copy": lambda: _seconds(lambda: target.copy_(source), _COPIES, case.num_clients),
-        "ours": lambda: _aggregate(case, state)[1],
+        "copy": lambda: _seconds(lambda: target.copy_(source), _COPIES),
+        "ours": lambda: [spent / case.num_clients for spent in _aggregate(case, state)[1]],
     }
     found: dict[str, Any] = {}
     if with_flower:
         from orchard.bench.flower_peer import aggregate_replies, flower_version, to_arrays
 
-        replies = _flower_replies(case, own_memory=False)
-        sides["flower"] = lambda: _seconds(lambda: aggregate_replies(replies), 1, 1)
-        ours, theirs = _aggregate(case, state)[0].shared, to_arrays(aggregate_replies(replies))
+        few = replace(case, num_clients=peer_clients)
+        replies = _flower_replies(few, own_memory=False)
+        sides["flower"] = lambda: [
+            spent / peer_clients for spent in _seconds(lambda: aggregate_replies(replies), 1)
+        ]
+        ours, theirs = _aggregate(few, state)[0].shared, to_arrays(aggregate_replies(replies))
         found["largest_difference"] = max(
             float((ours[name] - torch.from_numpy(theirs[name])).abs().max()) for name in ours
         )
@@ -167,17 +174,16 @@ def time_sides(case: Case, *, repeats: int, with_flower: bool) -> dict[str, Any]
             spent[name].append(run())
     for name, runs in spent.items():
         for index, clock in enumerate(("seconds", "cpu_seconds")):
-            found[f"{name}_{clock}_per_update"] = (
-                median(run[index] for run in runs) / case.num_clients
-            )
+            found[f"{name}_{clock}_per_update"] = median(run[index] for run in runs)
     return found
 
 
-def _seconds(run: Callable[[], object], times: int, scale: int) -> list[float]:
+def _seconds(run: Callable[[], object], times: int) -> list[float]:
+    """Return wall and CPU seconds of one of several calls."""
     before = _clocks()
     for _ in range(times):
         run()
-    return [(now - b) / times * scale for now, b in zip(_clocks(), before, strict=True)]
+    return [(now - b) / times for now, b in zip(_clocks(), before, strict=True)]
 
 
 def _flower_replies(case: Case, *, own_memory: bool) -> list[Any]:
@@ -264,8 +270,8 @@ def bench_aggregate(
     """Measure rounds of large tensors, of many small ones, and of bfloat16.
 
     Args:
-        num_clients: Of the round whose peak is measured.
-        peer_clients: Of the rounds that are timed, and of the peer's peak: Flower holds all.
+        num_clients: Of a round.
+        peer_clients: Of the peer's round, since Flower holds all of its updates.
         num_bytes: Of an update as sent.
         num_tensors: Of an update of large tensors.
         small_tensors: Of an update of small ones.
@@ -300,7 +306,8 @@ def bench_aggregate(
             few = replace(case, num_clients=peer_clients)
             # numpy has no bfloat16, so Flower's FedAvg cannot read it.
             is_compared = with_flower and case.dtype == "float32"
-            timed = _elsewhere("time", few, repeats=repeats, with_flower=is_compared)
+            options = {"with_flower": is_compared, "peer_clients": peer_clients}
+            timed = _elsewhere("time", case, repeats=repeats, **options)
             found["flower"] = timed.pop("flower_version", found["flower"])
             one = {**timed, **compare(case, timed)}
             one["memory"] = _elsewhere("memory", case, with_flower=False)
