@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -9,7 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from orchard.memory import peak_memory_bytes, release_freed_memory
+from orchard.memory import (
+    loading_to_stay,
+    peak_memory_bytes,
+    release_freed_memory,
+    resident_memory_bytes,
+)
 from orchard.results import (
     MetricsLog,
     environment,
@@ -131,3 +137,39 @@ def test_freed_memory_can_be_given_back() -> None:
     del blocks[::2]
     release_freed_memory()
     assert sum(len(block) for block in blocks) == 100 * (64 << 10)
+
+
+def test_what_is_loaded_to_stay_is_passed_over_by_the_collector() -> None:
+    before = gc.get_freeze_count()
+    try:
+        with loading_to_stay():
+            assert not gc.isenabled()
+        assert gc.isenabled()
+        assert gc.get_freeze_count() > before
+    finally:
+        gc.unfreeze()
+
+
+def test_the_collector_is_on_again_after_an_error() -> None:
+    with pytest.raises(KeyError), loading_to_stay():
+        raise KeyError
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_resident_memory_is_what_is_held_now() -> None:
+    before = resident_memory_bytes()
+    held = bytearray(b"1") * 64_000_000
+    assert resident_memory_bytes() - before > 60_000_000
+    del held
+    assert resident_memory_bytes() <= peak_memory_bytes()
+
+
+def test_a_log_is_read_one_line_at_a_time_without_one_that_was_cut_off(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    assert list(log) == []
+    log.path.write_text('{"round": 1}\n\n{"round": 2}\nno JSON, and never read\n{"rou')
+    lines = iter(log)
+    assert [next(lines), next(lines)] == [{"round": 1}, {"round": 2}]
+    log.path.write_text('{"round": 1}\n{"round": 2}\n{"rou')
+    assert list(log) == [{"round": 1}, {"round": 2}]

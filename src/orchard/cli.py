@@ -82,17 +82,22 @@ def run(
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    from orchard.memory import loading_to_stay
+
+    with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
         resolved = _resolve(recipe, overrides)
         folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
-        from orchard.experiment import check_folder, prepare_experiment
+        from orchard.engine.progress import choose_reporter, make_console
+        from orchard.experiment import (
+            check_folder,
+            data_notes,
+            prepare_experiment,
+            run_experiment,
+        )
+        from orchard.reports import result_table, run_sentence
 
         check_folder(folder, resolved.recipe, resume=resume)
         experiment = prepare_experiment(resolved.recipe)
-    from orchard.engine.progress import choose_reporter, make_console
-    from orchard.experiment import data_notes, run_experiment
-    from orchard.reports import result_table, run_sentence
-
     console = make_console()
     for note in data_notes(experiment):
         console.print(f"note: {note}", style="yellow", highlight=False)
@@ -161,7 +166,8 @@ def plan(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="What to measure: memory or graft.", show_default=False)
+        str,
+        typer.Argument(help="What to measure, such as memory.", show_default=False),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,

@@ -10,7 +10,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -51,12 +51,18 @@ class MetricsLog:
         """Open the log at ``path``, which need not exist yet."""
         self.path = path
 
-    def read(self) -> list[dict[str, Any]]:
-        """Return the complete lines; one cut off by a crash is left out."""
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Read the complete lines, one at a time; one cut off by a crash is left out."""
         if not self.path.exists():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1] if line]
+            return
+        with self.path.open() as file:
+            for line in file:
+                if line.endswith("\n") and line != "\n":
+                    yield json.loads(line)
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the complete lines."""
+        return list(self)
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add one line.
@@ -70,7 +76,7 @@ class MetricsLog:
 
     def rewind(self, last_round: int) -> None:
         """Drop the lines after ``last_round``, which a resumed run writes again."""
-        kept = [line for line in self.read() if line["round"] <= last_round]
+        kept = (line for line in self if line["round"] <= last_round)
         text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in kept)
         write_atomically(self.path, text.encode())
 

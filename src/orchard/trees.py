@@ -8,12 +8,37 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 
 Tree: TypeAlias = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Widened(Mapping[str, torch.Tensor]):
+    """A tree in float32 of one in fewer bits: each tensor is widened when it is read, and not kept.
+
+    Attributes:
+        stored: The tree as it is in memory; integers stay what they are.
+    """
+
+    stored: Tree
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Return a tensor, in float32 if it is floating."""
+        tensor = self.stored[name]
+        return tensor.float() if tensor.is_floating_point() else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names in their order."""
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        """Return how many names there are."""
+        return len(self.stored)
 
 
 def map_tree(

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from federations import QUICK, RECIPES, build, quick_recipe, run_quickly
+from orchard.communication.channel import Channel
+from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
 from orchard.experiment import build_schedule, prepare_experiment, run_experiment
@@ -81,6 +83,61 @@ def test_a_round_interrupted_between_clients_is_run_again_from_its_start(tmp_pat
     run_quickly(tmp_path / "broken", recipe)
     assert final_tensors(tmp_path / "whole") == final_tensors(tmp_path / "broken")
     assert [line["round"] for line in rounds_of(tmp_path / "broken")] == [1, 2]
+    # The two lines that the interrupted round had written are there once.
+    lines = [line for line in MetricsLog(tmp_path / "broken" / "metrics.jsonl")]
+    clients = [(line["round"], line["client"]) for line in lines if line["kind"] == "client"]
+    assert len(clients) == len(set(clients)) == 8
+
+
+def test_a_clients_line_is_in_the_log_when_the_next_one_trains(tmp_path: Path) -> None:
+    seen = []
+
+    class Looks(Silent):
+        def working(self, what: str, *, share: float) -> None:
+            if what.endswith("trains"):
+                lines = MetricsLog(tmp_path / "metrics.jsonl")
+                seen.append(sum(line["kind"] == "client" for line in lines))
+
+    recipe = quick_recipe("fedavg")
+    run_experiment(prepare_experiment(recipe), folder=tmp_path, reporter=Looks())
+    assert seen == list(range(8))
+
+
+def test_a_round_is_encoded_once_for_all_and_counted_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed: list[int] = []
+    real = Channel.pack_task
+
+    def pack(channel: Channel, task: Task) -> bytes:
+        message = real(channel, task)
+        packed.append(len(message))
+        return message
+
+    monkeypatch.setattr(Channel, "pack_task", pack)
+    run_quickly(tmp_path, quick_recipe("fedavg"))
+    assert len(packed) == 2
+    received = [line["round/downlink_bytes"] for line in rounds_of(tmp_path)]
+    assert received == [4 * size for size in packed]
+
+
+def test_what_a_client_does_to_its_task_stays_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick_recipe("fedavg")
+    untouched = run_quickly(tmp_path / "untouched", recipe)["shared_digest"]
+    real = Channel.unpack_task
+    spoiled: list[Task] = []
+
+    def unpack(channel: Channel, message: bytes) -> Task:
+        for task in spoiled:
+            for tensor in task.shared.values():
+                tensor.fill_(9.0)
+        spoiled[:] = [real(channel, message)]
+        return spoiled[0]
+
+    monkeypatch.setattr(Channel, "unpack_task", unpack)
+    assert run_quickly(tmp_path / "spoiled", recipe)["shared_digest"] == untouched
 
 
 def rounds_of(folder: Path) -> list[dict[str, float]]:

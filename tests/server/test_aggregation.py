@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from orchard import trees
 from orchard.communication.messages import Update
 from orchard.server.aggregation import WeightedMean, mean
+from orchard.server.checkpoint import ServerState
+from orchard.strategies.strategy import Strategy, update_server
 
 NAMES = ("layers.0.q_proj.lora_A", "layers.0.router.3", "layers.1.experts.2.down_proj.lora_B")
 SHAPES = ((3, 4), (5,), ())
@@ -209,3 +212,56 @@ def test_partial_sums_of_different_shapes_do_not_merge() -> None:
     second.add({"a": torch.ones(1, 3)}, {"a": 1.0})
     with pytest.raises(ValueError, match=r"^a must have shape"):
         first.merge(second)
+
+
+def plain_mean(updates: list[Update]) -> dict[str, torch.Tensor]:
+    """Return the same mean, one tensor after the other."""
+    sums: dict[str, torch.Tensor] = {}
+    counts: dict[str, float] = {}
+    for u in updates:
+        for name, tensor in u.delta.items():
+            total = sums.setdefault(name, torch.zeros(tensor.shape))
+            total.add_(tensor.float(), alpha=u.weight[name])
+            counts[name] = counts.get(name, 0.0) + u.weight[name]
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("num_weights", [1, 3])
+def test_tensors_that_are_added_together_give_the_bits_of_one_after_the_other(
+    dtype: torch.dtype, num_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchard.server.aggregation._GATHERED", 500)
+    monkeypatch.setattr("orchard.server.aggregation._BLOCK", 128)
+    generator = torch.Generator().manual_seed(3)
+    updates = []
+    for client in range(4):
+        delta = {f"{i}": torch.randn(7 + 13 * i, generator=generator).to(dtype) for i in range(40)}
+        weight = {name: 0.1 + client + int(name) % num_weights for name in delta}
+        updates.append(update(delta, weight))
+    expected = plain_mean(updates)
+    assert trees.equal(mean(updates), expected)
+
+
+def test_an_update_is_let_go_before_the_next_is_made() -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def make(client: int) -> Update:
+        assert not any(ref() is not None for ref in alive)
+        u = update({"a": torch.full((4,), float(client))}, 1.0)
+        alive.append(weakref.ref(u.delta["a"]))
+        return u
+
+    state = ServerState(0, {"a": torch.zeros(4)})
+    after = update_server(Strategy(), state, map(make, range(5)))
+    assert after.shared["a"].tolist() == [2.0] * 4
+    assert len(alive) == 5
+
+
+def test_a_mean_is_given_away_once() -> None:
+    sums = WeightedMean()
+    sums.add({"a": torch.tensor([3.0])}, {"a": 2.0})
+    assert sums.mean()["a"].tolist() == [3.0]
+    assert sums.mean() == {}
+    sums.add({"a": torch.tensor([5.0])}, {"a": 1.0})
+    assert sums.mean()["a"].tolist() == [5.0]

@@ -161,13 +161,27 @@ def test_a_name_without_delta_keeps_its_value_and_slots(optimizer: ServerOptimiz
 
 
 @pytest.mark.parametrize("optimizer", ALL, ids=str)
-def test_a_step_leaves_its_arguments_alone(optimizer: ServerOptimizer) -> None:
+def test_a_step_leaves_the_state_before_it_alone(optimizer: ServerOptimizer) -> None:
     shared, slots = optimizer.start(draw(0, (3,), (4,)))
     shared, slots = optimizer.step(shared, draw(1, (3,), (4,)), slots)
-    delta = draw(2, (3,), (4,))
-    before = [trees.digest(tree) for tree in (shared, delta, *slots.values())]
-    optimizer.step(shared, delta, slots)
-    assert [trees.digest(tree) for tree in (shared, delta, *slots.values())] == before
+    before = [trees.digest(tree) for tree in (shared, *slots.values())]
+    optimizer.step(shared, draw(2, (3,), (4,)), slots)
+    assert [trees.digest(tree) for tree in (shared, *slots.values())] == before
+
+
+@pytest.mark.parametrize("optimizer", ALL, ids=str)
+def test_values_and_slots_share_no_memory(optimizer: ServerOptimizer) -> None:
+    shared, slots = optimizer.start(draw(0, (3,)))
+    for seed in range(1, 4):
+        shared, slots = optimizer.step(shared, draw(seed, (3,)), slots)
+        held = [tree["name 0"].data_ptr() for tree in (shared, *slots.values())]
+        assert len(set(held)) == len(held)
+
+
+def test_sgd_without_momentum_steps_in_the_memory_of_the_delta() -> None:
+    delta = draw(1, (3,))
+    shared, _ = SGD(lr=0.5).step(draw(0, (3,)), delta, {})
+    assert shared["name 0"].data_ptr() == delta["name 0"].data_ptr()
 
 
 @pytest.mark.parametrize("optimizer", ALL, ids=str)

@@ -25,8 +25,32 @@ def _graft(repeats: int) -> dict[str, Any]:
     return {"dtype": dtype, "num_tokens": 512, **found}
 
 
+def _aggregate(repeats: int) -> dict[str, Any]:
+    from orchard.bench.aggregate import bench_aggregate
+
+    return bench_aggregate(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
+def _rounds(repeats: int) -> dict[str, Any]:
+    from orchard.bench.rounds import bench_rounds
+
+    return bench_rounds(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
+def _start(repeats: int) -> dict[str, Any]:
+    from orchard.bench.start import bench_start
+
+    return bench_start(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
-    {"memory": _memory, "graft": _graft}
+    {
+        "memory": _memory,
+        "graft": _graft,
+        "aggregate": _aggregate,
+        "rounds": _rounds,
+        "start": _start,
+    }
 )
 """Name to what runs it, given how many repeats, and returns what it found."""
 

@@ -13,7 +13,7 @@ import torch
 
 from orchard.communication import messages
 from orchard.communication.messages import Task, Update
-from orchard.trees import Tree, map_tree
+from orchard.trees import Tree, Widened, map_tree
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -88,9 +88,15 @@ class Channel:
         """Return ``update`` as the client sends it."""
         return messages.encode_update(replace(update, delta=self._encode(update.delta)))
 
-    def unpack_update(self, message: bytes) -> Update:
-        """Return the update that the server reads from ``message``."""
+    def unpack_update(self, message: bytes | bytearray) -> Update:
+        """Return the update that the server reads from ``message``.
+
+        Its tensors are for reading only. Where nothing was done but to cast them, each is widened
+        when it is read: who adds one after the other to a sum never holds all of them in float32.
+        """
         update = messages.decode_update(message)
+        if len(self.stages) == 1 and isinstance(self.stages[0], Cast):
+            return replace(update, delta=Widened(update.delta))
         return replace(update, delta=self._decode(update.delta))
 
     def send_task(self, task: Task) -> Task:

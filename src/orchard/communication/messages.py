@@ -13,10 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-
+from orchard.communication.buffers import Buffer, join_tensors, view_tensors
 from orchard.results import Metrics
 from orchard.trees import Tree
 
@@ -88,38 +85,32 @@ class Update:
 
 
 def _pack(tensors: Tree, header: Mapping[str, Any]) -> bytes:
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    return save(contiguous, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
+    return join_tensors(tensors, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
 
 
-def read_header(message: bytes) -> dict[str, Any]:
+def read_header(message: Buffer) -> dict[str, Any]:
     """Return the JSON header of an encoded message, without touching its tensors.
 
     Raises:
         ValueError: The bytes are not a message of this package.
     """
+    return _read_headers(message)[0]
+
+
+def _read_headers(message: Buffer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what this package and what safetensors wrote about a message."""
     try:
         size = int.from_bytes(message[:8], "little")
-        header = json.loads(message[8 : 8 + size])["__metadata__"][_HEADER_KEY]
-        content = json.loads(header)
-    except (ValueError, KeyError, TypeError) as error:
+        layout = json.loads(bytes(message[8 : 8 + size]))
+        content = json.loads(layout.pop("__metadata__")[_HEADER_KEY])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"message must be a safetensors buffer with an orchard header, got {len(message)} "
             "bytes of something else; check that both sides run the same version"
         ) from error
     if not isinstance(content, dict):
         raise ValueError("message header must be a JSON object, got another type; resend it")
-    return content
-
-
-def _tensors(message: bytes) -> dict[str, torch.Tensor]:
-    try:
-        return load(message)
-    except SafetensorError as error:
-        raise ValueError(
-            f"message must hold complete tensors, got {len(message)} bytes that do not decode "
-            f"({error}); resend it"
-        ) from error
+    return content, layout
 
 
 def encode_task(task: Task) -> bytes:
@@ -133,16 +124,17 @@ def encode_task(task: Task) -> bytes:
     return _pack(task.shared, header)
 
 
-def decode_task(message: bytes) -> Task:
+def decode_task(message: Buffer) -> Task:
     """Read a task.
 
     Raises:
         ValueError: The bytes are not a task.
     """
-    with _checked_header(message, "task") as header:
+    with _checked_header(message, "task") as (header, layout):
         return Task(
             round_number=int(header["round_number"]),
-            shared=_tensors(message),
+            # A copy: what a client makes of its task must not reach another's.
+            shared=view_tensors(bytearray(message), layout),
             settings=LocalSettings(**header["settings"]),
             evaluate_local=bool(header["evaluate_local"]),
         )
@@ -168,33 +160,33 @@ def encode_update(update: Update) -> bytes:
     return _pack(update.delta, header)
 
 
-def decode_update(message: bytes) -> Update:
-    """Read an update.
+def decode_update(message: Buffer) -> Update:
+    """Read an update without a copy: its tensors are the message's bytes, for reading only.
 
     Raises:
         ValueError: The bytes are not an update.
     """
-    with _checked_header(message, "update") as header:
+    with _checked_header(message, "update") as (header, layout):
         return Update(
             client_id=str(header["client_id"]),
             round_number=int(header["round_number"]),
-            delta=_tensors(message),
+            delta=view_tensors(message, layout),
             weight={name: float(weight) for name, weight in header["weight"].items()},
             metrics={name: float(value) for name, value in header["metrics"].items()},
         )
 
 
 @contextmanager
-def _checked_header(message: bytes, kind: str) -> Iterator[dict[str, Any]]:
-    """Yield the header of a message of this kind; what it lacks is an error in the message."""
-    header = read_header(message)
+def _checked_header(message: Buffer, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Yield the headers of a message of this kind; what they lack is an error in the message."""
+    header, layout = _read_headers(message)
     if header.get("kind") != kind:
         article = "an" if kind == "update" else "a"
         raise ValueError(
             f"message must be {article} {kind}, got {header.get('kind')}; check who sent it"
         )
     try:
-        yield header
+        yield header, layout
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"message header must have every field of its kind, got a {kind} in which {error} is "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -29,13 +30,21 @@ class Coverage:
             for layer in dict.fromkeys(sorted((layer for layer, _ in experts), key=_order))
         }
         self._previous = previous
-        self._sent: list[set[tuple[str, int]]] = []
-        self._metrics: list[Mapping[str, float]] = []
+        self._num_updates = 0
+        self._num_sent = dict.fromkeys(self._num_experts, 0)
+        self._everyone: set[tuple[str, int]] = set()
+        self._metrics: dict[str, array[float]] = {}
 
     def add(self, update: Update) -> None:
-        """Note which experts an update has, and the client's metrics."""
-        self._sent.append({e for e in map(expert_of, update.delta) if e is not None})
-        self._metrics.append(update.metrics)
+        """Note which experts an update has, and what the client measured of its experts."""
+        sent = {e for e in map(expert_of, update.delta) if e is not None}
+        self._num_updates += 1
+        self._everyone |= sent
+        for layer, _ in sent:
+            self._num_sent[layer] = self._num_sent.get(layer, 0) + 1
+        for name, value in update.metrics.items():
+            if name.startswith(("client/active_share", "client/preference")):
+                self._metrics.setdefault(name, array("d")).append(value)
 
     def summary(self) -> dict[str, Any]:
         """Return the round's numbers; empty where no expert is in the global tree.
@@ -47,9 +56,9 @@ class Coverage:
         ``experts/alpha_sum``, what HFedMoE's router weights sum to before they are normalized
         (Eq. 20). ``rounds_since_sent`` is for the next round.
         """
-        if not self._num_experts or not self._sent:
+        if not self._num_experts or not self._num_updates:
             return {}
-        everyone = set().union(*self._sent)
+        everyone = self._everyone
         since = {
             layer: [
                 0 if (layer, expert) in everyone else before + 1
@@ -60,23 +69,21 @@ class Coverage:
         total = sum(self._num_experts.values())
         numbers: dict[str, Any] = {}
         for layer, number in self._num_experts.items():
-            in_layer = [sum(own == layer for own, _ in sent) for sent in self._sent]
-            numbers[f"experts/pass_rate_{layer}"] = fmean(in_layer) / number
+            of_client = self._num_sent[layer] / self._num_updates
+            numbers[f"experts/pass_rate_{layer}"] = of_client / number
             numbers[f"experts/moved_share_{layer}"] = sum(s == 0 for s in since[layer]) / number
             numbers[f"experts/frozen_{layer}"] = sum(s >= FROZEN_ROUNDS for s in since[layer])
             self._add_mean(numbers, f"active_share_{layer}")
-        numbers["experts/pass_rate"] = fmean(len(sent) for sent in self._sent) / total
+        numbers["experts/pass_rate"] = sum(self._num_sent.values()) / self._num_updates / total
         numbers["experts/moved_share"] = len(everyone) / total
         numbers["experts/frozen"] = sum(numbers[f"experts/frozen_{layer}"] for layer in since)
         self._add_mean(numbers, "active_share")
-        preferences = [m["client/preference"] for m in self._metrics if "client/preference" in m]
-        if preferences:
+        if preferences := self._metrics.get("client/preference"):
             numbers["experts/alpha_sum"] = sum(preferences) / max(len(everyone), 1)
         return {**numbers, "rounds_since_sent": since}
 
     def _add_mean(self, numbers: dict[str, Any], name: str) -> None:
-        own = [m[f"client/{name}"] for m in self._metrics if f"client/{name}" in m]
-        if own:
+        if own := self._metrics.get(f"client/{name}"):
             numbers[f"experts/{name}"] = fmean(own)
 
 

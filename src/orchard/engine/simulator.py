@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
 from orchard.memory import peak_memory_bytes
-from orchard.results import MetricsLog
+from orchard.results import Metrics, MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from orchard.strategies.strategy import Strategy, evaluate_client, train_client, update_server
@@ -125,6 +126,7 @@ def simulate(
         if "base" in schedule.models and not _has_evaluation(log, 0):
             log.append(_evaluate(strategy, clients, state, {"base"}, reporter))
         after_aggregation = set(schedule.models) & {"global", "personal"}
+        since_sent = _rounds_since_sent(log)
         mark = time.monotonic()
         for round_number in range(state.round_number + 1, schedule.num_rounds + 1):
             channel.reset()
@@ -136,19 +138,23 @@ def simulate(
                 evaluate_local="local" in schedule.models and is_evaluated,
             )
             cohort = sample_clients(clients, schedule, seeds, round_number)
-            lines: list[dict[str, Any]] = []
-            coverage = Coverage(state.shared, _rounds_since_sent(log))
-            updates = _train_cohort(strategy, cohort, task, channel, lines, reporter, coverage)
+            tally, coverage = _Tally(), Coverage(state.shared, since_sent)
+            # Lines are written as they come: until the round is committed, resuming drops them.
+            updates = _train_cohort(
+                strategy, cohort, task, channel, (log, tally, coverage), reporter
+            )
             state = update_server(strategy, state, updates)
             if is_evaluated and after_aggregation:
-                lines.append(_evaluate(strategy, clients, state, after_aggregation, reporter))
+                line = _evaluate(strategy, clients, state, after_aggregation, reporter)
+                tally.evaluation_seconds.append(line["seconds"])
+                log.append(line)
             # A round's time runs from line to line, so it has the checkpoint before it in it.
             now = time.monotonic()
-            summary = _summarize_round(lines, channel, seconds=now - mark)
+            covered = coverage.summary()
+            since_sent = covered.get("rounds_since_sent", {})
+            summary = tally.summary(channel, seconds=now - mark) | covered
             mark = now
-            summary |= coverage.summary()
-            for line in (*lines, {"kind": "round", "round": round_number, **summary}):
-                log.append(line)
+            log.append({"kind": "round", "round": round_number, **summary})
             save_checkpoint(checkpoints, state, about=about)
             reporter.completed(
                 round_number,
@@ -165,22 +171,24 @@ def _train_cohort(
     cohort: Sequence[Client],
     task: Task,
     channel: Channel,
-    lines: list[dict[str, Any]],
+    records: tuple[MetricsLog, _Tally, Coverage],
     reporter: Reporter,
-    coverage: Coverage,
 ) -> Iterator[Update]:
-    """Yield the cohort's updates, each trained when it is asked for, and note their metrics."""
-    for position, client in enumerate(cohort):
-        reporter.working(f"{client.client_id} trains", share=position / len(cohort))
+    """Yield the cohort's updates, each trained when it is asked for, and record their metrics."""
+    message = channel.pack_task(task)
+    log, tally, coverage = records
+
+    def turn(client: Client) -> Update:
         try:
-            sent = train_client(strategy, client, channel.send_task(task))
+            channel.downlink_bytes += len(message)
+            sent = train_client(strategy, client, channel.unpack_task(message))
             received = channel.send_update(sent)
         except Exception as error:
             error.add_note(
                 f"in round {task.round_number}, client {client.client_id}, local training"
             )
             raise
-        lines.append(
+        log.append(
             {
                 "kind": "client",
                 "round": task.round_number,
@@ -188,8 +196,13 @@ def _train_cohort(
                 **received.metrics,
             }
         )
+        tally.add(received.metrics)
         coverage.add(received)
-        yield received
+        return received
+
+    for position, client in enumerate(cohort):
+        reporter.working(f"{client.client_id} trains", share=position / len(cohort))
+        yield turn(client)
 
 
 def _evaluate(
@@ -230,40 +243,56 @@ def _evaluate(
 
 def _rounds_since_sent(log: MetricsLog) -> dict[str, list[int]]:
     """Return what the last round said of its experts."""
-    rounds = [line for line in log.read() if line["kind"] == "round"]
-    return rounds[-1].get("rounds_since_sent", {}) if rounds else {}
+    found: dict[str, list[int]] = {}
+    for line in log:
+        if line["kind"] == "round":
+            found = line.get("rounds_since_sent", {})
+    return found
 
 
 def _has_evaluation(log: MetricsLog, round_number: int) -> bool:
-    return any(
-        line["kind"] == "evaluation" and line["round"] == round_number for line in log.read()
-    )
+    return any(line["kind"] == "evaluation" and line["round"] == round_number for line in log)
 
 
-def _summarize_round(
-    lines: Sequence[Mapping[str, Any]], channel: Channel, *, seconds: float
-) -> dict[str, Any]:
-    """Return one round's numbers; its overhead is what is neither training nor evaluation.
+def _numbers() -> array[float]:
+    return array("d")
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What a round's clients say of it: numbers alone, since there may be many clients.
 
     Clients that dropped out have no part in the training loss; without any other there is none.
     """
-    trained = [line for line in lines if line["kind"] == "client"]
-    losses = [line["client/train_loss"] for line in trained if "client/train_loss" in line]
-    prepare_seconds = math.fsum(line["client/prepare_seconds"] for line in trained)
-    train_seconds = math.fsum(line["client/train_seconds"] for line in trained)
-    evaluation_seconds = math.fsum(
-        line["seconds"] for line in lines if line["kind"] == "evaluation"
-    ) + math.fsum(line.get("client/evaluation_seconds", 0.0) for line in trained)
-    return {
-        **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
-        "round/num_clients": len(trained),
-        "round/num_dropped_out": len(trained) - len(losses),
-        "round/seconds": seconds,
-        "round/prepare_seconds": prepare_seconds,
-        "round/train_seconds": train_seconds,
-        "round/evaluation_seconds": evaluation_seconds,
-        "round/overhead_seconds": seconds - train_seconds - evaluation_seconds,
-        "round/uplink_bytes": channel.uplink_bytes,
-        "round/downlink_bytes": channel.downlink_bytes,
-        "round/peak_memory_bytes": peak_memory_bytes(),
-    }
+
+    losses: array[float] = field(default_factory=_numbers)
+    prepare_seconds: array[float] = field(default_factory=_numbers)
+    train_seconds: array[float] = field(default_factory=_numbers)
+    evaluation_seconds: array[float] = field(default_factory=_numbers)
+
+    def add(self, metrics: Metrics) -> None:
+        """Note one client's."""
+        if "client/train_loss" in metrics:
+            self.losses.append(metrics["client/train_loss"])
+        self.prepare_seconds.append(metrics["client/prepare_seconds"])
+        self.train_seconds.append(metrics["client/train_seconds"])
+        self.evaluation_seconds.append(metrics.get("client/evaluation_seconds", 0.0))
+
+    def summary(self, channel: Channel, *, seconds: float) -> dict[str, Any]:
+        """Return the round's numbers; overhead is what is neither training nor evaluation."""
+        num_clients, losses = len(self.train_seconds), self.losses
+        train_seconds = math.fsum(self.train_seconds)
+        evaluation_seconds = math.fsum(self.evaluation_seconds)
+        return {
+            **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
+            "round/num_clients": num_clients,
+            "round/num_dropped_out": num_clients - len(losses),
+            "round/seconds": seconds,
+            "round/prepare_seconds": math.fsum(self.prepare_seconds),
+            "round/train_seconds": train_seconds,
+            "round/evaluation_seconds": evaluation_seconds,
+            "round/overhead_seconds": seconds - train_seconds - evaluation_seconds,
+            "round/uplink_bytes": channel.uplink_bytes,
+            "round/downlink_bytes": channel.downlink_bytes,
+            "round/peak_memory_bytes": peak_memory_bytes(),
+        }

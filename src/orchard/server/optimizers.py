@@ -29,7 +29,8 @@ class ServerOptimizer(Protocol):
 
         Args:
             shared: The global values.
-            delta: Weighted mean delta, local minus global, of the names that were sent.
+            delta: Weighted mean delta, local minus global, of the names that were sent, in the
+                dtype of ``shared``. It is given away: its memory may become that of the result.
             slots: Slot name to tree.
 
         Raises:
@@ -77,22 +78,17 @@ class SGD:
         """Return shared + lr * m."""
         check_names(shared, delta)
         if self.momentum == 0.0:
-            return _move(shared, delta, self.lr), slots
+            for name, change in delta.items():
+                change.mul_(self.lr).add_(shared[name])
+            return {**shared, **delta}, slots
         old = slots.get("momentum", {})
-        new = dict(old)
+        new, moved = dict(old), dict(shared)
         for name, change in delta.items():
-            new[name] = (
-                self.momentum * old[name] + self.dampening * change if name in old else change
-            )
-        moved = {name: new[name] for name in delta}
-        return _move(shared, moved, self.lr), {"momentum": new}
-
-
-def _move(shared: Tree, direction: Tree, lr: float) -> dict[str, torch.Tensor]:
-    return {
-        name: value + lr * direction[name] if name in direction else value
-        for name, value in shared.items()
-    }
+            if name in old:
+                change.mul_(self.dampening).add_(self.momentum * old[name])
+            new[name] = change
+            moved[name] = shared[name] + self.lr * change
+        return moved, {"momentum": new}
 
 
 @dataclass(frozen=True)

@@ -102,15 +102,14 @@ def _unnormalized(kind: str) -> Aggregate:
         experts: set[Expert] = set()
         sum_of_weights: dict[str, float] = {}
 
-        def read() -> Iterable[Update]:
-            for update in updates:
-                experts.update(e for e in map(expert_of, update.delta) if e is not None)
-                for name, weight in update.weight.items():
-                    if is_router(name):
-                        sum_of_weights[name] = sum_of_weights.get(name, 0.0) + weight
-                yield update
+        def read(update: Update) -> Update:
+            experts.update(e for e in map(expert_of, update.delta) if e is not None)
+            for name, weight in update.weight.items():
+                if is_router(name):
+                    sum_of_weights[name] = sum_of_weights.get(name, 0.0) + weight
+            return update
 
-        delta = mean(read())
+        delta = mean(map(read, updates))
         if not experts:
             return delta
         for name, total in sum_of_weights.items():

@@ -299,13 +299,13 @@ def update_server(strategy: Strategy, state: ServerState, updates: Iterable[Upda
     """
     num_updates = 0
 
-    def count() -> Iterator[Update]:
+    def counted(update: Update) -> Update:
         nonlocal num_updates
-        for update in updates:
-            num_updates += 1
-            yield update
+        num_updates += 1
+        return update
 
-    delta = strategy.aggregate(count(), state.shared)
+    # Unlike a generator, map holds no update while the next one is made.
+    delta = strategy.aggregate(map(counted, updates), state.shared)
     if num_updates == 0:
         raise ValueError(
             f"round {state.round_number + 1} must have at least one update, got none; "
