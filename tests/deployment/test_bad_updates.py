@@ -277,7 +277,7 @@ def main() -> None:
         "",
         "Two honest sites and one that sends what stands here, in a round of FedAvg. Each is",
         "refused, and the global model afterwards is, bit for bit, the one without that site.",
-        "`tests/deployment/test_bad_updates.py` sends them, and, run as a program, writes this page.",
+        "`tests/deployment/test_bad_updates.py` sends them and, as a program, writes this page.",
         "",
         "| # | sent | logged |",
         "| ---: | --- | --- |",

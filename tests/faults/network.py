@@ -4,7 +4,7 @@
 
 Needs Linux, root and /dev/net/tun. The coordinator and each site run in network namespaces of
 their own; a line between two of them is a pair of TUN devices, and this process carries every
-packet from one to the other, late or not at all. (``tc netem`` does the same in the kernel where the
+packet from one to the other, late or not at all. (``tc netem`` does so in the kernel where the
 kernel has it.) The recipe, FLEx on the tiny model, is also run undisturbed in the simulator.
 """
 
