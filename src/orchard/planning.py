@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 
 from orchard.budgets import Limit, build_requirements, client_limits
+from orchard.channels import build_channel
 from orchard.client.requirements import PeakMemory, Requirements
-from orchard.communication.channel import DTYPES as WIRE_DTYPES
+from orchard.communication.stages import Stage, payload_bytes
 from orchard.federation import build_federation
 from orchard.methods import check_strategy, has_part, lora_settings, require_path
 from orchard.models.loading import check_model
@@ -35,7 +36,7 @@ class ClientPlan:
         trainable: Parameters that it trains, at most, personal ones included.
         peak: Predicted memory in a process of its own; None where it cannot take part.
         uplink_bytes: Sent in a round, at most.
-        downlink_bytes: Received in a round.
+        downlink_bytes: Received in a round; in the first, where later ones bring differences.
     """
 
     client_id: str
@@ -109,7 +110,8 @@ def _downlink(recipe: Recipe, requirements: Requirements) -> int:
     methods = check_strategy(recipe.strategy.name)
     if has_part(methods, "sharing"):
         return 0
-    return _message(recipe, requirements, requirements.footprint.num_experts, _HEADER)
+    experts = requirements.footprint.num_experts
+    return _message(recipe, requirements, experts, build_channel(recipe).downlink, _HEADER)
 
 
 def _uplink(recipe: Recipe, requirements: Requirements, budget: int) -> int:
@@ -125,10 +127,17 @@ def _uplink(recipe: Recipe, requirements: Requirements, budget: int) -> int:
         and not recipe.selection.require_trained
     )
     experts = requirements.footprint.num_experts if not chooses or sends_others else budget
-    return _message(recipe, requirements, experts, _HEADER + _WEIGHT)
+    stages = build_channel(recipe).uplink
+    return _message(recipe, requirements, experts, stages, _HEADER + _WEIGHT)
 
 
-def _message(recipe: Recipe, requirements: Requirements, experts: int, header: int) -> int:
+def _message(
+    recipe: Recipe,
+    requirements: Requirements,
+    experts: int,
+    stages: tuple[Stage, ...],
+    header: int,
+) -> int:
     sizes = requirements.footprint
     spread = requirements.spread(experts)
     share = requirements.trainable(spread) / requirements.trainable(tuple(sizes.layers.values()))
@@ -136,11 +145,11 @@ def _message(recipe: Recipe, requirements: Requirements, experts: int, header: i
     num_names = sum(len(name) + header for name in names)
     if header > _HEADER:
         num_names += sum(map(len, names))  # weights repeat the names
-    width = WIRE_DTYPES[recipe.communication.dtype].itemsize
+    payload = sum(payload_bytes(stages, elements) for elements in names.values())
     methods = check_strategy(recipe.strategy.name)
     # A control variate is as large as what it corrects.
     copies = 2 if has_part(methods, "control") else 1
-    return copies * round(width * requirements.trainable(spread) + share * num_names)
+    return round(copies * share * (payload + num_names))
 
 
 def plan_table(plan: Plan) -> Table:

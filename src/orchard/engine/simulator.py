@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchard.client.client import Client
-from orchard.communication.channel import Channel
+from orchard.client.exchange import read_task, write_update
+from orchard.communication.channel import Broadcast, Channel, MissingCopyError
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
@@ -135,8 +136,14 @@ def simulate(
             cohort = sample_clients(clients, schedule, seeds, round_number)
             lines: list[dict[str, Any]] = []
             coverage = Coverage(state.shared, _rounds_since_sent(log))
-            updates = _train_cohort(strategy, cohort, task, channel, lines, reporter, coverage)
+            broadcast = channel.broadcast(task, state.held)
+            updates = _train_cohort(
+                strategy, cohort, broadcast, state.holders, lines, reporter, coverage
+            )
             state = update_server(strategy, state, updates)
+            if channel.differences is not None:
+                holders = tuple(client.client_id for client in cohort)
+                state = replace(state, held=broadcast.task.shared, holders=holders)
             if is_evaluated and after_aggregation:
                 lines.append(_evaluate(strategy, clients, state, after_aggregation, reporter))
             # A round's time runs from line to line, so it has the checkpoint before it in it.
@@ -160,18 +167,21 @@ def simulate(
 def _train_cohort(
     strategy: Strategy,
     cohort: Sequence[Client],
-    task: Task,
-    channel: Channel,
+    broadcast: Broadcast,
+    holders: Collection[str],
     lines: list[dict[str, Any]],
     reporter: Reporter,
     coverage: Coverage,
 ) -> Iterator[Update]:
     """Yield the cohort's updates, each trained when it is asked for, and note their metrics."""
+    task, channel = broadcast.task, broadcast.channel
     for position, client in enumerate(cohort):
         reporter.working(f"{client.client_id} trains", share=position / len(cohort))
         try:
-            sent = train_client(strategy, client, channel.send_task(task))
-            received = channel.send_update(sent)
+            own = _deliver(broadcast, client, has_values=client.client_id in holders)
+            sent = write_update(train_client(strategy, client, own), channel, client.store)
+            channel.uplink_bytes += len(sent)
+            received = channel.unpack_update(sent)
         except Exception as error:
             error.add_note(
                 f"in round {task.round_number}, client {client.client_id}, local training"
@@ -187,6 +197,18 @@ def _train_cohort(
         )
         coverage.add(received)
         yield received
+
+
+def _deliver(broadcast: Broadcast, client: Client, *, has_values: bool) -> Task:
+    """Return the task as a client reads it, sent again whole where the client lacks its values."""
+    channel = broadcast.channel
+    message = broadcast.since if has_values else broadcast.whole
+    channel.downlink_bytes += len(message)
+    try:
+        return read_task(message, channel, client.store)
+    except MissingCopyError:
+        channel.downlink_bytes += len(broadcast.whole)
+        return read_task(broadcast.whole, channel, client.store)
 
 
 def _evaluate(

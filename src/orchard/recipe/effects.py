@@ -53,6 +53,10 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             "accuracy" in recipe.evaluation.metrics,
             "accuracy in evaluation.metrics",
         ),
+        "communication.feedback": (
+            recipe.communication.dtype == "int8" or recipe.communication.top_k > 0,
+            "communication.dtype = int8 or communication.top_k above 0",
+        ),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
         **_needs_of_budgets(recipe, methods),
     }
