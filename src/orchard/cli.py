@@ -161,7 +161,7 @@ def plan(
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="What to measure: memory or graft.", show_default=False)
+        str, typer.Argument(help="What to measure: memory, graft or wire.", show_default=False)
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,

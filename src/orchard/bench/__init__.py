@@ -25,8 +25,14 @@ def _graft(repeats: int) -> dict[str, Any]:
     return {"dtype": dtype, "num_tokens": 512, **found}
 
 
+def _wire(repeats: int) -> dict[str, Any]:
+    from orchard.bench.wire import bench_wire
+
+    return bench_wire(repeats=repeats)
+
+
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
-    {"memory": _memory, "graft": _graft}
+    {"memory": _memory, "graft": _graft, "wire": _wire}
 )
 """Name to what runs it, given how many repeats, and returns what it found."""
 

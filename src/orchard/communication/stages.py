@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -12,6 +13,8 @@ from orchard.trees import Tree, map_tree
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RESERVED = "#"
 """How names begin that a stage adds beside those of the tree."""
+# Of a tensor in a message's header: dtype, shape and offsets, beside its name; and its weight.
+_ENTRY, _WEIGHT = 80, 16
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,23 @@ def payload_bytes(stages: tuple[Stage, ...], num_values: int) -> int:
     for stage in stages:
         size = stage.size(size)
     return size.total
+
+
+def message_bytes(
+    elements: Mapping[str, int], stages: tuple[Stage, ...], *, has_weights: bool
+) -> int:
+    """Return the length of a message, but for what it holds beside tensors.
+
+    Args:
+        elements: Name to number of values, of each floating tensor.
+        stages: What encodes it.
+        has_weights: Whether names have weights, as in an update.
+    """
+    payload = sum(payload_bytes(stages, number) for number in elements.values())
+    header = sum(len(name) + _ENTRY for name in elements)
+    if has_weights:  # which repeat the names
+        header += sum(len(name) + _WEIGHT for name in elements)
+    return payload + header
 
 
 @dataclass(frozen=True)
