@@ -171,6 +171,11 @@ def test_control_variates_in_int8_are_those_of_clients_but_for_their_residuals(
     ("method", "overrides", "message"),
     [
         (
+            "fedavg",
+            ("communication.top_k=1e-5",),
+            r"communication\.top_k must be 0 or in 0\.0001\.\.1, got 1e-05; ",
+        ),
+        (
             "flex+scaffold",
             ("communication.top_k=0.1",),
             r"communication\.top_k must be 0 with scaffold, got 0\.1; ",
@@ -182,7 +187,7 @@ def test_control_variates_in_int8_are_those_of_clients_but_for_their_residuals(
         ),
     ],
 )
-def test_what_control_variates_do_not_stand_is_refused_before_the_model_is_loaded(
+def test_what_loses_too_much_is_refused_before_the_model_is_loaded(
     method: str, overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("orchard.models.loading.load_base")

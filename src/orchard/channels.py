@@ -14,8 +14,9 @@ def check_communication(recipe: Recipe) -> None:
     """Check that a method stands what its updates lose on the way.
 
     Raises:
-        ValueError: SCAFFOLD is to run with updates that lose too much.
+        ValueError: An option is out of range, or SCAFFOLD is to run with updates that lose too much.
     """
+    build_channel(recipe)
     options = recipe.communication
     if not has_part(check_strategy(recipe.strategy.name), "control"):
         return

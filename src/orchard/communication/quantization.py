@@ -103,8 +103,7 @@ def _quantize(tensor: Tensor, block: int) -> tuple[Tensor, Tensor]:
     if tensor.numel() == 0:
         return tensor.to(torch.int8), torch.zeros(0, dtype=torch.bfloat16, device=tensor.device)
     values = _in_blocks(tensor.reshape(-1), block)
-    low, high = values.aminmax(dim=1)
-    scales = (torch.maximum(high, -low) / _LEVELS).to(torch.bfloat16)
+    scales = (values.abs().amax(dim=1) / _LEVELS).to(torch.bfloat16)
     scales = torch.where(scales < _SMALLEST_SCALE, torch.zeros_like(scales), scales)
     factors = torch.where(scales > 0, 1 / scales.float(), torch.zeros(()))
     levels = (values * factors[:, None]).round_().clamp_(-_LEVELS, _LEVELS).to(torch.int8)

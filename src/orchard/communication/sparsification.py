@@ -13,6 +13,7 @@ from orchard.communication.stages import Size
 from orchard.trees import Tree
 
 _SHAPES, _POSITIONS = "#shapes", "#positions"
+_SMALLEST_SHARE = 1e-4
 _MOST_DIMENSIONS = 8  # of a tensor; none that is trained has more than four
 
 
@@ -30,10 +31,23 @@ class TopK:
     bit for each value or integers of 1, 2, 4 or 8 bytes, whichever is shorter.
 
     Attributes:
-        share: Of the values, in (0, 1].
+        share: Of the values, in [0.0001, 1]: what a tensor takes once it is read is bounded by
+            what was sent over this.
     """
 
     share: float
+
+    def __post_init__(self) -> None:
+        """Check the share.
+
+        Raises:
+            ValueError: It is out of range.
+        """
+        if not _SMALLEST_SHARE <= self.share <= 1:
+            raise ValueError(
+                f"communication.top_k must be 0 or in {_SMALLEST_SHARE}..1, got {self.share}; "
+                "send at least one value of ten thousand"
+            )
 
     def count(self, num_values: int) -> int:
         """Return how many of so many values are sent."""
@@ -49,11 +63,11 @@ class TopK:
             if not tensor.is_floating_point():
                 sent[name] = tensor
                 continue
-            flat = tensor.detach().float().reshape(-1)
-            kept = _largest(flat, self.count(flat.numel()))
-            sent[name] = flat[kept]
+            flat = tensor.detach().cpu().float().reshape(-1).numpy()
+            is_kept = _largest(flat, self.count(flat.size))
+            sent[name] = torch.from_numpy(flat[is_kept])
             shapes += [tensor.ndim, *tensor.shape]
-            positions.append(_write_positions(kept, flat.numel()))
+            positions.append(_write_positions(is_kept))
         if not positions:
             return sent
         found = torch.from_numpy(np.concatenate(positions))
@@ -106,16 +120,16 @@ class TopK:
 _RESEND = "check that both sides run the same recipe"
 
 
-def _largest(flat: Tensor, number: int) -> Tensor:
-    """Return the ascending positions of the largest magnitudes."""
-    if number == flat.numel():
-        return torch.arange(number)
-    magnitudes = flat.abs()
-    smallest = magnitudes.kthvalue(flat.numel() - number + 1).values
-    is_kept = magnitudes > smallest
-    ties = (magnitudes == smallest).nonzero().view(-1)
-    is_kept[ties[: number - int(is_kept.sum())]] = True
-    return is_kept.nonzero().view(-1)
+def _largest(flat: np.ndarray, number: int) -> np.ndarray:
+    """Mark so many values of largest magnitude."""
+    if number == flat.size:
+        return np.ones(number, dtype=bool)
+    magnitudes = np.abs(flat)
+    smallest = np.partition(magnitudes, -number)[-number]
+    is_kept: np.ndarray = magnitudes > smallest
+    ties = np.flatnonzero(magnitudes == smallest)
+    is_kept[ties[: number - np.count_nonzero(is_kept)]] = True
+    return is_kept
 
 
 def _position_bytes(kept: int, num_values: int) -> tuple[int, int]:
@@ -125,12 +139,10 @@ def _position_bytes(kept: int, num_values: int) -> tuple[int, int]:
     return (bits, 0) if bits <= kept * width else (kept * width, width)
 
 
-def _write_positions(kept: Tensor, num_values: int) -> np.ndarray:
-    _, width = _position_bytes(len(kept), num_values)
+def _write_positions(is_kept: np.ndarray) -> np.ndarray:
+    _, width = _position_bytes(int(np.count_nonzero(is_kept)), is_kept.size)
     if width:
-        return kept.numpy().astype(f"<u{width}").view(np.uint8)
-    is_kept = np.zeros(num_values, dtype=bool)
-    is_kept[kept.numpy()] = True
+        return np.flatnonzero(is_kept).astype(f"<u{width}").view(np.uint8)
     return np.packbits(is_kept, bitorder="little")
 
 
@@ -157,13 +169,15 @@ def _read_shapes(tensor: Tensor | None, number: int) -> list[tuple[int, ...]]:
     """Return so many shapes, written as their number of dimensions and these."""
     found = [] if tensor is None else tensor.reshape(-1).tolist()
     shapes: list[tuple[int, ...]] = []
-    while found and len(shapes) < number:
-        ndim = found[0]
-        if not isinstance(ndim, int) or not 0 <= ndim <= min(_MOST_DIMENSIONS, len(found) - 1):
+    start = 0
+    while start < len(found):
+        ndim = found[start]
+        if not isinstance(ndim, int) or not 0 <= ndim <= _MOST_DIMENSIONS:
             break
-        shapes.append(tuple(found[1 : 1 + ndim]))
-        found = found[1 + ndim :]
-    if found or len(shapes) != number or any(size < 0 for shape in shapes for size in shape):
+        shapes.append(tuple(found[start + 1 : start + 1 + ndim]))
+        start += 1 + ndim
+    has_all = start == len(found) and len(shapes) == number
+    if not has_all or any(size < 0 for shape in shapes for size in shape):
         raise ValueError(
             f"message must have a shape for each of its {number} tensors, got others; {_RESEND}"
         )
