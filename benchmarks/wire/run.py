@@ -3,9 +3,9 @@
     python benchmarks/wire/run.py --model MODEL --data DOLLY.jsonl [--seeds 0 1 2] [--only int8]
     python benchmarks/wire/run.py --table
 
-Each run goes to runs/wire/<encoding>-<seed> (a finished or interrupted one is continued); what the
-table needs of it is kept in results/ here, and table.md is written from those files alone. All
-encodings of a seed come before the next seed.
+Each run goes to runs/wire/<encoding>_<seed>, and an interrupted one is continued; what the table
+needs of it is kept in results/ here, and table.md is written from those files alone. A run whose
+result is there is not run again. All encodings of a seed come before the next seed.
 """
 
 from __future__ import annotations
@@ -39,9 +39,15 @@ ENCODINGS = {
 QUICK = ("model.dtype=float32", "model.num_threads=1", "data.max_tokens=256", "server.rounds=12")
 
 
+def result_path(encoding: str, seed: int) -> Path:
+    """Return where a run's result is kept."""
+    name = "".join(c if c.isalnum() else "_" for c in f"{encoding}-{seed}")
+    return HERE / "results" / f"{name}.json"
+
+
 def run(encoding: str, seed: int, *, model: str, data: str) -> None:
     """Run one encoding with one seed by the command line and keep what the table needs."""
-    name = "".join(c if c.isalnum() else "_" for c in f"{encoding}-{seed}")
+    name = result_path(encoding, seed).stem
     out = Path("runs") / "wire" / name
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [
@@ -67,7 +73,7 @@ def run(encoding: str, seed: int, *, model: str, data: str) -> None:
         "overhead_seconds": record["seconds"]["overhead"],
     }
     (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / f"{name}.json").write_text(json.dumps(kept, indent=1) + "\n")
+    result_path(encoding, seed).write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def write_table() -> None:
@@ -121,7 +127,8 @@ def main() -> None:
     if not arguments.table:
         for seed in arguments.seeds:
             for encoding in arguments.only:
-                run(encoding, seed, model=arguments.model, data=arguments.data)
+                if not result_path(encoding, seed).exists():
+                    run(encoding, seed, model=arguments.model, data=arguments.data)
     write_table()
 
 

@@ -14,7 +14,7 @@ def check_communication(recipe: Recipe) -> None:
     """Check that a method stands what its updates lose on the way.
 
     Raises:
-        ValueError: An option is out of range, or SCAFFOLD is to run with updates that lose too much.
+        ValueError: An option is out of range, or updates lose too much for SCAFFOLD.
     """
     build_channel(recipe)
     options = recipe.communication
