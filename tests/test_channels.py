@@ -60,52 +60,33 @@ def test_bfloat16_is_the_default() -> None:
     assert CommunicationOptions().dtype == "bfloat16"
 
 
-def test_a_resumed_run_repeats_residuals_copies_and_bytes(tmp_path: Path) -> None:
+def test_a_resumed_run_repeats_residuals_and_copies_though_clients_lost_theirs(
+    tmp_path: Path,
+) -> None:
     recipe = quick_recipe("fedavg", *ALL, "server.rounds=4", "server.clients_per_round=3")
     run_quickly(tmp_path / "whole", recipe)
     run_for(tmp_path / "halves", recipe, rounds=2)
+    for path in (tmp_path / "halves" / "clients").glob("*/held/*"):
+        path.unlink()
     run_quickly(tmp_path / "halves", recipe)
     whole = tensors(tmp_path / "whole")
     assert whole == tensors(tmp_path / "halves")
-    assert "held_by_clients.safetensors" in whole
     assert sum("residual" in name for name in whole) >= 3
-    assert bytes_by_round(tmp_path / "whole") == bytes_by_round(tmp_path / "halves")
 
+    (up, down), (up_again, down_again) = (
+        zip(*bytes_by_round(tmp_path / name), strict=True) for name in ("whole", "halves")
+    )
+    assert up == up_again
+    assert [a == b for a, b in zip(down, down_again, strict=True)] == [True, True, False, True]
+    assert down_again[2] > down[2]
+    assert max(down[1:]) < down[0]
 
-def test_clients_and_server_hold_the_same_copy(tmp_path: Path) -> None:
-    run_quickly(tmp_path, quick_recipe("fedavg", INT8, DIFFERENCES))
-    state = load_checkpoint(tmp_path / "checkpoints", about={})
+    state = load_checkpoint(tmp_path / "whole" / "checkpoints", about={})
     assert state is not None
-    assert state.holders == ("harbor", "hill", "marsh", "forest")
+    assert len(state.holders) == 3
     for client in state.holders:
-        kept = load_file(tmp_path / "clients" / client / "held" / "round_000002.safetensors")
-        assert equal(kept, state.held)
-    first, second = (down for _, down in bytes_by_round(tmp_path))
-    assert second < 0.65 * first
-
-
-def test_a_client_that_lost_its_copy_is_sent_all_and_the_run_ends_the_same(tmp_path: Path) -> None:
-    recipe = quick_recipe("fedavg", INT8, DIFFERENCES, "server.rounds=3")
-    run_quickly(tmp_path / "whole", recipe)
-    run_for(tmp_path / "lost", recipe, rounds=2)
-    for path in (tmp_path / "lost" / "clients" / "hill" / "held").iterdir():
-        path.unlink()
-    run_quickly(tmp_path / "lost", recipe)
-    assert tensors(tmp_path / "whole") == tensors(tmp_path / "lost")
-    (_, down), (_, more) = (bytes_by_round(tmp_path / own)[-1] for own in ("whole", "lost"))
-    (_, all_whole) = bytes_by_round(tmp_path / "whole")[0]
-    assert more - down == pytest.approx(all_whole / 4, rel=0.01)
-
-
-def test_differences_in_float32_train_what_values_do(tmp_path: Path) -> None:
-    ends = []
-    for name, downlink in (("values", "values"), ("differences", "differences")):
-        run_quickly(tmp_path / name, quick_recipe("fedavg", f"communication.downlink={downlink}"))
-        state = load_checkpoint(tmp_path / name / "checkpoints", about={})
-        assert state is not None
-        ends.append(state.shared)
-    for name in ends[0]:
-        torch.testing.assert_close(ends[0][name], ends[1][name], rtol=1e-3, atol=1e-5)
+        folder = tmp_path / "whole" / "clients" / client / "held"
+        assert equal(load_file(folder / "round_000004.safetensors"), state.held)
 
 
 def test_a_delta_is_taken_against_what_the_client_received(tmp_path: Path) -> None:
@@ -127,7 +108,6 @@ def test_a_delta_is_taken_against_what_the_client_received(tmp_path: Path) -> No
     [
         ("hfedmoe", ALL),
         ("flex+fedadam", ALL),
-        ("fedavg_dropout", ALL),
         ("local", ALL),
     ],
 )

@@ -41,8 +41,6 @@ def transferred(recipe: Recipe, folder: Path) -> tuple[int, int]:
         ("fedavg", ("model.lora_targets=", "model.full_targets=experts")),
         ("fedavg", ("communication.dtype=bfloat16",)),
         ("fedavg", ("communication.dtype=int8", *BUDGETS[:1])),
-        ("scaffold", ("communication.dtype=int8",)),
-        ("fedavg", ("communication.top_k=0.1", "communication.dtype=bfloat16", *BUDGETS[:1])),
         ("flex", ("communication.top_k=0.01", "communication.dtype=int8")),
     ],
 )

@@ -68,6 +68,15 @@ def test_bfloat16_is_within_its_stated_error(values: list[float]) -> None:
     assert bool((error <= (2**-8 * sent.double().abs()).clamp(min=2.0**-126)).all())
 
 
+@pytest.mark.parametrize("stage", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_widths_are_cast_too(dtype: torch.dtype, stage: Cast) -> None:
+    sent = draw()["a"].to(dtype)
+    received = up(Channel((stage,)), update_of({"a": sent})).delta["a"]
+    assert received.dtype == torch.float32
+    torch.testing.assert_close(received.double(), sent.double(), rtol=2**-8, atol=0)
+
+
 def test_bfloat16_values_arrive_exactly() -> None:
     values = draw()["a"].to(torch.bfloat16)
     channel = Channel((BFLOAT16,), (BFLOAT16,))

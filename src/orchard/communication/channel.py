@@ -37,10 +37,11 @@ class Broadcast:
     """One round's task, the same for all clients.
 
     Attributes:
-        task: With the values as every client has them once it has read either message.
+        task: With the values to send; on a channel with differences, with those that every client
+            has once it has read either message.
         channel: Encodes it.
         held: The values that clients of the round before have; empty where there are none.
-        differences: What the first message holds; None where there are no differences.
+        differences: What ``since`` holds, encoded; None where it is the whole message.
     """
 
     task: Task

@@ -101,7 +101,7 @@ class Cast:
         def cast(tensor: torch.Tensor) -> torch.Tensor:
             if not tensor.is_floating_point() or tensor.dtype == self.dtype:
                 return tensor
-            return tensor.clamp(-limit, limit).to(self.dtype)
+            return tensor.float().clamp(-limit, limit).to(self.dtype)
 
         return map_tree(cast, tree)
 
