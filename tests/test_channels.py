@@ -129,10 +129,11 @@ def test_methods_run_with_all_encodings_and_keep_private_what_is(
         assert not any("graft" in name for name in state.held)
 
 
-def test_control_variates_in_int8_are_those_of_clients_but_for_their_residuals(
-    tmp_path: Path,
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_control_variates_are_those_of_clients_but_for_their_residuals(
+    dtype: str, tmp_path: Path
 ) -> None:
-    recipe = quick_recipe("scaffold", INT8, "server.rounds=3")
+    recipe = quick_recipe("scaffold", f"communication.dtype={dtype}", "server.rounds=3")
     run_quickly(tmp_path, recipe)
     state = load_checkpoint(tmp_path / "checkpoints", about={})
     assert state is not None
@@ -159,6 +160,11 @@ def test_control_variates_in_int8_are_those_of_clients_but_for_their_residuals(
             "flex+scaffold",
             ("communication.top_k=0.1",),
             r"communication\.top_k must be 0 with scaffold, got 0\.1; ",
+        ),
+        (
+            "scaffold",
+            ("communication.dtype=bfloat16", "communication.feedback=false"),
+            r"communication\.feedback must be true with scaffold and bfloat16, got false; ",
         ),
         (
             "scaffold",

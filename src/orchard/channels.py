@@ -25,10 +25,10 @@ def check_communication(recipe: Recipe) -> None:
             f"communication.top_k must be 0 with scaffold, got {options.top_k}; the server's "
             "control variate would miss most of what the clients' own have moved"
         )
-    if options.dtype == "int8" and not options.feedback:
+    if options.dtype != "float32" and not options.feedback:
         raise ValueError(
-            "communication.feedback must be true with scaffold and int8, got false; the server's "
-            "control variate would drift away from the clients' own"
+            f"communication.feedback must be true with scaffold and {options.dtype}, got false; "
+            "the server's control variate would drift away from the clients' own"
         )
 
 
@@ -38,9 +38,12 @@ def build_channel(recipe: Recipe) -> Channel:
     is_int8 = options.dtype == "int8"
     whole = Cast(DTYPES["bfloat16" if is_int8 else options.dtype])
     values: Stage = Int8() if is_int8 else whole
+    # The server's control variate is a sum over rounds, in which bfloat16's errors add up too.
+    has_sums = has_part(check_strategy(recipe.strategy.name), "control")
+    loses = is_int8 or options.top_k > 0 or (has_sums and options.dtype == "bfloat16")
     return Channel(
         uplink=(TopK(options.top_k), values) if options.top_k else (values,),
         downlink=(whole,),
         differences=(values,) if options.downlink == "differences" else None,
-        has_feedback=options.feedback and (is_int8 or options.top_k > 0),
+        has_feedback=options.feedback and loses,
     )

@@ -317,7 +317,8 @@ class CommunicationOptions:
     )
     feedback: bool = option(
         True,
-        "With int8 or top_k: a client adds to an update what encoding took from its last ones.",
+        "With int8 or top_k, and SCAFFOLD with bfloat16: a client adds to an update what encoding "
+        "took from its last ones.",
     )
     downlink: str = option(
         "values",
