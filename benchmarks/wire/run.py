@@ -104,7 +104,7 @@ def _encoding_row(
             str(len(runs)),
             f"{fmean(losses):.4f}{spread}",
             " ".join(f"{loss:.4f}" for loss in losses),
-            " ".join(f"{shift:+.4f}" for shift in shifts),
+            " ".join(f"{shift:+.5f}" for shift in shifts),
             f"{fmean(r['uplink_bytes_per_client'] for r in runs) / 1e3:.1f}",
             f"{fmean(r['downlink_bytes_per_client'] for r in runs) / 1e3:.1f}",
         ]
