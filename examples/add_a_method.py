@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from orchard import experiment as parts
+from orchard.channels import build_channel
 from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
@@ -44,7 +45,7 @@ def send_most_moved(strategy: Strategy, *, num_layers: int) -> Strategy:
 recipe = read_recipe(RECIPE, QUICK).recipe
 data = parts.prepare_experiment(recipe)
 model = parts.load_model(recipe, data.tokenizer)
-channel, schedule = parts.build_channel(recipe), parts.build_schedule(recipe)
+channel, schedule = build_channel(recipe), parts.build_schedule(recipe)
 engine = partial(simulate, schedule=schedule, channel=channel, seeds=Seeds(recipe.seed), about={})
 for count in (len(model.view.layers), 1):
     with tempfile.TemporaryDirectory() as name:

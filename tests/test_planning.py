@@ -40,6 +40,8 @@ def transferred(recipe: Recipe, folder: Path) -> tuple[int, int]:
         ("seermoe", CARVE[:1]),
         ("fedavg", ("model.lora_targets=", "model.full_targets=experts")),
         ("fedavg", ("communication.dtype=bfloat16",)),
+        ("fedavg", ("communication.dtype=int8", *BUDGETS[:1])),
+        ("flex", ("communication.top_k=0.01", "communication.dtype=int8")),
     ],
 )
 def test_bytes_are_those_of_a_run(method: str, overrides: tuple[str, ...], tmp_path: Path) -> None:

@@ -23,11 +23,11 @@ from statistics import fmean
 from typing import Any
 
 from orchard.budgets import expert_budgets
+from orchard.channels import build_channel
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import simulate
 from orchard.experiment import (
     Experiment,
-    build_channel,
     build_clients,
     build_schedule,
     load_model,

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from orchard.budgets import expert_budgets
+from orchard.channels import build_channel, check_communication
 from orchard.client.client import Client
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
-from orchard.communication.channel import DTYPES as WIRE_DTYPES
-from orchard.communication.channel import Cast, Channel
 from orchard.data.examples import Example
 from orchard.data.templates import Encoded, Template, encode, encode_options
 from orchard.engine.progress import Reporter
@@ -114,6 +113,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     """
     check_strategy(recipe.strategy.name)
     require_path(recipe)
+    check_communication(recipe)
     federation = build_site(recipe, seat.client_id) if seat else build_federation(recipe)
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
@@ -304,11 +304,6 @@ def build_schedule(recipe: Recipe) -> Schedule:
         evaluate_every=evaluation.every,
         models=words(evaluation.models),
     )
-
-
-def build_channel(recipe: Recipe) -> Channel:
-    """Return the way between server and clients."""
-    return Channel(stages=(Cast(WIRE_DTYPES[recipe.communication.dtype]),))
 
 
 def run_experiment(

@@ -12,15 +12,13 @@ from dataclasses import asdict, dataclass
 from rich.table import Table
 
 from orchard.budgets import Limit, build_requirements, client_limits
+from orchard.channels import build_channel
 from orchard.client.requirements import PeakMemory, Requirements
-from orchard.communication.channel import DTYPES as WIRE_DTYPES
+from orchard.communication.stages import message_bytes
 from orchard.federation import build_federation
 from orchard.methods import check_strategy, has_part, lora_settings, require_path
 from orchard.models.loading import check_model
 from orchard.recipe.options import Recipe
-
-# Of a tensor in a message's header: dtype, shape and offsets, beside its name; and its weight.
-_HEADER, _WEIGHT = 80, 16
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class ClientPlan:
         trainable: Parameters that it trains, at most, personal ones included.
         peak: Predicted memory in a process of its own; None where it cannot take part.
         uplink_bytes: Sent in a round, at most.
-        downlink_bytes: Received in a round.
+        downlink_bytes: Received in a round; in the first, where later ones bring differences.
     """
 
     client_id: str
@@ -109,7 +107,7 @@ def _downlink(recipe: Recipe, requirements: Requirements) -> int:
     methods = check_strategy(recipe.strategy.name)
     if has_part(methods, "sharing"):
         return 0
-    return _message(recipe, requirements, requirements.footprint.num_experts, _HEADER)
+    return _message(recipe, requirements, requirements.footprint.num_experts, is_update=False)
 
 
 def _uplink(recipe: Recipe, requirements: Requirements, budget: int) -> int:
@@ -125,22 +123,19 @@ def _uplink(recipe: Recipe, requirements: Requirements, budget: int) -> int:
         and not recipe.selection.require_trained
     )
     experts = requirements.footprint.num_experts if not chooses or sends_others else budget
-    return _message(recipe, requirements, experts, _HEADER + _WEIGHT)
+    return _message(recipe, requirements, experts, is_update=True)
 
 
-def _message(recipe: Recipe, requirements: Requirements, experts: int, header: int) -> int:
-    sizes = requirements.footprint
+def _message(recipe: Recipe, requirements: Requirements, experts: int, *, is_update: bool) -> int:
+    sizes, channel = requirements.footprint, build_channel(recipe)
     spread = requirements.spread(experts)
     share = requirements.trainable(spread) / requirements.trainable(tuple(sizes.layers.values()))
-    names = sizes.trainable
-    num_names = sum(len(name) + header for name in names)
-    if header > _HEADER:
-        num_names += sum(map(len, names))  # weights repeat the names
-    width = WIRE_DTYPES[recipe.communication.dtype].itemsize
+    stages = channel.uplink if is_update else channel.downlink
+    whole = message_bytes(sizes.trainable, stages, has_weights=is_update)
     methods = check_strategy(recipe.strategy.name)
     # A control variate is as large as what it corrects.
     copies = 2 if has_part(methods, "control") else 1
-    return copies * round(width * requirements.trainable(spread) + share * num_names)
+    return round(copies * share * whole)
 
 
 def plan_table(plan: Plan) -> Table:

@@ -103,7 +103,8 @@ def test_a_layout_that_is_not_that_of_the_bytes_is_refused(layout: dict[str, Any
 def test_an_update_in_bfloat16_is_widened_as_it_is_read() -> None:
     sent = {f"{i}": torch.randn(50) for i in range(3)}
     channel = Channel((Cast(torch.bfloat16),))
-    received = channel.send_update(Update("c", 1, sent, dict.fromkeys(sent, 1.0))).delta
+    message = channel.pack_update(Update("c", 1, sent, dict.fromkeys(sent, 1.0)))
+    received = channel.unpack_update(message).delta
     assert list(received) == list(sent)
     assert len(received) == 3
     for name, tensor in received.items():

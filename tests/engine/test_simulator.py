@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from federations import QUICK, RECIPES, build, quick_recipe, run_quickly
+from orchard.communication import messages
 from orchard.communication.channel import Channel
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
@@ -107,14 +109,14 @@ def test_a_round_is_encoded_once_for_all_and_counted_for_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed: list[int] = []
-    real = Channel.pack_task
+    real = messages.encode_task
 
-    def pack(channel: Channel, task: Task) -> bytes:
-        message = real(channel, task)
+    def pack(task: Task, **options: Any) -> bytes:
+        message = real(task, **options)
         packed.append(len(message))
         return message
 
-    monkeypatch.setattr(Channel, "pack_task", pack)
+    monkeypatch.setattr(messages, "encode_task", pack)
     run_quickly(tmp_path, quick_recipe("fedavg"))
     assert len(packed) == 2
     received = [line["round/downlink_bytes"] for line in rounds_of(tmp_path)]
@@ -129,11 +131,11 @@ def test_what_a_client_does_to_its_task_stays_with_it(
     real = Channel.unpack_task
     spoiled: list[Task] = []
 
-    def unpack(channel: Channel, message: bytes) -> Task:
+    def unpack(channel: Channel, message: bytes, *rest: Any) -> Task:
         for task in spoiled:
             for tensor in task.shared.values():
                 tensor.fill_(9.0)
-        spoiled[:] = [real(channel, message)]
+        spoiled[:] = [real(channel, message, *rest)]
         return spoiled[0]
 
     monkeypatch.setattr(Channel, "unpack_task", unpack)

@@ -43,6 +43,12 @@ def _start(repeats: int) -> dict[str, Any]:
     return bench_start(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
 
 
+def _wire(repeats: int) -> dict[str, Any]:
+    from orchard.bench.wire import bench_wire
+
+    return bench_wire(repeats=repeats)
+
+
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
     {
         "memory": _memory,
@@ -50,6 +56,7 @@ BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
         "aggregate": _aggregate,
         "rounds": _rounds,
         "start": _start,
+        "wire": _wire,
     }
 )
 """Name to what runs it, given how many repeats, and returns what it found."""

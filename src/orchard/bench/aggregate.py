@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from orchard.communication.channel import DTYPES, Cast, Channel
+from orchard.communication.channel import Channel
 from orchard.communication.messages import Update, decode_update
+from orchard.communication.stages import DTYPES, Cast
 from orchard.memory import loading_to_stay, peak_memory_bytes, resident_memory_bytes
 from orchard.models.loading import threads
 from orchard.server.checkpoint import ServerState
@@ -65,7 +66,8 @@ class Case:
 
     def channel(self) -> Channel:
         """Return the way on which the updates come."""
-        return Channel((Cast(DTYPES[self.dtype]),))
+        cast = (Cast(DTYPES[self.dtype]),)
+        return Channel(cast, cast)
 
     def names(self) -> list[str]:
         """Return names as they are on the wire."""

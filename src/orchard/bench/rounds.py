@@ -20,12 +20,12 @@ from typing import Any
 from unittest.mock import patch
 
 from orchard.catalog import find_recipe
+from orchard.channels import build_channel
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingReport
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import simulate
 from orchard.experiment import (
-    build_channel,
     build_clients,
     build_schedule,
     load_model,

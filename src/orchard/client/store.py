@@ -8,7 +8,7 @@ complete it, starts from the version before it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -40,6 +40,10 @@ class ClientStore:
 
     folder: Path
     base_digest: str
+
+    def beside(self, name: str) -> ClientStore:
+        """Return a store of other things of this client, in a folder below this one."""
+        return replace(self, folder=self.folder / name)
 
     def _versions(self) -> dict[int, Path]:
         return {

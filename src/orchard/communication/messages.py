@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from orchard.communication.buffers import Buffer, join_tensors, view_tensors
 from orchard.results import Metrics
 from orchard.trees import Tree
 
 _HEADER_KEY = "orchard"
+
+Recode: TypeAlias = Callable[[Tree], Tree]
+"""Makes a tree into what is on the wire, or back."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,15 @@ class Task:
         shared: Name to tensor, the global values in play.
         settings: How to train.
         evaluate_local: Whether to evaluate right after local training.
+        since: In a message, the digest of the values that those of ``shared`` are differences to;
+            empty where they are whole, as they always are once the channel has read them.
     """
 
     round_number: int
     shared: Tree
     settings: LocalSettings
     evaluate_local: bool = False
+    since: str = ""
 
 
 @dataclass(frozen=True)
@@ -113,19 +119,20 @@ def _read_headers(message: Buffer) -> tuple[dict[str, Any], dict[str, Any]]:
     return content, layout
 
 
-def encode_task(task: Task) -> bytes:
-    """Return the bytes of ``task``."""
+def encode_task(task: Task, *, encode: Recode = dict) -> bytes:
+    """Return the bytes of ``task``, with what ``encode`` makes of its values."""
     header = {
         "kind": "task",
         "round_number": task.round_number,
         "settings": asdict(task.settings),
         "evaluate_local": task.evaluate_local,
+        "since": task.since,
     }
-    return _pack(task.shared, header)
+    return _pack(encode(task.shared), header)
 
 
 def decode_task(message: Buffer) -> Task:
-    """Read a task.
+    """Read a task, with its values as they are on the wire.
 
     Raises:
         ValueError: The bytes are not a task.
@@ -137,11 +144,12 @@ def decode_task(message: Buffer) -> Task:
             shared=view_tensors(bytearray(message), layout),
             settings=LocalSettings(**header["settings"]),
             evaluate_local=bool(header["evaluate_local"]),
+            since=str(header["since"]),
         )
 
 
-def encode_update(update: Update) -> bytes:
-    """Return the bytes of ``update``.
+def encode_update(update: Update, *, encode: Recode = dict) -> bytes:
+    """Return the bytes of ``update``, with what ``encode`` makes of its delta.
 
     Raises:
         ValueError: A metric is NaN or infinite.
@@ -157,11 +165,13 @@ def encode_update(update: Update) -> bytes:
         # Of one width, so that a message is as long however long its seconds are.
         "metrics": {name: f"{value:+.16e}" for name, value in update.metrics.items()},
     }
-    return _pack(update.delta, header)
+    return _pack(encode(update.delta), header)
 
 
-def decode_update(message: Buffer) -> Update:
+def decode_update(message: Buffer, *, decode: Recode = dict) -> Update:
     """Read an update without a copy: its tensors are the message's bytes, for reading only.
+
+    Its delta is what ``decode`` makes of them.
 
     Raises:
         ValueError: The bytes are not an update.
@@ -170,7 +180,7 @@ def decode_update(message: Buffer) -> Update:
         return Update(
             client_id=str(header["client_id"]),
             round_number=int(header["round_number"]),
-            delta=view_tensors(message, layout),
+            delta=decode(view_tensors(message, layout)),
             weight={name: float(weight) for name, weight in header["weight"].items()},
             metrics={name: float(value) for name, value in header["metrics"].items()},
         )

@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchard.channels import build_channel, check_communication
 from orchard.deployment.addresses import check_security, require_flower, split_address
 from orchard.deployment.keys import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
 from orchard.engine.coordinator import SITES_FILE, Coordinator
@@ -23,7 +24,6 @@ from orchard.engine.processes import Child, child_environment, end_when_free, on
 from orchard.engine.progress import Lines, make_console
 from orchard.experiment import (
     RECIPE_FILE,
-    build_channel,
     build_schedule,
     check_folder,
     load_model,
@@ -86,6 +86,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
     check_security(options.address, keys=options.keys, is_insecure=options.is_insecure)
     check_folder(options.folder, recipe, resume=resume)
     check_strategy(recipe.strategy.name)
+    check_communication(recipe)
     require_path(recipe)
     check_device(recipe.model.device)
     check_model(recipe.model.path, lora_settings(recipe))

@@ -19,15 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from orchard.channels import build_channel
 from orchard.client.client import Client
+from orchard.client.exchange import read_task, write_update
 from orchard.communication.audit import AUDIT_FILE, AuditLog, content_digest
-from orchard.communication.channel import Channel
+from orchard.communication.channel import Channel, MissingCopyError
 from orchard.deployment.consent import Consent, Refusal
 from orchard.engine.processes import only_one
 from orchard.engine.worker import serve, watches_parent
 from orchard.experiment import (
     Seat,
-    build_channel,
     build_clients,
     folder_name,
     load_model,
@@ -164,7 +165,10 @@ class SiteWorker:
         session = self._session(header)
         reply: dict[str, Any] = {"site": name, "base_digest": session.client.model.base_digest}
         with threads(session.recipe.model.num_threads):
-            task = session.channel.unpack_task(body)
+            try:
+                task = read_task(body, session.channel, session.client.store)
+            except MissingCopyError:
+                return {"site": name, "lacks_values": True}, b""
             if task.round_number != number:
                 raise Refusal(f"round must be {number} as announced, got {task.round_number}")
             if header["evaluate"]:
@@ -181,7 +185,7 @@ class SiteWorker:
             if header["train"]:
                 try:
                     update = train_client(session.strategy, session.client, task)
-                    message = session.channel.pack_update(update)
+                    message = write_update(update, session.channel, session.client.store)
                 except Exception as error:
                     error.add_note(f"in round {number}, client {name}, local training")
                     raise

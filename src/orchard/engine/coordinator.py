@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from orchard.communication.audit import AuditLog, content_digest
-from orchard.communication.channel import Channel
+from orchard.communication.channel import Broadcast, Channel
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
@@ -184,8 +184,16 @@ class Coordinator:
         self.channel.reset()
         arrived = self._inbox.take_up(sites, round_number=number)
         self.channel.uplink_bytes += sum(own.num_bytes for own in arrived)
+        task = Task(
+            round_number=number,
+            shared=state.shared,
+            settings=self.schedule.local(number),
+            evaluate_local="local" in self.schedule.models and self.schedule.has_evaluation(number),
+        )
+        broadcast = self.channel.broadcast(task, state.held)
         for attempt in range(1, self.patience.attempts + 1):
-            arrived += self._ask_round(post, sites, state, {own.client_id for own in arrived})
+            have = {own.client_id for own in arrived}
+            arrived += self._ask_round(post, sites, state, broadcast, have)
             if len(arrived) >= fewest:
                 break
             log.warning(
@@ -207,6 +215,9 @@ class Coordinator:
         lines: list[dict[str, Any]] = []
         coverage = Coverage(state.shared, self._rounds_since_sent())
         state = update_server(strategy, state, self._read(arrived, number, lines, coverage))
+        if self.channel.differences is not None:
+            holders = tuple(own.client_id for own in arrived)
+            state = replace(state, held=broadcast.task.shared, holders=holders)
         summary = self._summarize(lines, seconds=time.monotonic() - started) | coverage.summary()
         for line in (*lines, {"kind": "round", "round": number, **summary}):
             self._log.append(line)
@@ -220,7 +231,12 @@ class Coordinator:
         return state
 
     def _ask_round(
-        self, post: Post, sites: Sequence[str], state: ServerState, have: Set[str]
+        self,
+        post: Post,
+        sites: Sequence[str],
+        state: ServerState,
+        broadcast: Broadcast,
+        have: Set[str],
     ) -> list[Arrived]:
         """Ask the cohort to train and, where it is due, everybody to evaluate.
 
@@ -228,6 +244,7 @@ class Coordinator:
             post: Carries requests.
             sites: Of the run, in order.
             state: Before the round.
+            broadcast: The round's task.
             have: Sites whose update is there; they are not asked to train again.
 
         Returns:
@@ -235,27 +252,25 @@ class Coordinator:
         """
         number = state.round_number + 1
         models = self._models_due(state.round_number)
-        task = Task(
-            round_number=number,
-            shared=state.shared,
-            settings=self.schedule.local(number),
-            evaluate_local="local" in self.schedule.models and self.schedule.has_evaluation(number),
-        )
-        body = self.channel.pack_task(task)
         arrived = self._collect_late(post, state)
         busy = self._stragglers.busy
         cohort = set(sample_clients(sites, self.schedule, self.seeds, number)) - have - busy
         asked = [site for site in sites if site in cohort or (models and site not in busy)]
         late: dict[str, str] = {}
         measured: dict[str, Mapping[str, Any]] = {}
+
+        def request(site: str, body: bytes) -> Request:
+            return self._request(site, sites, number, body, models, trains=site in cohort)
+
         requests = {
-            site: self._request(site, sites, number, body, models, trains=site in cohort)
+            site: request(site, broadcast.since if site in state.holders else broadcast.whole)
             for site in asked
         }
         self.reporter.working(f"{len(cohort)} sites train", share=0.0)
-        for answer in exchange(
-            post, requests, self.patience, seconds=self.patience.round_seconds, late=late
-        ):
+        for answer in self._exchange(post, requests, late):
+            if answer.header.get("lacks_values"):  # it lost what differences are to
+                whole = {answer.site: request(answer.site, broadcast.whole)}
+                (answer,) = self._exchange(post, whole, late)
             measured[answer.site] = answer.header
             if answer.site in cohort or answer.failure or "refused" in answer.header:
                 arrived += self._admit(answer, state, round_number=number)
@@ -266,6 +281,13 @@ class Coordinator:
         self._stragglers.add(late, round_number=number)
         self._log_evaluation(sites, state, measured)
         return arrived
+
+    def _exchange(
+        self, post: Post, requests: Mapping[str, Request], late: dict[str, str] | None = None
+    ) -> Iterator[Answer]:
+        return exchange(
+            post, requests, self.patience, seconds=self.patience.round_seconds, late=late
+        )
 
     def _request(
         self,
@@ -306,13 +328,14 @@ class Coordinator:
     ) -> None:
         """Evaluate the last round's models at all sites."""
         number = state.round_number + 1
-        body = self.channel.pack_task(Task(number, state.shared, LocalSettings(0, 0, 0.0)))
+        task = Task(number, state.shared, LocalSettings(0, 0, 0.0))
+        body = self.channel.broadcast(task, {}).whole
         requests = {
             site: self._request(site, sites, number, body, models, trains=False) for site in sites
         }
         measured: dict[str, Mapping[str, Any]] = {}
         self.reporter.working(f"{len(sites)} sites evaluate", share=0.0)
-        for answer in exchange(post, requests, self.patience, seconds=self.patience.round_seconds):
+        for answer in self._exchange(post, requests):
             measured[answer.site] = answer.header
             if reason := answer.failure or str(answer.header.get("refused", "")):
                 self._refuse(answer.site, number, reason)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import time
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from orchard.client.client import Client
-from orchard.communication.channel import Channel
+from orchard.client.exchange import read_task, write_update
+from orchard.communication.channel import Broadcast, Channel, MissingCopyError
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
@@ -139,11 +140,14 @@ def simulate(
             )
             cohort = sample_clients(clients, schedule, seeds, round_number)
             tally, coverage = _Tally(), Coverage(state.shared, since_sent)
+            broadcast = channel.broadcast(task, state.held)
             # Lines are written as they come: until the round is committed, resuming drops them.
-            updates = _train_cohort(
-                strategy, cohort, task, channel, (log, tally, coverage), reporter
-            )
+            records = log, tally, coverage
+            updates = _train_cohort(strategy, cohort, broadcast, state.holders, records, reporter)
             state = update_server(strategy, state, updates)
+            if channel.differences is not None:
+                holders = tuple(client.client_id for client in cohort)
+                state = replace(state, held=broadcast.task.shared, holders=holders)
             if is_evaluated and after_aggregation:
                 line = _evaluate(strategy, clients, state, after_aggregation, reporter)
                 tally.evaluation_seconds.append(line["seconds"])
@@ -169,20 +173,21 @@ def simulate(
 def _train_cohort(
     strategy: Strategy,
     cohort: Sequence[Client],
-    task: Task,
-    channel: Channel,
+    broadcast: Broadcast,
+    holders: Collection[str],
     records: tuple[MetricsLog, _Tally, Coverage],
     reporter: Reporter,
 ) -> Iterator[Update]:
     """Yield the cohort's updates, each trained when it is asked for, and record their metrics."""
-    message = channel.pack_task(task)
+    task, channel = broadcast.task, broadcast.channel
     log, tally, coverage = records
 
     def turn(client: Client) -> Update:
         try:
-            channel.downlink_bytes += len(message)
-            sent = train_client(strategy, client, channel.unpack_task(message))
-            received = channel.send_update(sent)
+            own = _deliver(broadcast, client, has_values=client.client_id in holders)
+            sent = write_update(train_client(strategy, client, own), channel, client.store)
+            channel.uplink_bytes += len(sent)
+            received = channel.unpack_update(sent)
         except Exception as error:
             error.add_note(
                 f"in round {task.round_number}, client {client.client_id}, local training"
@@ -203,6 +208,18 @@ def _train_cohort(
     for position, client in enumerate(cohort):
         reporter.working(f"{client.client_id} trains", share=position / len(cohort))
         yield turn(client)
+
+
+def _deliver(broadcast: Broadcast, client: Client, *, has_values: bool) -> Task:
+    """Return the task as a client reads it, sent again whole where the client lacks its values."""
+    channel = broadcast.channel
+    message = broadcast.since if has_values else broadcast.whole
+    channel.downlink_bytes += len(message)
+    try:
+        return read_task(message, channel, client.store)
+    except MissingCopyError:
+        channel.downlink_bytes += len(broadcast.whole)
+        return read_task(broadcast.whole, channel, client.store)
 
 
 def _evaluate(

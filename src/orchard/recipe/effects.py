@@ -61,6 +61,12 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             "accuracy" in recipe.evaluation.metrics,
             "accuracy in evaluation.metrics",
         ),
+        "communication.feedback": (
+            recipe.communication.dtype == "int8"
+            or recipe.communication.top_k > 0
+            or ("scaffold" in methods and recipe.communication.dtype == "bfloat16"),
+            "communication.dtype = int8 or communication.top_k above 0",
+        ),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
         **_needs_of_budgets(recipe, methods),
     }

@@ -318,7 +318,28 @@ class ServerOptions:
 class CommunicationOptions:
     """What crosses the network."""
 
-    dtype: str = option("float32", "Of values as sent.", choices=("float32", "bfloat16"))
+    dtype: str = option(
+        "bfloat16",
+        "Of values as sent. int8 shares a scale among 128 of an update, or of a difference under "
+        "downlink = differences, and sends whole global values in bfloat16.",
+        choices=("float32", "bfloat16", "int8"),
+    )
+    top_k: float = option(
+        0.0,
+        "Share of each tensor of an update that is sent, the largest values; 0 = all.",
+        minimum=0,
+        maximum=1,
+    )
+    feedback: bool = option(
+        True,
+        "With int8 or top_k, and SCAFFOLD with bfloat16: a client adds to an update what encoding "
+        "took from its last ones.",
+    )
+    downlink: str = option(
+        "values",
+        "What clients are sent of the global tree: its values, or differences to what they have.",
+        choices=("values", "differences"),
+    )
 
 
 @dataclass(frozen=True)

@@ -31,11 +31,19 @@ class ServerState:
         round_number: The last completed round; 0 before training.
         shared: The global tree, float32.
         slots: The server optimizer's trees.
+        held: The global tree as the clients of the last round have it, where later rounds are sent
+            as differences to it; empty where they are not.
+        holders: These clients.
     """
 
     round_number: int
     shared: Tree
     slots: Slots = field(default_factory=dict)
+    held: Tree = field(default_factory=dict)
+    holders: tuple[str, ...] = ()
+
+
+_HELD = "held_by_clients"  # beside the names of slots
 
 
 def _folder_name(round_number: int) -> str:
@@ -56,13 +64,19 @@ def save_checkpoint(folder: Path, state: ServerState, *, about: Mapping[str, Any
     """
     target = folder / _folder_name(state.round_number)
     digests = {}
-    for name, tree in {"shared": state.shared, **state.slots}.items():
+    trees = {"shared": state.shared, **state.slots, **({_HELD: state.held} if state.held else {})}
+    for name, tree in trees.items():
         content = save({key: tensor.contiguous() for key, tensor in tree.items()})
         digests[name] = hashlib.sha256(content).hexdigest()
         write_atomically(target / f"{name}.safetensors", content)
     write_json(
         target / "state.json",
-        {"round_number": state.round_number, "trees": digests, "about": dict(about)},
+        {
+            "round_number": state.round_number,
+            "trees": digests,
+            "holders": state.holders,
+            "about": dict(about),
+        },
     )
     # Later folders can only be damaged ones, that loading skipped: they count for nothing.
     earlier = [path for path in sorted(folder.glob("round_*")) if path.name < target.name]
@@ -94,5 +108,11 @@ def load_checkpoint(folder: Path, *, about: Mapping[str, Any]) -> ServerState | 
                     f"{key} must be {saved['about'].get(key)} to resume from {candidate.name}, "
                     f"got {value}; use the same recipe and base, or another --out"
                 )
-        return ServerState(saved["round_number"], trees.pop("shared"), trees)
+        return ServerState(
+            saved["round_number"],
+            trees.pop("shared"),
+            held=trees.pop(_HELD, {}),
+            slots=trees,
+            holders=tuple(saved.get("holders", ())),
+        )
     return None
