@@ -58,6 +58,7 @@ class TrainingReport:
         moved: Names that at least one step might move.
         mean_gradient: Mean over steps of the objective's gradient before clipping, of the shared
             names; None where it was not asked for.
+        losses: The task loss of each step, of which ``loss`` is the mean.
     """
 
     loss: float
@@ -67,6 +68,7 @@ class TrainingReport:
     seconds: float
     moved: frozenset[str]
     mean_gradient: Tree | None
+    losses: tuple[float, ...] = ()
 
 
 def draw_batches(
@@ -227,4 +229,5 @@ def train(
         seconds=time.monotonic() - started,
         moved=frozenset(moved),
         mean_gradient=mean_gradient if keep_mean_gradient else None,
+        losses=tuple(losses),
     )
