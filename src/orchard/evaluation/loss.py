@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from orchard.data.templates import IGNORED, Encoded, collate
 from orchard.models.adapters import AdaptedModel
+from orchard.models.packing import can_pack, pack, packed_attention
 
 
 def forward_losses(
-    model: AdaptedModel, batch: Sequence[Encoded], *, with_router_loss: bool = False
+    model: AdaptedModel, batch: Sequence[Encoded], *, with_router_loss: bool = False, packed: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a batch and return what its responses cost.
 
@@ -32,16 +33,24 @@ def forward_losses(
     Raises:
         ValueError: The model has no load-balancing loss.
     """
-    arrays = collate(batch, pad_id=model.tokenizer.pad_token_id)
-    ids_BS, mask_BS, labels_BS = (
-        torch.from_numpy(arrays[key]).to(model.device)
-        for key in ("input_ids", "attention_mask", "labels")
-    )
-    targets_BS = labels_BS[:, 1:]
-    is_response_BS = targets_BS != IGNORED
     options = {"output_router_logits": True} if with_router_loss else {}
-    with _logits_only_at(model, is_response_BS):
-        outputs = model.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **options)
+    longest = max(len(example.input_ids) for example in batch)
+    with ExitStack() as undo:
+        if packed and can_pack(model.model, longest=longest):
+            rows = pack([example.input_ids for example in batch], model.device)
+            arguments = rows.arguments()
+            # What follows the last token of a row is not its own.
+            labels = [[*example.labels[1:], IGNORED] for example in batch]
+            targets_BS = torch.tensor([[t for row in labels for t in row][:-1]]).to(model.device)
+            undo.enter_context(packed_attention(model.model))
+        else:
+            arrays = collate(batch, pad_id=model.tokenizer.pad_token_id)
+            tensors = {k: torch.from_numpy(array).to(model.device) for k, array in arrays.items()}
+            targets_BS = tensors.pop("labels")[:, 1:]
+            arguments = tensors
+        is_response_BS = targets_BS != IGNORED
+        undo.enter_context(_logits_only_at(model, is_response_BS))
+        outputs = model.model(**arguments, use_cache=False, **options)
     router_loss = getattr(outputs, "aux_loss", None) if with_router_loss else None
     if with_router_loss and not isinstance(router_loss, torch.Tensor):
         raise ValueError(
