@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from orchard.data.templates import IGNORED, Encoded, collate
 from orchard.models.adapters import AdaptedModel
+from orchard.models.heads import cross_entropy, is_plain_head
 from orchard.models.packing import can_pack, pack, packed_attention
 
 
@@ -49,7 +50,7 @@ def forward_losses(
             targets_BS = tensors.pop("labels")[:, 1:]
             arguments = tensors
         is_response_BS = targets_BS != IGNORED
-        undo.enter_context(_logits_only_at(model, is_response_BS))
+        read = undo.enter_context(_read_only_at(model, is_response_BS))
         outputs = model.model(**arguments, use_cache=False, **options)
     router_loss = getattr(outputs, "aux_loss", None) if with_router_loss else None
     if with_router_loss and not isinstance(router_loss, torch.Tensor):
@@ -57,34 +58,47 @@ def forward_losses(
             f"client.router_aux_coefficient must be 0 for {type(model.model).__name__}, which has "
             "no load-balancing loss; set it to 0"
         )
+    targets_T = targets_BS[is_response_BS]
+    head: Any = model.model.get_output_embeddings()
+    if read:
+        return cross_entropy(head, read[0], targets_T), router_loss
     logits: torch.Tensor = outputs.logits
     # A head that is no module of its own has made the logits of all places.
     logits_TV = logits if logits.ndim == 2 else logits[:, :-1][is_response_BS]
-    losses_T = functional.cross_entropy(
-        logits_TV.float(), targets_BS[is_response_BS], reduction="none"
-    )
+    losses_T = functional.cross_entropy(logits_TV.float(), targets_T, reduction="none")
     return losses_T, router_loss
 
 
 @contextmanager
-def _logits_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[None]:
+def _read_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Let the model's head see those places alone; vocabularies are large and prompts long.
 
     Args:
         model: The model, whose forward pass returns logits (T, V) inside.
         is_read_BS: Which places to keep, (B, S - 1): nothing follows the last one.
+
+    Yields:
+        What the head would have read of those places, (T, D), where its losses can be computed in
+        blocks; the model's own logits then are of one place. Else empty.
     """
+    network: Any = model.model
+    found = network.get_output_embeddings()
+    can_defer = model.ends_with_head and is_plain_head(found)
+    deferred: list[torch.Tensor] = []
 
     def select(head: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         (hidden_BSD, *_) = args
-        fits = hidden_BSD.shape[:2] == (len(is_read_BS), is_read_BS.shape[1] + 1)
-        return hidden_BSD[:, :-1][is_read_BS] if fits else None
+        if hidden_BSD.shape[:2] != (len(is_read_BS), is_read_BS.shape[1] + 1):
+            return None
+        hidden_TD = hidden_BSD[:, :-1][is_read_BS]
+        if not can_defer:
+            return hidden_TD
+        deferred.append(hidden_TD)
+        return hidden_TD[:1].detach()
 
-    network: Any = model.model
-    found = network.get_output_embeddings()
     handle = found.register_forward_pre_hook(select) if isinstance(found, nn.Module) else None
     try:
-        yield
+        yield deferred
     finally:
         if handle is not None:
             handle.remove()

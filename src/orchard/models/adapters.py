@@ -79,6 +79,7 @@ class AdaptedModel:
         # Adapters are small; a copy of what is trained itself is made when it is asked for.
         self._fresh = self.read(lora)
         self._is_fresh = True
+        self.ends_with_head = _ends_with_head(self.model)
         self.set_trainable(())
 
     @property
@@ -241,3 +242,22 @@ class AdaptedModel:
             parameter.grad = None
             self._is_fresh = False
         return list(chosen.values())
+
+
+@torch.no_grad()
+def _ends_with_head(model: Any) -> bool:
+    """Say whether a model's logits are its head's output as it is, not scaled or capped.
+
+    Asked of one token. A model whose experts are not in memory cannot be asked, and then not.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or any(p.is_meta for p in model.parameters()):
+        return False
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    try:
+        token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+        logits = model(input_ids=token, use_cache=False).logits
+    finally:
+        handle.remove()
+    return len(seen) == 1 and torch.equal(seen[0], logits)
