@@ -45,6 +45,31 @@ class PlainSettings:
     end_id: int
 
 
+@dataclass(frozen=True)
+class Took:
+    """What something took.
+
+    Attributes:
+        seconds: By the wall clock.
+        cpu_seconds: Of all threads of this process.
+    """
+
+    seconds: float
+    cpu_seconds: float
+
+
+class Stopwatch:
+    """Runs from when it is made."""
+
+    def __init__(self) -> None:
+        """Start."""
+        self._seconds, self._cpu_seconds = time.perf_counter(), time.process_time()
+
+    def read(self) -> Took:
+        """Return what has passed since the start."""
+        return Took(time.perf_counter() - self._seconds, time.process_time() - self._cpu_seconds)
+
+
 class PlainLoop:
     """A model that PEFT has wrapped, trained and asked by a plain loop."""
 
@@ -79,13 +104,13 @@ class PlainLoop:
             for name, parameter in found.items():
                 parameter.copy_(values[name])
 
-    def train(self, batches: Sequence[Sequence[Encoded]]) -> tuple[list[float], float]:
+    def train(self, batches: Sequence[Sequence[Encoded]]) -> tuple[list[float], Took]:
         """Take one AdamW step for each batch, padded to its longest row.
 
         Returns:
-            The loss of each step before it is taken, and the seconds of all.
+            The loss of each step before it is taken, and what all of them took.
         """
-        started = time.perf_counter()
+        watch = Stopwatch()
         self.model.train()
         trained = [p for p in self.model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.settings.learning_rate, weight_decay=0.0)
@@ -99,18 +124,18 @@ class PlainLoop:
             optimizer.step()
             optimizer.zero_grad()
             losses.append(loss.item())
-        return losses, time.perf_counter() - started
+        return losses, watch.read()
 
     @torch.inference_mode()
     def answer(
         self, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int
-    ) -> tuple[list[list[int]], float]:
+    ) -> tuple[list[list[int]], Took]:
         """Answer prompts greedily by ``generate``, so many rows at a time, in their own order.
 
         Returns:
-            The ids of each answer up to its end token, and the seconds of all.
+            The ids of each answer up to its end token, and what all of them took.
         """
-        started = time.perf_counter()
+        watch = Stopwatch()
         self.model.eval()
         answers = []
         for start in range(0, len(prompts), batch_size):
@@ -128,4 +153,4 @@ class PlainLoop:
             for row in found[:, inputs["input_ids"].shape[1] :].tolist():
                 end = self.settings.end_id
                 answers.append(row[: row.index(end)] if end in row else row)
-        return answers, time.perf_counter() - started
+        return answers, watch.read()

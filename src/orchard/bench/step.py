@@ -11,9 +11,9 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from orchard.bench.plain_loop import PlainLoop, PlainSettings
+from orchard.bench.plain_loop import PlainLoop, PlainSettings, Stopwatch, Took
 from orchard.client.objectives import causal_lm
 from orchard.client.training import TrainingSettings, draw_batches, train
 from orchard.communication.messages import LocalSettings
@@ -31,7 +31,7 @@ from orchard.data.templates import Encoded, encode
 from orchard.data.world import facts
 from orchard.memory import forget_peak_memory, peak_memory_bytes
 from orchard.models.adapters import AdaptedModel
-from orchard.models.loading import load_base, load_config, load_tokenizer, resolve, threads
+from orchard.models.loading import DTYPES, load_base, load_config, load_tokenizer, resolve, threads
 from orchard.models.random_checkpoint import Shape, write_random_checkpoint
 from orchard.models.targets import LoraSettings
 from orchard.trees import Tree
@@ -151,10 +151,12 @@ class OurSide:
             base.view, lora, tokenizer=tokenizer, base_digest=base.digest, seed=0
         )
 
-    def train(self, examples: Sequence[Encoded], values: Tree) -> tuple[list[float], float]:
-        """Train from ``values``; return the loss of each step, and the seconds of all."""
+    def train(
+        self, examples: Sequence[Encoded], values: Tree, *, packed: bool = True
+    ) -> tuple[list[float], Took]:
+        """Train from ``values``; return the loss of each step, and what all of them took."""
         self.model.load(values)
-        started = time.perf_counter()
+        watch = Stopwatch()
         report = train(
             self.model,
             examples,
@@ -163,12 +165,12 @@ class OurSide:
             objective=causal_lm,
             memory={},
             broadcast={},
-            settings=self.case.settings,
+            settings=replace(self.case.settings, packed=packed),
             local=self.case.local,
             generator=np.random.default_rng(1),
             dropout_seed=0,
         )
-        return list(report.losses), time.perf_counter() - started
+        return list(report.losses), watch.read()
 
 
 def plain_side(case: StepCase, experts: str) -> PlainLoop:
@@ -220,7 +222,7 @@ def train_alone(case: StepCase, side: str) -> dict[str, float]:
     """
     imported = peak_memory_bytes()
     with threads(case.num_threads):
-        if side == "ours":
+        if side.startswith("ours"):
             ours = OurSide(case)
             values = ours.model.read(ours.model.adapter_names)
             examples = read_examples(case, ours.model.tokenizer)
@@ -231,8 +233,8 @@ def train_alone(case: StepCase, side: str) -> dict[str, float]:
         loading_peak = peak_memory_bytes()
         forget_peak_memory()
         loaded = peak_memory_bytes()
-        if side == "ours":
-            ours.train(examples, values)
+        if side.startswith("ours"):
+            ours.train(examples, values, packed=side == "ours")
         else:
             plain.train(batches)
     training_peak = peak_memory_bytes()
@@ -249,6 +251,7 @@ def bench_step(
     *,
     repeats: int = 3,
     experts: Sequence[str] = ("eager",),
+    memory_case: StepCase | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare ``train`` with a plain loop of transformers and PEFT.
@@ -257,58 +260,139 @@ def bench_step(
         case: What both train.
         repeats: Runs of each side, in turn, after one that is not timed; times are medians.
         experts: The peer's implementations of experts; the fastest one is the peer.
+        memory_case: What both train alone for their memory; None = ``case``.
         say: Hears of every run that ended.
 
     Returns:
-        ``ours`` and ``peer`` with ``tokens_per_second`` (padding not counted), ``speedup``,
-        ``same_losses`` and ``largest_loss_difference`` of the first ten steps, and the memory of
-        each, with ``peak_ratio`` and ``training_memory_ratio``.
+        ``tokens_per_second`` of each side, padding not counted; ``speedup`` of ours over the peer,
+        ``speedup_padded`` with the peer's padding on our side, and ``cpu_speedup`` by CPU time;
+        ``same_losses`` and ``largest_loss_difference`` of the first ten steps; on a CPU the memory
+        of each in a process of its own, as ``train_alone`` says, and ratios of that; on a GPU its
+        peak memory, and the share of the matrix-product limit.
     """
-    seconds: dict[str, list[float]] = {}
+    runs: dict[str, list[Took]] = {}
     losses: dict[str, list[float]] = {}
     with threads(case.num_threads):
         ours = OurSide(case)
         examples = read_examples(case, ours.model.tokenizer)
         batches = plain_batches(case, examples)
         values = ours.model.read(ours.model.adapter_names)
-        peers = {name: plain_side(case, name) for name in experts}
+        num_parameters = active_parameters(ours.model)
+        sides: dict[str, Callable[[], tuple[list[float], Took]]] = {
+            "ours": lambda: ours.train(examples, values),
+            "ours_padded": lambda: ours.train(examples, values, packed=False),
+        }
+        for name in experts:
+            peer = plain_side(case, name)
+            sides[f"peer_{name}"] = partial(_train_peer, peer, values, batches)
         num_tokens = sum(len(example.input_ids) for batch in batches for example in batch)
+        peaks = {}
         for number in range(repeats + 1):
-            for name in ("ours", *peers):
-                if name == "ours":
-                    found, took = ours.train(examples, values)
-                else:
-                    peers[name].load(values)
-                    found, took = peers[name].train(batches)
-                losses[name] = found
+            for name, run in sides.items():
+                _forget_device_peak(case.device)
+                losses[name], took = run()
+                peaks[name] = _device_peak(case.device)
                 if number:
-                    seconds.setdefault(name, []).append(took)
-                    say(f"{name} {number}/{repeats}: {num_tokens / took:.0f} tokens/s")
-    best = min(peers, key=lambda name: median(seconds[name]))
+                    runs.setdefault(name, []).append(took)
+                    say(f"{name} {number}/{repeats}: {num_tokens / took.seconds:.0f} tokens/s")
+        limit = matmul_flops_per_second(case.dtype, case.device)
+    seconds = {name: median(took.seconds for took in all_) for name, all_ in runs.items()}
+    cpu = {name: median(took.cpu_seconds for took in all_) for name, all_ in runs.items()}
+    best = min((name for name in seconds if name.startswith("peer_")), key=seconds.__getitem__)
     differences = [
-        abs(one - other)
-        for one, other in zip(
-            losses["ours"][:_CHECKED_STEPS], losses[best][:_CHECKED_STEPS], strict=True
-        )
-    ]
-    speeds = {name: num_tokens / median(took) for name, took in seconds.items()}
+        abs(one - other) for one, other in zip(losses["ours"], losses[best], strict=True)
+    ][:_CHECKED_STEPS]
     rows = sum(len(batch) * max(len(e.input_ids) for e in batch) for batch in batches)
+    num_labels = sum(example.num_labels for batch in batches for example in batch)
+    # Forward and backward through frozen products: two and two operations for each parameter.
+    flops = 4 * (num_parameters["body"] * num_tokens + num_parameters["head"] * num_labels)
     result: dict[str, Any] = {
         "num_tokens": num_tokens,
+        "num_labels": num_labels,
         "padding_share": 1 - num_tokens / rows,
-        "peer_experts": best,
-        "tokens_per_second": speeds,
-        "speedup": speeds["ours"] / speeds[best],
+        "peer": best,
+        "tokens_per_second": {name: num_tokens / took for name, took in seconds.items()},
+        "speedup": seconds[best] / seconds["ours"],
+        "speedup_padded": seconds[best] / seconds["ours_padded"],
+        "cpu_speedup": cpu[best] / cpu["ours"],
         "same_losses": max(differences) <= _MOST_DIFFERENT,
         "largest_loss_difference": max(differences),
-        "losses": {name: found[:_CHECKED_STEPS] for name, found in losses.items()},
+        "matmul_gflops": {name: rate / 1e9 for name, rate in limit.items()},
+        "floor_seconds": flops / max(limit.values()),
+        "share_of_matmul_limit": flops / max(limit.values()) / seconds["ours"],
+        "peer_share_of_matmul_limit": flops / max(limit.values()) / seconds[best],
     }
     if case.device == "cpu":
-        memory = {side: measure_alone(case, side) for side in ("ours", best)}
+        alone = memory_case or case
+        kind = best.removeprefix("peer_")
+        memory = {
+            "ours": measure_alone(alone, "ours"),
+            "ours_padded": measure_alone(alone, "ours_padded"),
+            "peer": measure_alone(alone, kind),
+        }
+        say("measured memory")
         result["memory"] = memory
         for key in ("peak_bytes", "training_bytes"):
-            result[f"{key}_ratio"] = memory["ours"][key] / memory[best][key]
+            result[f"{key}_ratio"] = memory["ours"][key] / memory["peer"][key]
+    else:
+        result["device_peak_bytes"] = peaks
     return result
+
+
+def active_parameters(model: AdaptedModel) -> dict[str, int]:
+    """Return the parameters that a token is multiplied with, in the output layer and elsewhere."""
+    network: Any = model.model
+    head = network.get_output_embeddings().weight.numel()
+    routed = sum(p.numel() for layer in model.view.layers for p in layer.storage.parameters())
+    used = sum(
+        p.numel() * layer.top_k // layer.num_experts
+        for layer in model.view.layers
+        for p in layer.storage.parameters()
+    )
+    matrices = sum(p.numel() for p in network.parameters() if p.ndim > 1)
+    embedding = network.get_input_embeddings().weight
+    is_tied = embedding is network.get_output_embeddings().weight
+    return {
+        "head": head,
+        "body": matrices - routed + used - head - (0 if is_tied else embedding.numel()),
+    }
+
+
+def matmul_flops_per_second(dtype: str, device: str, *, size: int = 2048) -> dict[str, float]:
+    """Return the rate of a large product, in ``dtype`` and on a CPU in float32 too."""
+    rates = {}
+    for name in {dtype, "float32"} if device == "cpu" else {dtype}:
+        a = torch.randn(size, size, device=device).to(DTYPES[name])
+        seconds = []
+        for _ in range(4):
+            _wait_for(device)
+            watch = Stopwatch()
+            torch.matmul(a, a)
+            _wait_for(device)
+            seconds.append(watch.read().seconds)
+        rates[name] = 2 * size**3 / min(seconds)
+    return rates
+
+
+def _train_peer(
+    peer: PlainLoop, values: Tree, batches: Sequence[Sequence[Encoded]]
+) -> tuple[list[float], Took]:
+    peer.load(values)
+    return peer.train(batches)
+
+
+def _wait_for(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize(device)
+
+
+def _forget_device_peak(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _device_peak(device: str) -> int:
+    return 0 if device == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def bench_steps(
@@ -319,8 +403,10 @@ def bench_steps(
     result = {"small": bench_step(small, repeats=repeats, experts=_CPU_EXPERTS, say=say)}
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder), QWEN_SHAPE, dtype="bfloat16", seed=0)
-        large = StepCase(folder, "random", dtype="bfloat16", max_tokens=256, steps=2)
-        result["large"] = bench_step(large, repeats=min(2, repeats), say=say)
+        large = StepCase(folder, "random", dtype="bfloat16", max_tokens=128, steps=2)
+        result["large"] = bench_step(
+            large, repeats=1, memory_case=replace(large, max_tokens=256, steps=1), say=say
+        )
     return result
 
 

@@ -35,6 +35,8 @@ class TrainingSettings:
         weight_decay: Of the optimizer.
         max_grad_norm: Gradients are scaled down to this L2 norm; 0 = never.
         router_aux_coefficient: Weight of the model's load-balancing loss; 0 = off.
+        packed: Whether micro-batches are read without padding, where the model can (see
+            ``models.packing``); else padded to the longest row.
     """
 
     batch_size: int
@@ -43,6 +45,7 @@ class TrainingSettings:
     weight_decay: float
     max_grad_norm: float
     router_aux_coefficient: float
+    packed: bool = True
 
 
 @dataclass(frozen=True)
@@ -179,7 +182,9 @@ def train(
                 allowed = names - frozenset(hold_still(batches)) if hold_still else names
                 step_loss = 0.0
                 for batch in batches:
-                    losses_T, router_loss = forward_losses(model, batch, with_router_loss=aux > 0)
+                    losses_T, router_loss = forward_losses(
+                        model, batch, with_router_loss=aux > 0, packed=settings.packed
+                    )
                     task_loss = losses_T.sum() / step_labels
                     step_loss += task_loss.item()
                     if router_loss is not None:

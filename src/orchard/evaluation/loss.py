@@ -18,14 +18,20 @@ from orchard.models.packing import can_pack, pack, packed_attention
 
 
 def forward_losses(
-    model: AdaptedModel, batch: Sequence[Encoded], *, with_router_loss: bool = False, packed: bool = True
+    model: AdaptedModel,
+    batch: Sequence[Encoded],
+    *,
+    with_router_loss: bool = False,
+    packed: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a batch and return what its responses cost.
 
     Args:
         model: The model, in training or evaluation mode.
-        batch: Encoded examples, padded here on the right.
+        batch: Encoded examples.
         with_router_loss: Whether to return the model's own load-balancing loss too.
+        packed: Whether to put rows behind each other where the model can be run so; else they are
+            padded on the right.
 
     Returns:
         The cross-entropy of every response token, flat, float32, in nats; and the load-balancing

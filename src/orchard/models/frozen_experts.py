@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from orchard.models.products import multiply_into, product_dtype
+from orchard.models.products import multiply_back, multiply_rows
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,10 @@ class _Frozen(torch.autograd.Function):
         ctx: Any, weights: FrozenWeights, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor
     ) -> Tensor:
         groups = group(choices_TK, num_experts=len(weights.down_EDF))
-        wide = product_dtype(x_TD)
-        x_PD = x_TD.to(wide)[groups.token_P]
+        x_PD = x_TD[groups.token_P]
         hidden_PG = x_TD.new_empty(groups.num_pairs, weights.first_EGD.shape[1])
         for expert, span in groups.spans():
-            multiply_into(hidden_PG[span], x_PD[span], weights.first_EGD[expert].t())
+            multiply_rows(x_PD[span], weights.first_EGD[expert], out_TN=hidden_PG[span])
             if weights.first_bias_EG is not None:
                 hidden_PG[span] += weights.first_bias_EG[expert]
         y_ND = _run_down(weights, groups, weights.activate(hidden_PG), x_TD)
@@ -132,11 +131,10 @@ class _Frozen(torch.autograd.Function):
         weights: FrozenWeights = ctx.weights
         groups: Groups = ctx.groups
         hidden_PG, weights_TK = ctx.saved_tensors
-        wide = product_dtype(dy_TD)
-        dy_PD = dy_TD.to(wide)[groups.token_P]
+        dy_PD = dy_TD[groups.token_P]
         down_PF = dy_TD.new_empty(groups.num_pairs, weights.down_EDF.shape[2])
         for expert, span in groups.spans():
-            multiply_into(down_PF[span], dy_PD[span], weights.down_EDF[expert])
+            multiply_back(dy_PD[span], weights.down_EDF[expert], out_TM=down_PF[span])
         with torch.enable_grad():
             leaf_PG = hidden_PG.detach().requires_grad_()
             activated_PF = weights.activate(leaf_PG)
@@ -153,22 +151,20 @@ class _Frozen(torch.autograd.Function):
             scale_P1 = weights_TK.flatten()[groups.order_P, None]
             down_PF = (down_PF * scale_P1).to(dy_TD.dtype)
             (dhidden_PG,) = torch.autograd.grad(activated_PF, leaf_PG, down_PF)
-            dhidden_PG = dhidden_PG.to(wide)
             dx_ND = dy_TD.new_empty(groups.num_pairs + 1, dy_TD.shape[1])
             dx_ND[-1] = 0
             for expert, span in groups.spans():
-                multiply_into(dx_ND[span], dhidden_PG[span], weights.first_EGD[expert])
+                multiply_back(dhidden_PG[span], weights.first_EGD[expert], out_TM=dx_ND[span])
             dx_TD = groups.sum_by_token(dx_ND)
         return None, dx_TD, None, dweights_TK
 
 
 def _run_down(weights: FrozenWeights, groups: Groups, hidden_PF: Tensor, x_TD: Tensor) -> Tensor:
     """Return each pair's output without its weight, and a row of zeros: (P + 1, D)."""
-    hidden_PF = hidden_PF.to(product_dtype(x_TD))
     y_ND = x_TD.new_empty(groups.num_pairs + 1, x_TD.shape[1])
     y_ND[-1] = 0
     for expert, span in groups.spans():
-        multiply_into(y_ND[span], hidden_PF[span], weights.down_EDF[expert].t())
+        multiply_rows(hidden_PF[span], weights.down_EDF[expert], out_TN=y_ND[span])
         if weights.down_bias_ED is not None:
             y_ND[span] += weights.down_bias_ED[expert]
     return y_ND

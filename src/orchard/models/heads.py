@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from orchard.models.products import product_dtype
+from orchard.models.products import multiply_back, multiply_rows
 
-# Rows of logits at a time, and rows of a widened output layer. Smaller blocks read the output layer
-# more often: with a vocabulary of 151,936 this is 220 rows.
+# Of logits at a time. Smaller blocks read the output layer more often: with a vocabulary of 151,936
+# this is 220 rows.
 _BLOCK_BYTES = 128 << 20
 
 
@@ -58,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
                 # In place: the logits become the loss's gradient in them.
                 logits_RV.sub_(norm_R[:, None]).exp_()
                 logits_RV.scatter_add_(1, place_R1, torch.full_like(norm_R, -1.0)[:, None])
-                gradient_TD[rows] = _back(logits_RV, weight_VD, hidden_TD)
+                multiply_back(logits_RV, weight_VD, out_TM=gradient_TD[rows])
         ctx.save_for_backward(*(() if gradient_TD is None else (gradient_TD,)))
         return losses_T
 
@@ -71,26 +71,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _logits(hidden_RD: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
     """Return logits in float32, of their own memory."""
-    wide = product_dtype(hidden_RD)
-    hidden_RD = hidden_RD.to(wide)
-    if wide == weight_VD.dtype:
-        logits_RV = (hidden_RD @ weight_VD.t()).float()
-    else:
-        logits_RV = torch.empty(len(hidden_RD), len(weight_VD), device=hidden_RD.device)
-        for part in _blocks(len(weight_VD), 4 * weight_VD.shape[1]):
-            logits_RV[:, part] = hidden_RD @ weight_VD[part].to(wide).t()
+    logits_RV = torch.empty(len(hidden_RD), len(weight_VD), device=hidden_RD.device)
+    multiply_rows(hidden_RD, weight_VD, out_TN=logits_RV)
     return logits_RV if bias_V is None else logits_RV.add_(bias_V)
-
-
-def _back(gradient_RV: Tensor, weight_VD: Tensor, hidden_TD: Tensor) -> Tensor:
-    """Return the gradient of what was multiplied, (R, D)."""
-    wide = product_dtype(hidden_TD)
-    if wide == weight_VD.dtype:
-        return gradient_RV.to(wide) @ weight_VD
-    sum_RD = torch.zeros(len(gradient_RV), weight_VD.shape[1], device=gradient_RV.device)
-    for part in _blocks(len(weight_VD), 4 * weight_VD.shape[1]):
-        sum_RD.addmm_(gradient_RV[:, part], weight_VD[part].to(wide))
-    return sum_RD
 
 
 def _blocks(count: int, row_bytes: int) -> Iterator[slice]:

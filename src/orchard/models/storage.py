@@ -192,7 +192,9 @@ class FusedExperts:
 
     def _frozen(self, held: Mapping[str, Tensor]) -> FrozenWeights:
         first = "gate_up_proj" if self.has_gate else "up_proj"
-        turned = [held[name].mT if self.is_transposed else held[name] for name in (first, "down_proj")]
+        turned = [
+            held[name].mT if self.is_transposed else held[name] for name in (first, "down_proj")
+        ]
         return FrozenWeights(
             *turned,
             held.get(f"{first}_bias"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from orchard.models.products import product_dtype
+from orchard.models.products import is_slow, multiply_back, multiply_rows
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def wide_products(model: nn.Module) -> Iterator[None]:
                 continue
             is_plain = type(module).forward is nn.Linear.forward
             weight = module.weight
-            if is_plain and not weight.is_meta and product_dtype(weight) != weight.dtype:
+            if is_plain and is_slow(weight):
                 module.forward = _forward(module)  # type: ignore[method-assign]
                 undo.callback(delattr, module, "forward")
         yield
@@ -51,12 +51,11 @@ class _Wide(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.weight = weight
-        wide = product_dtype(x)
-        y = x.to(wide) @ weight.to(wide).t()
-        return (y if bias is None else y.add_(bias)).to(x.dtype)
+        y = multiply_rows(x.flatten(0, -2), weight)
+        return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        wide = product_dtype(dy)
-        return (dy.to(wide) @ ctx.weight.to(wide)).to(dy.dtype), None, None
+        dx = multiply_back(dy.flatten(0, -2), ctx.weight)
+        return dx.view(*dy.shape[:-1], -1), None, None

@@ -273,6 +273,11 @@ class ClientOptions:
     router_aux_coefficient: float = option(
         0.0, "Weight of the model's load-balancing loss.", minimum=0
     )
+    packing: bool = option(
+        True,
+        "Read the examples of a batch behind each other, each by itself, where the model can; "
+        "else pad them to the longest. The same gradients; with dropout, other draws.",
+    )
 
 
 @dataclass(frozen=True)
