@@ -29,11 +29,13 @@ from orchard.data.datasets import load_examples
 from orchard.data.examples import Fields
 from orchard.data.templates import Encoded, encode
 from orchard.data.world import facts
+from orchard.evaluation.generation import generate_greedily
 from orchard.memory import forget_peak_memory, peak_memory_bytes
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import DTYPES, load_base, load_config, load_tokenizer, resolve, threads
 from orchard.models.random_checkpoint import Shape, write_random_checkpoint
 from orchard.models.targets import LoraSettings
+from orchard.models.unbinding import unbound_experts
 from orchard.trees import Tree
 
 # Qwen1.5-MoE-A2.7B's, cut to a few layers.
@@ -339,6 +341,64 @@ def bench_step(
     return result
 
 
+def bench_answers(
+    case: StepCase,
+    *,
+    num_prompts: int = 100,
+    batch_size: int = 50,
+    max_new_tokens: int = 64,
+    repeats: int = 3,
+    experts: str = "eager",
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Compare ``generate_greedily`` with ``generate`` on the same prompts, so many rows at a time.
+
+    Args:
+        case: The model and its data.
+        num_prompts: Prompts, in no order of length.
+        batch_size: Rows at a time, of both sides.
+        max_new_tokens: Longest answer.
+        repeats: Runs of each side, in turn, after one that is not timed; times are medians.
+        experts: The peer's implementation of experts.
+        say: Hears of every run that ended.
+
+    Returns:
+        ``seconds`` of each side, ``speedup``, ``cpu_speedup``, and ``same_share``, the share of
+        answers that are equal.
+    """
+    with threads(case.num_threads):
+        ours, peer = OurSide(case), plain_side(case, experts)
+        values = ours.model.read(ours.model.adapter_names)
+        peer.load(values)
+        tokenizer = ours.model.tokenizer
+        drawn = replace(case, steps=-(-num_prompts // case.batch_size))
+        prompts = [e.prompt_ids for e in read_examples(drawn, tokenizer)][:num_prompts]
+        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        runs: dict[str, list[Took]] = {"ours": [], "peer": []}
+        for number in range(repeats + 1):
+            watch = Stopwatch()
+            with unbound_experts(ours.model.view):
+                answers = generate_greedily(ours.model, prompts, **options)
+            took = watch.read()
+            found, peer_took = peer.answer(prompts, **options)
+            if number:
+                runs["ours"].append(took)
+                runs["peer"].append(peer_took)
+                say(f"answers {number}/{repeats}: {peer_took.seconds / took.seconds:.2f} times")
+    texts = [text.strip() for text in tokenizer.batch_decode(found, skip_special_tokens=True)]
+    seconds = {name: median(took.seconds for took in all_) for name, all_ in runs.items()}
+    cpu = {name: median(took.cpu_seconds for took in all_) for name, all_ in runs.items()}
+    same = [text == answer for text, answer in zip(texts, answers, strict=True)]
+    return {
+        "num_prompts": len(prompts),
+        "num_answer_tokens": sum(map(len, found)),
+        "seconds": seconds,
+        "speedup": seconds["peer"] / seconds["ours"],
+        "cpu_speedup": cpu["peer"] / cpu["ours"],
+        "same_share": sum(same) / len(same),
+    }
+
+
 def active_parameters(model: AdaptedModel) -> dict[str, int]:
     """Return the parameters that a token is multiplied with, in the output layer and elsewhere."""
     network: Any = model.model
@@ -401,6 +461,7 @@ def bench_steps(
     """Compare both sides on a small base, and on Qwen1.5-MoE's shape cut to four layers."""
     small = StepCase(model, data)
     result = {"small": bench_step(small, repeats=repeats, experts=_CPU_EXPERTS, say=say)}
+    result["evaluation"] = bench_answers(small, repeats=repeats, say=say)
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder), QWEN_SHAPE, dtype="bfloat16", seed=0)
         large = StepCase(folder, "random", dtype="bfloat16", max_tokens=128, steps=2)

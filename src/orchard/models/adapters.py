@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import GenerationConfig
 
+from orchard.models.decoding import can_decode, decode_greedily
 from orchard.models.moe import MoEView
 from orchard.models.slots import Slot, full_slots, lora_slots
 from orchard.models.targets import LoraSettings, check_targets, find_targets, inject_lora
@@ -196,6 +197,15 @@ class AdaptedModel:
         self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, *, max_new_tokens: int
     ) -> torch.Tensor:
         """Return the ids that follow prompts padded on the left, by greedy decoding: (B, new)."""
+        if can_decode(self.model):
+            return decode_greedily(
+                self.model,
+                ids_BS,
+                mask_BS,
+                max_new_tokens=max_new_tokens,
+                end_id=self.tokenizer.eos_token_id,
+                pad_id=self.tokenizer.pad_token_id,
+            )
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
             do_sample=False,

@@ -278,6 +278,12 @@ class ClientOptions:
         "Read the examples of a batch behind each other, each by itself, where the model can; "
         "else pad them to the longest. The same gradients; with dropout, other draws.",
     )
+    pass_tokens: int = option(
+        512,
+        "On a CPU, a batch with more tokens is read in several passes, which needs less memory; "
+        "0 = never. The same gradients; with dropout, other draws.",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)
