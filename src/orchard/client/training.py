@@ -37,8 +37,8 @@ class TrainingSettings:
         router_aux_coefficient: Weight of the model's load-balancing loss; 0 = off.
         packed: Whether micro-batches are read without padding, where the model can (see
             ``models.packing``); else padded to the longest row.
-        pass_tokens: On a CPU, a packed micro-batch with more tokens is read in several passes, which
-            needs less memory; 0 = never.
+        pass_tokens: On a CPU, a packed micro-batch with more tokens is read in several passes,
+            which needs less memory; 0 = never.
     """
 
     batch_size: int

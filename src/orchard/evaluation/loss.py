@@ -65,9 +65,9 @@ def forward_losses(
             "no load-balancing loss; set it to 0"
         )
     targets_T = targets_BS[is_response_BS]
-    head: Any = model.model.get_output_embeddings()
+    network: Any = model.model
     if read:
-        return cross_entropy(head, read[0], targets_T), router_loss
+        return cross_entropy(network.get_output_embeddings(), read[0], targets_T), router_loss
     logits: torch.Tensor = outputs.logits
     # A head that is no module of its own has made the logits of all places.
     logits_TV = logits if logits.ndim == 2 else logits[:, :-1][is_response_BS]

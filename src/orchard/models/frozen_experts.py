@@ -80,7 +80,7 @@ class Groups:
 
 
 def group(choices_TK: Tensor, *, num_experts: int) -> Groups:
-    """Sort the choices by expert; those that are ``num_experts`` stand for none and are left out."""
+    """Sort the choices by expert; ``num_experts`` stands for none and is left out."""
     flat_N = choices_TK.flatten()
     order_N = flat_N.argsort(stable=True)
     counts = torch.bincount(flat_N, minlength=num_experts + 1).tolist()[:num_experts]

@@ -1,8 +1,8 @@
-"""Cross-entropy behind a frozen output layer, without the logits of more than a few rows at a time.
+"""Cross-entropy behind a frozen output layer, with the logits of a few rows at a time.
 
-A vocabulary of 151,936 makes the logits the largest tensors of a training step, and each row of them
-serves for one number. Here a block of rows is multiplied, its losses are read, its gradient in the
-hidden states is computed at once, and the block is gone.
+A vocabulary of 151,936 makes the logits the largest tensors of a training step, and each row of
+them serves for one number. Here a block of rows is multiplied, its losses are read, its gradient in
+the hidden states is computed at once, and the block is gone.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -121,8 +122,13 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    lengths = list(options.pop(_LENGTHS))
+    lengths = options.pop(_LENGTHS)
     attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    rows = zip(*(part.split(lengths, dim=2) for part in (query_1HTD, key_1HTD, value_1HTD)))
-    outputs = [attend(module, *row, None, **options)[0] for row in rows]
+    heads = (query_1HTD, key_1HTD, value_1HTD)
+    spans = [
+        slice(end - length, end) for length, end in zip(lengths, accumulate(lengths), strict=True)
+    ]
+    outputs = [
+        attend(module, *(part[:, :, span] for part in heads), None, **options)[0] for span in spans
+    ]
     return torch.cat(outputs, dim=1), None

@@ -196,7 +196,8 @@ class FusedExperts:
             held[name].mT if self.is_transposed else held[name] for name in (first, "down_proj")
         ]
         return FrozenWeights(
-            *turned,
+            turned[0],
+            turned[1],
             held.get(f"{first}_bias"),
             held.get("down_proj_bias"),
             self._function("_apply_gate" if self.has_gate else "act_fn"),

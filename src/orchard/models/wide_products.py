@@ -30,7 +30,7 @@ def wide_products(model: nn.Module) -> Iterator[None]:
             is_plain = type(module).forward is nn.Linear.forward
             weight = module.weight
             if is_plain and is_slow(weight):
-                module.forward = _forward(module)  # type: ignore[method-assign]
+                module.forward = _forward(module)  # type: ignore[assignment,method-assign]
                 undo.callback(delattr, module, "forward")
         yield
 
