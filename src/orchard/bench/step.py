@@ -172,6 +172,7 @@ class OurSide:
             generator=np.random.default_rng(1),
             dropout_seed=0,
         )
+        _wait_for(self.case.device)
         return list(report.losses), watch.read()
 
 
@@ -254,15 +255,17 @@ def bench_step(
     repeats: int = 3,
     experts: Sequence[str] = ("eager",),
     memory_case: StepCase | None = None,
+    warm_up: bool = True,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare ``train`` with a plain loop of transformers and PEFT.
 
     Args:
         case: What both train.
-        repeats: Runs of each side, in turn, after one that is not timed; times are medians.
+        repeats: Runs of each side, in turn; times are medians.
         experts: The peer's implementations of experts; the fastest one is the peer.
         memory_case: What both train alone for their memory; None = ``case``.
+        warm_up: Whether each side runs once before, which is not timed.
         say: Hears of every run that ended.
 
     Returns:
@@ -289,7 +292,7 @@ def bench_step(
             sides[f"peer_{name}"] = partial(_train_peer, peer, values, batches)
         num_tokens = sum(len(example.input_ids) for batch in batches for example in batch)
         peaks = {}
-        for number in range(repeats + 1):
+        for number in range(0 if warm_up else 1, repeats + 1):
             for name, run in sides.items():
                 _forget_device_peak(case.device)
                 losses[name], took = run()
@@ -466,7 +469,12 @@ def bench_steps(
         write_random_checkpoint(Path(folder), QWEN_SHAPE, dtype="bfloat16", seed=0)
         large = StepCase(folder, "random", dtype="bfloat16", max_tokens=128, steps=2)
         result["large"] = bench_step(
-            large, repeats=1, memory_case=replace(large, max_tokens=256, steps=1), say=say
+            large,
+            repeats=1,
+            memory_case=replace(large, max_tokens=256, steps=1),
+            # Seconds of products of gigabytes: a first run is like the others.
+            warm_up=False,
+            say=say,
         )
     return result
 
