@@ -171,13 +171,15 @@ def bench(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
+    model: Annotated[str, typer.Option(help="Base of step; empty = orchard:tiny.")] = "",
+    data: Annotated[str, typer.Option(help="Examples of step; empty = packaged ones.")] = "",
     traceback: Traceback = False,
 ) -> None:
     """Measure this machine: always two things in one run, medians and ratios."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.bench import run_bench
 
-        print(run_bench(name, as_json=as_json, repeats=repeats))
+        print(run_bench(name, as_json=as_json, repeats=repeats, model=model, data=data))
 
 
 KeysOption = Annotated[

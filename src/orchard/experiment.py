@@ -249,6 +249,8 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         weight_decay=recipe.client.weight_decay,
         max_grad_norm=recipe.client.max_grad_norm,
         router_aux_coefficient=recipe.client.router_aux_coefficient,
+        packed=recipe.client.packing,
+        pass_tokens=recipe.client.pass_tokens,
     )
     evaluation = EvaluationSettings(
         metrics=words(recipe.evaluation.metrics),

@@ -36,6 +36,15 @@ def resident_memory_bytes() -> int:
     return peak_memory_bytes()
 
 
+def forget_peak_memory() -> None:
+    """Let ``peak_memory_bytes`` begin anew from what is resident now; on Linux only.
+
+    Raises:
+        OSError: The system does not let a process do that.
+    """
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def return_memory_at_once() -> None:
     """Let glibc give every freed block of 1 MiB or more back to the system; else nothing.
 

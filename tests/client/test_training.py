@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from orchard import trees
 from orchard.client.objectives import Objective, Situation, causal_lm, proximal
-from orchard.client.training import TrainingReport, TrainingSettings, draw_batches, train
+from orchard.client.training import TrainingReport, TrainingSettings, _passes, draw_batches, train
 from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
@@ -201,6 +201,57 @@ def test_accumulated_micro_batches_are_one_large_batch(local: LocalSettings) -> 
             torch.testing.assert_close(tree[name], one[name], rtol=1e-5, atol=1e-6)
         assert other.loss == pytest.approx(report.loss, rel=1e-5)
     assert any(not torch.allclose(one[name], different[name], atol=1e-4) for name in one)
+
+
+@pytest.mark.parametrize("options", [{"packed": False}, {"pass_tokens": 0}, {"pass_tokens": 8}])
+def test_how_rows_are_read_changes_nothing(options: dict[str, Any]) -> None:
+    objective = proximal(causal_lm, mu=5.0)
+    one, report = trained(objective=objective)
+    tree, other = trained(objective=objective, settings=replace(SETTINGS, **options))
+    for name in one:
+        torch.testing.assert_close(tree[name], one[name], rtol=1e-5, atol=1e-6)
+    assert other.losses == pytest.approx(report.losses, rel=1e-5)
+    assert (other.num_tokens, other.num_examples) == (report.num_tokens, report.num_examples)
+
+
+@given(
+    lengths=st.lists(st.lists(st.integers(3, 30), min_size=1, max_size=6), min_size=1, max_size=3),
+    limit=st.integers(0, 60),
+)
+def test_passes_read_every_row_once_within_their_limit(
+    lengths: list[list[int]], limit: int
+) -> None:
+    batches = [[example_of(length, 1) for length in batch] for batch in lengths]
+    passes = list(_passes(batches, limit))
+    assert [e for rows, _ in passes for e in rows] == [e for batch in batches for e in batch]
+    assert sum(share for _, share in passes) == pytest.approx(1)
+    if not limit:
+        assert [rows for rows, _ in passes] == batches
+    for rows, _ in passes:
+        # A pass ends behind the row that fills it.
+        assert not limit or sum(len(e.input_ids) for e in rows[:-1]) < limit
+
+
+def test_a_batch_that_is_looked_at_is_read_in_one_pass() -> None:
+    settings = replace(SETTINGS, batch_size=4, grad_accumulation=1, pass_tokens=8)
+    for options, expected in (({}, 3), ({"watch": lambda: {}}, 1)):
+        seen = []
+        model = adapt()
+
+        def note(situation: Situation, seen: list[float] = seen) -> torch.Tensor:
+            seen.append(situation.share)
+            return situation.task_loss
+
+        one = replace(LOCAL, steps=1)
+        run(model, objective=note, settings=settings, local=one, **options)
+        assert len(seen) == expected
+        assert sum(seen) == pytest.approx(1)
+
+
+def test_the_report_has_the_loss_of_each_step() -> None:
+    report = trained()[1]
+    assert len(report.losses) == report.num_steps
+    assert math.fsum(report.losses) / 3 == pytest.approx(report.loss)
 
 
 def test_accumulation_weighs_terms_without_data_once_per_step() -> None:

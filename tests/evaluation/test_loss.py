@@ -8,7 +8,10 @@ from torch.nn import functional
 
 from orchard.data.templates import IGNORED, Encoded
 from orchard.evaluation.loss import forward_losses
-from tiny_adapted import adapt, stir
+from orchard.models.adapters import AdaptedModel
+from orchard.models.detection import view_moe
+from orchard.models.targets import LoraSettings
+from tiny_adapted import NumberTokenizer, adapt, example_of, stir
 from tiny_models import FAMILIES
 
 
@@ -40,5 +43,25 @@ def test_losses_are_those_of_whole_logits(family: str, monkeypatch: pytest.Monke
         losses_T, _ = forward_losses(model, examples())
         handle.remove()
     torch.testing.assert_close(losses_T, torch.cat(expected), rtol=1e-5, atol=1e-5)
-    assert [tuple(shape) for shape in seen] == [(len(losses_T),)]
+    # Where nothing follows the head, its products are made in blocks beside the model.
+    assert [tuple(shape) for shape in seen] == [(1 if model.ends_with_head else len(losses_T),)]
     assert not head._forward_pre_hooks
+
+
+def test_logits_that_are_scaled_behind_the_head_are_the_models_own() -> None:
+    plain, scaled = FAMILIES["granitemoe"](), FAMILIES["granitemoe"]()
+    scaled.config.logits_scaling = scaled.logits_scaling = 4.0
+    losses = {}
+    for name, network in (("plain", plain), ("scaled", scaled)):
+        lora = LoraSettings(rank=2, alpha=4.0, dropout=0.0, targets=("q_proj",))
+        model = AdaptedModel(
+            view_moe(network), lora, tokenizer=NumberTokenizer(), base_digest="", seed=0
+        )
+        assert model.ends_with_head == (name == "plain")
+        with torch.no_grad():
+            losses[name], _ = forward_losses(model, [example_of(7, 3)])
+            ids = torch.tensor([example_of(7, 3).input_ids])
+            logits = network(input_ids=ids).logits[0, 2:-1].float()
+            expected = functional.cross_entropy(logits, ids[0, 3:], reduction="none")
+        torch.testing.assert_close(losses[name], expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(losses["plain"], losses["scaled"], rtol=0.01)

@@ -49,28 +49,57 @@ def _wire(repeats: int) -> dict[str, Any]:
     return bench_wire(repeats=repeats)
 
 
+def _step(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
+    from orchard.bench.step import bench_steps
+
+    return bench_steps(
+        repeats=repeats,
+        model=model or "orchard:tiny",
+        data=data,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+
+
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
     {
         "memory": _memory,
         "graft": _graft,
+        "step": _step,
         "aggregate": _aggregate,
         "rounds": _rounds,
-        "start": _start,
         "wire": _wire,
+        "start": _start,
     }
 )
 """Name to what runs it, given how many repeats, and returns what it found."""
 
+_WITH_MODEL = MappingProxyType({"step": _step})
 
-def run_bench(name: str, *, as_json: bool, repeats: int) -> str:
+
+def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: str = "") -> str:
     """Run one measurement and return what it found, as JSON or as one line for each figure.
 
+    Args:
+        name: Of the measurement.
+        as_json: Whether to return JSON.
+        repeats: Runs of each side.
+        model: A base, for measurements that take one; "" = the packaged one.
+        data: Examples, for measurements that take some; "" = packaged ones.
+
     Raises:
-        ValueError: There is no measurement of this name.
+        ValueError: There is no measurement of this name, or it takes no model and no data.
     """
     if name not in BENCHES:
         raise ValueError(f"NAME must be of {', '.join(BENCHES)}, got {name}; choose one of these")
-    found = BENCHES[name](repeats)
+    if model or data:
+        if name not in _WITH_MODEL:
+            raise ValueError(
+                f"NAME must be of {', '.join(_WITH_MODEL)} with --model or --data, got {name}; "
+                "drop them"
+            )
+        found = _WITH_MODEL[name](repeats, model=model, data=data)
+    else:
+        found = BENCHES[name](repeats)
     if as_json:
         return json.dumps(found, indent=1)
     return "\n".join(_lines(found, ""))

@@ -35,6 +35,10 @@ class TrainingSettings:
         weight_decay: Of the optimizer.
         max_grad_norm: Gradients are scaled down to this L2 norm; 0 = never.
         router_aux_coefficient: Weight of the model's load-balancing loss; 0 = off.
+        packed: Whether micro-batches are read without padding, where the model can (see
+            ``models.packing``); else padded to the longest row.
+        pass_tokens: On a CPU, a packed micro-batch with more tokens is read in several passes,
+            which needs less memory; 0 = never.
     """
 
     batch_size: int
@@ -43,6 +47,8 @@ class TrainingSettings:
     weight_decay: float
     max_grad_norm: float
     router_aux_coefficient: float
+    packed: bool = True
+    pass_tokens: int = 512
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,7 @@ class TrainingReport:
         moved: Names that at least one step might move.
         mean_gradient: Mean over steps of the objective's gradient before clipping, of the shared
             names; None where it was not asked for.
+        losses: The task loss of each step, of which ``loss`` is the mean.
     """
 
     loss: float
@@ -67,6 +74,7 @@ class TrainingReport:
     seconds: float
     moved: frozenset[str]
     mean_gradient: Tree | None
+    losses: tuple[float, ...] = ()
 
 
 def draw_batches(
@@ -93,6 +101,24 @@ def draw_batches(
             step = [int(index) for index in order[start : start + per_step]]
             size = settings.batch_size
             yield [step[first : first + size] for first in range(0, len(step), size)]
+
+
+def _passes(
+    batches: Sequence[Sequence[Encoded]], pass_tokens: int
+) -> Iterator[tuple[Sequence[Encoded], float]]:
+    """Yield what is read in one forward pass, and its part of the optimizer step."""
+    for batch in batches:
+        num_tokens = sum(len(example.input_ids) for example in batch)
+        num_passes = -(-num_tokens // pass_tokens) if pass_tokens else 1
+        rows: list[Encoded] = []
+        read = done = 0
+        for index, example in enumerate(batch):
+            rows.append(example)
+            read += len(example.input_ids)
+            # About evenly: a pass ends where its part of the tokens is read.
+            if read * num_passes >= num_tokens * (done + 1) or index == len(batch) - 1:
+                yield rows, len(rows) / len(batch) / len(batches)
+                rows, done = [], read * num_passes // num_tokens
 
 
 def num_steps_before_last_epoch(
@@ -167,6 +193,9 @@ def train(
     gradient_sum = zeros_like(model.parameters(shared)) if keep_mean_gradient else {}
     num_tokens = num_examples = 0
     aux = settings.router_aux_coefficient
+    # What is read of a whole micro-batch, such as how its routing is balanced, needs all of it.
+    is_whole = aux > 0 or watch is not dict or not settings.packed or model.device.type != "cpu"
+    pass_tokens = 0 if is_whole else settings.pass_tokens
     model.model.train()
     try:
         with torch.random.fork_rng(devices=[]), unbound_experts(model.view):
@@ -176,16 +205,18 @@ def train(
                 step_labels = sum(example.num_labels for batch in batches for example in batch)
                 allowed = names - frozenset(hold_still(batches)) if hold_still else names
                 step_loss = 0.0
-                for batch in batches:
-                    losses_T, router_loss = forward_losses(model, batch, with_router_loss=aux > 0)
+                for batch, share in _passes(batches, pass_tokens):
+                    losses_T, router_loss = forward_losses(
+                        model, batch, with_router_loss=aux > 0, packed=settings.packed
+                    )
                     task_loss = losses_T.sum() / step_labels
                     step_loss += task_loss.item()
                     if router_loss is not None:
-                        task_loss = task_loss + aux * router_loss / len(step)
+                        task_loss = task_loss + aux * router_loss * share
                     loss = objective(
                         Situation(
                             task_loss=task_loss,
-                            share=1 / len(batches),
+                            share=share,
                             shared=model.parameters(shared),
                             anchor=anchor,
                             memory=memory,
@@ -227,4 +258,5 @@ def train(
         seconds=time.monotonic() - started,
         moved=frozenset(moved),
         mean_gradient=mean_gradient if keep_mean_gradient else None,
+        losses=tuple(losses),
     )

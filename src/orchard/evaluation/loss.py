@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,17 +13,25 @@ from torch.nn import functional
 
 from orchard.data.templates import IGNORED, Encoded, collate
 from orchard.models.adapters import AdaptedModel
+from orchard.models.heads import cross_entropy, is_plain_head
+from orchard.models.packing import can_pack, pack, packed_attention
 
 
 def forward_losses(
-    model: AdaptedModel, batch: Sequence[Encoded], *, with_router_loss: bool = False
+    model: AdaptedModel,
+    batch: Sequence[Encoded],
+    *,
+    with_router_loss: bool = False,
+    packed: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a batch and return what its responses cost.
 
     Args:
         model: The model, in training or evaluation mode.
-        batch: Encoded examples, padded here on the right.
+        batch: Encoded examples.
         with_router_loss: Whether to return the model's own load-balancing loss too.
+        packed: Whether to put rows behind each other where the model can be run so; else they are
+            padded on the right.
 
     Returns:
         The cross-entropy of every response token, flat, float32, in nats; and the load-balancing
@@ -32,50 +40,71 @@ def forward_losses(
     Raises:
         ValueError: The model has no load-balancing loss.
     """
-    arrays = collate(batch, pad_id=model.tokenizer.pad_token_id)
-    ids_BS, mask_BS, labels_BS = (
-        torch.from_numpy(arrays[key]).to(model.device)
-        for key in ("input_ids", "attention_mask", "labels")
-    )
-    targets_BS = labels_BS[:, 1:]
-    is_response_BS = targets_BS != IGNORED
     options = {"output_router_logits": True} if with_router_loss else {}
-    with _logits_only_at(model, is_response_BS):
-        outputs = model.model(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False, **options)
+    longest = max(len(example.input_ids) for example in batch)
+    with ExitStack() as undo:
+        if packed and can_pack(model.model, longest=longest):
+            rows = pack([example.input_ids for example in batch], model.device)
+            arguments = rows.arguments()
+            # What follows the last token of a row is not its own.
+            labels = [[*example.labels[1:], IGNORED] for example in batch]
+            targets_BS = torch.tensor([[t for row in labels for t in row][:-1]]).to(model.device)
+            undo.enter_context(packed_attention(model.model))
+        else:
+            arrays = collate(batch, pad_id=model.tokenizer.pad_token_id)
+            tensors = {k: torch.from_numpy(array).to(model.device) for k, array in arrays.items()}
+            targets_BS = tensors.pop("labels")[:, 1:]
+            arguments = tensors
+        is_response_BS = targets_BS != IGNORED
+        read = undo.enter_context(_read_only_at(model, is_response_BS))
+        outputs = model.model(**arguments, use_cache=False, **options)
     router_loss = getattr(outputs, "aux_loss", None) if with_router_loss else None
     if with_router_loss and not isinstance(router_loss, torch.Tensor):
         raise ValueError(
             f"client.router_aux_coefficient must be 0 for {type(model.model).__name__}, which has "
             "no load-balancing loss; set it to 0"
         )
+    targets_T = targets_BS[is_response_BS]
+    network: Any = model.model
+    if read:
+        return cross_entropy(network.get_output_embeddings(), read[0], targets_T), router_loss
     logits: torch.Tensor = outputs.logits
     # A head that is no module of its own has made the logits of all places.
     logits_TV = logits if logits.ndim == 2 else logits[:, :-1][is_response_BS]
-    losses_T = functional.cross_entropy(
-        logits_TV.float(), targets_BS[is_response_BS], reduction="none"
-    )
+    losses_T = functional.cross_entropy(logits_TV.float(), targets_T, reduction="none")
     return losses_T, router_loss
 
 
 @contextmanager
-def _logits_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[None]:
+def _read_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[list[torch.Tensor]]:
     """Let the model's head see those places alone; vocabularies are large and prompts long.
 
     Args:
         model: The model, whose forward pass returns logits (T, V) inside.
         is_read_BS: Which places to keep, (B, S - 1): nothing follows the last one.
+
+    Yields:
+        What the head would have read of those places, (T, D), where its losses can be computed in
+        blocks; the model's own logits then are of one place. Else empty.
     """
+    network: Any = model.model
+    found = network.get_output_embeddings()
+    can_defer = model.ends_with_head and is_plain_head(found)
+    deferred: list[torch.Tensor] = []
 
     def select(head: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         (hidden_BSD, *_) = args
-        fits = hidden_BSD.shape[:2] == (len(is_read_BS), is_read_BS.shape[1] + 1)
-        return hidden_BSD[:, :-1][is_read_BS] if fits else None
+        if hidden_BSD.shape[:2] != (len(is_read_BS), is_read_BS.shape[1] + 1):
+            return None
+        hidden_TD = hidden_BSD[:, :-1][is_read_BS]
+        if not can_defer:
+            return hidden_TD
+        deferred.append(hidden_TD)
+        return hidden_TD[:1].detach()
 
-    network: Any = model.model
-    found = network.get_output_embeddings()
     handle = found.register_forward_pre_hook(select) if isinstance(found, nn.Module) else None
     try:
-        yield
+        yield deferred
     finally:
         if handle is not None:
             handle.remove()

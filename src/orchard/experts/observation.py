@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from orchard.experts.importance import ImportanceSettings, LayerImportance, layer_importance
 from orchard.models.moe import MoEView
+from orchard.models.packing import rows_of
 from orchard.models.routing import record_routing
 
 
@@ -50,12 +51,11 @@ def watch_routing(
                 layer.passes.clear()
 
         def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            shape = kwargs["input_ids"].shape
+            sample_of_T = rows_of(kwargs)
             passes = []
             for layer in record.layers:
                 is_real_T = layer.token_mask_T
-                sample_T = torch.arange(shape[0], device=is_real_T.device)
-                sample_T = sample_T.repeat_interleave(shape[1])
+                sample_T = sample_of_T.to(is_real_T.device)
                 passes.append(
                     LayerPass(
                         layer.probabilities_TE[is_real_T],

@@ -19,6 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import GenerationConfig
 
+from orchard.models.decoding import can_decode, decode_greedily
 from orchard.models.moe import MoEView
 from orchard.models.slots import Slot, full_slots, lora_slots
 from orchard.models.targets import LoraSettings, check_targets, find_targets, inject_lora
@@ -79,6 +80,7 @@ class AdaptedModel:
         # Adapters are small; a copy of what is trained itself is made when it is asked for.
         self._fresh = self.read(lora)
         self._is_fresh = True
+        self.ends_with_head = _ends_with_head(self.model)
         self.set_trainable(())
 
     @property
@@ -195,6 +197,15 @@ class AdaptedModel:
         self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, *, max_new_tokens: int
     ) -> torch.Tensor:
         """Return the ids that follow prompts padded on the left, by greedy decoding: (B, new)."""
+        if can_decode(self.model):
+            return decode_greedily(
+                self.model,
+                ids_BS,
+                mask_BS,
+                max_new_tokens=max_new_tokens,
+                end_id=self.tokenizer.eos_token_id,
+                pad_id=self.tokenizer.pad_token_id,
+            )
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
             do_sample=False,
@@ -241,3 +252,22 @@ class AdaptedModel:
             parameter.grad = None
             self._is_fresh = False
         return list(chosen.values())
+
+
+@torch.no_grad()
+def _ends_with_head(model: Any) -> bool:
+    """Say whether a model's logits are its head's output as it is, not scaled or capped.
+
+    Asked of one token. A model whose experts are not in memory cannot be asked, and then not.
+    """
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or any(p.is_meta for p in model.parameters()):
+        return False
+    seen: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
+    try:
+        token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
+        logits = model(input_ids=token, use_cache=False).logits
+    finally:
+        handle.remove()
+    return len(seen) == 1 and torch.equal(seen[0], logits)

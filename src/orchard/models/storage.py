@@ -7,12 +7,14 @@ recognized by what they hold, never by the name of a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from orchard.models.frozen_experts import FrozenWeights, run_frozen
 
 # The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
 # tried first: a gated MLP also has the two of an ungated one.
@@ -173,7 +175,11 @@ class FusedExperts:
             weights_TK: What multiplies their outputs.
         """
         names = dict.fromkeys(self._places().values())
-        parameters = {name: self._parameter(name).unbind() for name in names}
+        held = {name: self._parameter(name) for name in names}
+        is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in held.values())
+        if not is_trained and not self.has_post_norm:
+            return run_frozen(self._frozen(held), x_TD, choices_TK, weights_TK)
+        parameters = {name: parameter.unbind() for name, parameter in held.items()}
         y_TD = torch.zeros_like(x_TD)
         # One transfer of the choices, not one for each expert.
         for expert in sorted(set(choices_TK.flatten().tolist()) - {self.num_experts}):
@@ -183,6 +189,19 @@ class FusedExperts:
             weighted_PD = own_PD * weights_TK[token_P, place_P, None]
             y_TD = y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
         return y_TD
+
+    def _frozen(self, held: Mapping[str, Tensor]) -> FrozenWeights:
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        turned = [
+            held[name].mT if self.is_transposed else held[name] for name in (first, "down_proj")
+        ]
+        return FrozenWeights(
+            turned[0],
+            turned[1],
+            held.get(f"{first}_bias"),
+            held.get("down_proj_bias"),
+            self._function("_apply_gate" if self.has_gate else "act_fn"),
+        )
 
     def _run(self, x_TD: Tensor, read: Callable[[str], Tensor]) -> Tensor:
         first = "gate_up_proj" if self.has_gate else "up_proj"

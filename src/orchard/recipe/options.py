@@ -273,6 +273,17 @@ class ClientOptions:
     router_aux_coefficient: float = option(
         0.0, "Weight of the model's load-balancing loss.", minimum=0
     )
+    packing: bool = option(
+        True,
+        "Read the examples of a batch behind each other, each by itself, where the model can; "
+        "else pad them to the longest. The same gradients; with dropout, other draws.",
+    )
+    pass_tokens: int = option(
+        512,
+        "On a CPU, a batch with more tokens is read in several passes, which needs less memory; "
+        "0 = never. The same gradients; with dropout, other draws.",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)
