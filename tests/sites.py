@@ -13,9 +13,9 @@ import torch
 
 from federations import quick_recipe
 from orchard.data import world
-from orchard.deployment.consent import Consent
+from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.coordination import build_coordinator
-from orchard.deployment.site_worker import SiteSettings, SiteWorker
+from orchard.deployment.site_worker import SiteWorker
 from orchard.engine.coordinator import Coordinator
 from orchard.engine.exchange import Patience, Reply
 from orchard.engine.progress import Silent
@@ -23,7 +23,7 @@ from orchard.experiment import load_model
 from orchard.methods import build_strategy
 from orchard.models.loading import load_tokenizer
 from orchard.recipe.options import Recipe
-from orchard.server.checkpoint import ServerState
+from orchard.server.checkpoint import ServerState, load_checkpoint
 from orchard.strategies.strategy import Strategy, start_server
 
 PATIENT = Patience(
@@ -153,3 +153,10 @@ def make_coordinator(
 def same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
     """Say whether two trees are equal bit for bit."""
     return left.keys() == right.keys() and all(torch.equal(left[n], right[n]) for n in left)
+
+
+def shared_tensors(run: Path) -> Mapping[str, torch.Tensor]:
+    """Return the global tree of a run's last checkpoint."""
+    state = load_checkpoint(run / "checkpoints", about={})
+    assert state is not None
+    return state.shared

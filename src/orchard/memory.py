@@ -6,12 +6,15 @@ import ctypes
 import gc
 import resource
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
-_STATUS = Path("/proc/self/status")
+_MADV_PAGEOUT = 21  # of linux/mman.h; unlike MADV_DONTNEED it keeps what was written
+_RELEASE_SECONDS = 0.1
+_STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
 
 
 def peak_memory_bytes() -> int:
@@ -89,3 +92,43 @@ def release_freed_memory() -> None:
 
 def _libc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if sys.platform == "linux" else None
+
+
+@contextmanager
+def mappings_released(suffix: str) -> Iterator[None]:
+    """Let the system have back what is read of mapped files, while they are read.
+
+    A checkpoint is mapped, and what was read of it counts as this process's memory until somebody
+    else needs it: a model that is stacked from it would be there twice. Elsewhere than on Linux,
+    nothing. What a mapping was changed to stays.
+
+    Args:
+        suffix: Of the files' names, such as ``.safetensors``.
+    """
+    if not _MAPS.exists():
+        yield
+        return
+    end = threading.Event()
+
+    def release_again_and_again() -> None:
+        while not end.wait(_RELEASE_SECONDS):
+            _release_mappings(suffix)
+
+    thread = threading.Thread(target=release_again_and_again, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
+        _release_mappings(suffix)
+
+
+def _release_mappings(suffix: str) -> None:
+    libc = _libc()
+    if libc is None or not hasattr(libc, "madvise"):
+        return
+    for line in _MAPS.read_text().splitlines():
+        if line.endswith(suffix):
+            start, stop = (int(part, 16) for part in line.partition(" ")[0].split("-"))
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_PAGEOUT)

@@ -105,7 +105,7 @@ BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
         "safetensors header",
     ),
     "a task": (
-        lambda: Channel().pack_task(Task(1, SHARED, LocalSettings(1, 0, 0.1))),
+        lambda: Channel().broadcast(Task(1, SHARED, LocalSettings(1, 0, 0.1)), {}).whole,
         "must be an update",
     ),
     "without our header": (lambda: save({FIRST: torch.zeros(4, 3)}), "orchard header"),

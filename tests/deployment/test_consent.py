@@ -9,6 +9,7 @@ import pytest
 
 from orchard.communication.audit import read_audit
 from orchard.deployment.consent import Consent, Refusal
+from orchard.deployment.site_recipe import own_recipe
 from orchard.deployment.site_worker import SiteWorker
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import parse_recipe, to_toml
@@ -29,7 +30,7 @@ def test_no_path_of_the_coordinator_is_opened() -> None:
         strategy=replace(asked.strategy, calibration_path="/etc/theirs"),
     )
     own = Consent("own.jsonl", model="own", retention="kept.jsonl", calibration="corpus.jsonl")
-    applied = own.apply(asked)
+    applied = own_recipe(own, asked)
     assert "theirs" not in to_toml(applied)
     assert applied.data.path == "own.jsonl"
     for lacking in (
@@ -38,7 +39,7 @@ def test_no_path_of_the_coordinator_is_opened() -> None:
         replace(own, calibration=""),
     ):
         with pytest.raises(Refusal, match="this site"):
-            lacking.apply(asked)
+            own_recipe(lacking, asked)
 
 
 def test_a_recipe_from_the_network_names_no_file_to_read() -> None:
@@ -52,15 +53,18 @@ def test_a_recipe_from_the_network_names_no_file_to_read() -> None:
 
 def test_the_owner_chooses_methods_and_budgets() -> None:
     consent = Consent("own.jsonl", methods=("hfedmoe",), budget="25%")
-    assert consent.apply(recipe("hfedmoe")).client.budget == "25%"
+    assert own_recipe(consent, recipe("hfedmoe")).client.budget == "25%"
     with pytest.raises(Refusal, match="must be of hfedmoe"):
-        consent.apply(recipe("flex"))
+        own_recipe(consent, recipe("flex"))
     with pytest.raises(Refusal, match="trains all"):
-        Consent("own.jsonl", budget="25%").apply(recipe("flex"))
+        own_recipe(Consent("own.jsonl", budget="25%"), recipe("flex"))
     with pytest.raises(Refusal, match="at most 1MB at this site"):
-        Consent("own.jsonl", memory="1MB").apply(recipe("flex"))
-    assert Consent("own.jsonl", memory="64GB").apply(recipe("flex")).client.memory_bytes == ""
-    assert Consent("o.jsonl", memory="64GB").apply(recipe("hfedmoe")).client.memory_bytes == "64GB"
+        own_recipe(Consent("own.jsonl", memory="1MB"), recipe("flex"))
+    assert own_recipe(Consent("own.jsonl", memory="64GB"), recipe("flex")).client.memory_bytes == ""
+    assert (
+        own_recipe(Consent("o.jsonl", memory="64GB"), recipe("hfedmoe")).client.memory_bytes
+        == "64GB"
+    )
 
 
 @pytest.fixture

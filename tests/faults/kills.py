@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,9 +23,9 @@ import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from orchard.deployment.localhost import ORCHARD, Processes, running
 from orchard.results import MetricsLog
-from processes import ORCHARD, Processes, kill, running, shared_tensors
-from sites import same
+from sites import same, shared_tensors
 
 TARGETS = ("coordinator", "superlink", "rounds", "site", "supernode", "worker")
 
@@ -46,6 +47,13 @@ class Kill:
     at_seconds: float
     after_round: int
     recovered_seconds: float = 0.0
+
+
+def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
+    """Send SIGKILL; what is our own child is waited for."""
+    process.send_signal(signal.SIGKILL)
+    if isinstance(process, subprocess.Popen):
+        process.wait(10)
 
 
 class Saboteur:

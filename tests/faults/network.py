@@ -31,10 +31,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from orchard.communication.audit import read_audit
+from orchard.deployment.localhost import ORCHARD
 from orchard.recipe.reading import to_toml
 from orchard.results import MetricsLog
-from processes import ORCHARD, shared_tensors
-from sites import same, site_recipe, write_sites
+from sites import same, shared_tensors, site_recipe, write_sites
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
 PORT = 8443

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from kills import TARGETS, Saboteur
 
+from orchard.deployment.localhost import ORCHARD, Processes, running
 from orchard.recipe.reading import to_toml
-from processes import ORCHARD, Processes, running, shared_tensors
-from sites import same, site_recipe, write_sites
+from sites import same, shared_tensors, site_recipe, write_sites
 
 pytestmark = pytest.mark.deployment
 

@@ -1,17 +1,10 @@
-"""What a site's owner lets its site do, whatever a coordinator asks."""
+"""What a site's owner lets its site do, whatever a coordinator asks, and how its worker is told."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
-from orchard.budgets import build_requirements
-from orchard.methods import check_strategy, has_part, lora_settings
-from orchard.models.loading import check_model
-from orchard.recipe.amounts import parse_amounts
-from orchard.recipe.options import Recipe
-from orchard.seeding import Seeds
-
-PACKAGED = "orchard:"
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 
 class Refusal(ValueError):
@@ -40,81 +33,36 @@ class Consent:
     calibration: str = ""
     retention: str = ""
 
-    def apply(self, recipe: Recipe) -> Recipe:
-        """Return the recipe as this site does it: with its own files, model and limits.
 
-        No path of the coordinator's is ever opened here.
+@dataclass(frozen=True)
+class SiteSettings:
+    """What a worker is started with.
 
-        Raises:
-            Refusal: The site does not do what the recipe asks.
-        """
-        methods = check_strategy(recipe.strategy.name)
-        if self.methods and not set(methods) <= set(self.methods):
-            raise Refusal(
-                f"strategy.name must be of {', '.join(self.methods)} at this site, got "
-                f"{recipe.strategy.name}"
-            )
-        model = self.model or recipe.model.path
-        if not self.model and not model.startswith(PACKAGED):
-            raise Refusal(
-                f"model.path must be a model that this site has, got {model}; its owner names one "
-                "with --model"
-            )
-        if recipe.model.device != "cpu" and not recipe.model.device.startswith("cuda"):
-            raise Refusal(f"model.device must be cpu or cuda, got {recipe.model.device}")
-        client = recipe.client
-        if self.budget or self.memory:
-            if has_part(methods, "budget"):
-                client = replace(client, budget=self.budget, memory_bytes=self.memory)
-            elif self.budget:
-                raise Refusal(
-                    f"strategy.name must be one that trains a part of the experts: this site "
-                    f"trains {self.budget}, got {recipe.strategy.name}, which trains all"
-                )
-        own = replace(
-            recipe,
-            model=replace(recipe.model, path=model),
-            data=replace(recipe.data, path=self.data, partition="file"),
-            strategy=replace(
-                recipe.strategy,
-                calibration_path=self._own_file(
-                    recipe.strategy.calibration_path, self.calibration, "--calibration"
-                ),
-            ),
-            evaluation=replace(
-                recipe.evaluation,
-                retention_path=self._own_file(
-                    recipe.evaluation.retention_path, self.retention, "--retention"
-                ),
-            ),
-            client=client,
-        )
-        if self.memory and client is recipe.client:
-            self._check_memory(own)
-        return own
+    Attributes:
+        name: Of the site.
+        store: Its folder: personal tensors and the audit log.
+        socket: Where it listens.
+        consent: What its owner lets it do.
+    """
+
+    name: str
+    store: Path
+    socket: Path
+    consent: Consent
+
+    def to_json(self) -> str:
+        """Return these settings as text."""
+        values = {"name": self.name, "store": str(self.store), "socket": str(self.socket)}
+        return json.dumps({**values, "consent": asdict(self.consent)})
 
     @staticmethod
-    def _own_file(asked: str, own: str, option: str) -> str:
-        if not asked or asked.startswith(PACKAGED):
-            return asked
-        if not own:
-            raise Refusal(f"{option} must name this site's own file, got nothing for {asked}")
-        return own
-
-    def _check_memory(self, recipe: Recipe) -> None:
-        """Refuse training that is predicted to take more than this site gives."""
-        (cap,) = parse_amounts(
-            self.memory,
-            name="--memory",
-            num_clients=1,
-            generator=Seeds(recipe.seed).generator("budgets"),
-            kind="bytes",
+    def from_json(text: str) -> SiteSettings:
+        """Read settings."""
+        values = json.loads(text)
+        consent = values["consent"]
+        return SiteSettings(
+            values["name"],
+            Path(values["store"]),
+            Path(values["socket"]),
+            Consent(**{**consent, "methods": tuple(consent["methods"])}),
         )
-        view = check_model(recipe.model.path, lora_settings(recipe))
-        requirements = build_requirements(recipe, view)
-        needed = requirements.peak(sum(requirements.footprint.layers.values())).total
-        if needed > cap:
-            raise Refusal(
-                f"training must take at most {self.memory} at this site, got a prediction of "
-                f"{needed / 1e9:.3g} GB for {recipe.strategy.name}"
-            )

@@ -24,7 +24,8 @@ from orchard.client.client import Client
 from orchard.client.exchange import read_task, write_update
 from orchard.communication.audit import AUDIT_FILE, AuditLog, content_digest
 from orchard.communication.channel import Channel, MissingCopyError
-from orchard.deployment.consent import Consent, Refusal
+from orchard.deployment.consent import Refusal, SiteSettings
+from orchard.deployment.site_recipe import own_recipe
 from orchard.engine.processes import only_one
 from orchard.engine.worker import serve, watches_parent
 from orchard.experiment import (
@@ -42,40 +43,6 @@ from orchard.recipe.reading import parse_recipe
 from orchard.strategies.strategy import Strategy, evaluate_client, train_client
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class SiteSettings:
-    """What a worker is started with.
-
-    Attributes:
-        name: Of the site.
-        store: Its folder: personal tensors and the audit log.
-        socket: Where it listens.
-        consent: What its owner lets it do.
-    """
-
-    name: str
-    store: Path
-    socket: Path
-    consent: Consent
-
-    def to_json(self) -> str:
-        """Return these settings as text."""
-        values = {"name": self.name, "store": str(self.store), "socket": str(self.socket)}
-        return json.dumps({**values, "consent": asdict(self.consent)})
-
-    @staticmethod
-    def from_json(text: str) -> SiteSettings:
-        """Read settings."""
-        values = json.loads(text)
-        consent = values["consent"]
-        return SiteSettings(
-            values["name"],
-            Path(values["store"]),
-            Path(values["socket"]),
-            Consent(**{**consent, "methods": tuple(consent["methods"])}),
-        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +109,7 @@ class SiteWorker:
 
     def _own_recipe(self, header: Mapping[str, Any]) -> Recipe:
         try:
-            return self._settings.consent.apply(parse_recipe(str(header["recipe"])))
+            return own_recipe(self._settings.consent, parse_recipe(str(header["recipe"])))
         except Refusal:
             raise
         except (ValueError, OSError) as error:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from orchard.memory import release_freed_memory
+from orchard.memory import mappings_released, release_freed_memory
 from orchard.models.detection import view_config, view_moe
 from orchard.models.moe import MoEView
 from orchard.models.targets import LoraSettings, check_targets
@@ -178,7 +178,7 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
     """
     source = resolve(path)
     try:
-        with without_progress_bars():
+        with without_progress_bars(), mappings_released(".safetensors"):
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
             )

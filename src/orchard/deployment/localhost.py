@@ -1,30 +1,25 @@
-"""A federation of real processes on this machine: orchard coordinate and orchard site."""
+"""A federation of real processes on this machine: ``orchard coordinate`` and ``orchard site``.
+
+For tests, measurements and trials before machines are at hand.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import psutil
-import torch
 
 from orchard.engine.processes import free_port
-from orchard.server.checkpoint import load_checkpoint
 
 ORCHARD = str(Path(sys.executable).parent / "orchard")
 _ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def orchard(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
+def start_orchard(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
     """Start the command, its output appended to ``log``."""
     with log.open("ab") as output:
         return subprocess.Popen(
@@ -32,23 +27,18 @@ def orchard(*arguments: str, log: Path) -> subprocess.Popen[bytes]:
         )
 
 
-def kill(process: psutil.Process | subprocess.Popen[bytes]) -> None:
-    """Send SIGKILL; what is our own child is waited for."""
-    process.send_signal(signal.SIGKILL)
-    if isinstance(process, subprocess.Popen):
-        process.wait(10)
-
-
 @dataclass
 class Processes:
     """A coordinator and its sites.
 
     Attributes:
-        folder: Everything is below it.
-        data: One file of examples for each site.
+        folder: Everything is below it: keys, stores of sites, logs.
+        data: One ``.jsonl`` file of examples for each site, which is called as its file.
         site_options: For every ``orchard site``.
-        keys: Made here where ``is_secure``.
         is_secure: Whether TLS and keys are used.
+        port: Where the coordinator listens.
+        sites: Name to process, of the sites that were started.
+        coordinator: The process of the run that was started last.
     """
 
     folder: Path
@@ -60,6 +50,7 @@ class Processes:
     coordinator: subprocess.Popen[bytes] | None = None
 
     def __post_init__(self) -> None:
+        """Make the keys."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.names = sorted(path.stem for path in self.data.glob("*.jsonl"))
         self.keys = self.folder / "keys"
@@ -71,7 +62,7 @@ class Processes:
 
     def start_site(self, name: str) -> None:
         """Start a site, or start it again."""
-        self.sites[name] = orchard(
+        self.sites[name] = start_orchard(
             "site",
             "--data",
             str(self.data / f"{name}.jsonl"),
@@ -92,7 +83,7 @@ class Processes:
         self, recipe: Path, overrides: Sequence[str], *, run: Path, resume: bool = False
     ) -> subprocess.Popen[bytes]:
         """Start the coordinator of a run."""
-        self.coordinator = orchard(
+        self.coordinator = start_orchard(
             "coordinate",
             str(recipe),
             *overrides,
@@ -136,28 +127,3 @@ def running(processes: Processes) -> Iterator[Processes]:
         yield processes
     finally:
         processes.stop()
-
-
-def wait_for(is_true: Callable[[], bool], *, seconds: float, what: str) -> None:
-    """Wait until something holds.
-
-    Raises:
-        AssertionError: It does not in time.
-    """
-    end = time.monotonic() + seconds
-    while not is_true():
-        assert time.monotonic() < end, f"{what} within {seconds} seconds"
-        time.sleep(0.1)
-
-
-def shared_tensors(run: Path) -> Mapping[str, torch.Tensor]:
-    """Return the global tree of a run's last checkpoint."""
-    state = load_checkpoint(run / "checkpoints", about={})
-    assert state is not None
-    return state.shared
-
-
-def result(run: Path) -> dict[str, Any]:
-    """Return the content of a run's ``result.json``."""
-    found: dict[str, Any] = json.loads((run / "result.json").read_text())
-    return found

@@ -1,0 +1,96 @@
+"""A coordinator's recipe becomes a site's own, or is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from orchard.budgets import build_requirements
+from orchard.deployment.consent import Consent, Refusal
+from orchard.methods import check_strategy, has_part, lora_settings
+from orchard.models.loading import check_model
+from orchard.recipe.amounts import parse_amounts
+from orchard.recipe.options import Recipe
+from orchard.seeding import Seeds
+
+PACKAGED = "orchard:"
+
+
+def own_recipe(consent: Consent, recipe: Recipe) -> Recipe:
+    """Return a recipe as a site does it: with its own files, model and limits.
+
+    No path of the coordinator's is ever opened here.
+
+    Raises:
+        Refusal: The site does not do what the recipe asks.
+    """
+    methods = check_strategy(recipe.strategy.name)
+    if consent.methods and not set(methods) <= set(consent.methods):
+        raise Refusal(
+            f"strategy.name must be of {', '.join(consent.methods)} at this site, got "
+            f"{recipe.strategy.name}"
+        )
+    model = consent.model or recipe.model.path
+    if not consent.model and not model.startswith(PACKAGED):
+        raise Refusal(
+            f"model.path must be a model that this site has, got {model}; its owner names one "
+            "with --model"
+        )
+    if recipe.model.device != "cpu" and not recipe.model.device.startswith("cuda"):
+        raise Refusal(f"model.device must be cpu or cuda, got {recipe.model.device}")
+    client = recipe.client
+    if consent.budget or consent.memory:
+        if has_part(methods, "budget"):
+            client = replace(client, budget=consent.budget, memory_bytes=consent.memory)
+        elif consent.budget:
+            raise Refusal(
+                f"strategy.name must be one that trains a part of the experts: this site "
+                f"trains {consent.budget}, got {recipe.strategy.name}, which trains all"
+            )
+    own = replace(
+        recipe,
+        model=replace(recipe.model, path=model),
+        data=replace(recipe.data, path=consent.data, partition="file"),
+        strategy=replace(
+            recipe.strategy,
+            calibration_path=_own_file(
+                recipe.strategy.calibration_path, consent.calibration, "--calibration"
+            ),
+        ),
+        evaluation=replace(
+            recipe.evaluation,
+            retention_path=_own_file(
+                recipe.evaluation.retention_path, consent.retention, "--retention"
+            ),
+        ),
+        client=client,
+    )
+    if consent.memory and client is recipe.client:
+        _check_memory(consent, own)
+    return own
+
+
+def _own_file(asked: str, own: str, option: str) -> str:
+    if not asked or asked.startswith(PACKAGED):
+        return asked
+    if not own:
+        raise Refusal(f"{option} must name this site's own file, got nothing for {asked}")
+    return own
+
+
+def _check_memory(consent: Consent, recipe: Recipe) -> None:
+    """Refuse training that is predicted to take more than this site gives."""
+    (cap,) = parse_amounts(
+        consent.memory,
+        name="--memory",
+        num_clients=1,
+        generator=Seeds(recipe.seed).generator("budgets"),
+        kind="bytes",
+    )
+    view = check_model(recipe.model.path, lora_settings(recipe))
+    requirements = build_requirements(recipe, view)
+    needed = requirements.peak(sum(requirements.footprint.layers.values())).total
+    if needed > cap:
+        raise Refusal(
+            f"training must take at most {consent.memory} at this site, got a prediction of "
+            f"{needed / 1e9:.3g} GB for {recipe.strategy.name}"
+        )
