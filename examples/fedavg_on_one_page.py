@@ -17,12 +17,14 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from orchard.data.templates import encode
+from orchard.evaluation.loss import forward_losses
 from orchard.experiment import load_model
 from orchard.federation import build_federation
+from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import load_tokenizer
+from orchard.models.unbinding import unbound_experts
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.seeding import Seeds
@@ -33,9 +35,15 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "fedavg.toml"
 
 def fedavg(recipe: Recipe) -> dict[str, torch.Tensor]:
     """Run FedAvg with all clients in every round and return the global adapters."""
-    seeds, options = Seeds(recipe.seed), recipe.client
     tokenizer = load_tokenizer(recipe.model.path)
     model = load_model(recipe, tokenizer)  # a frozen base with fresh LoRA adapters, by name
+    with unbound_experts(model.view):  # as the engine runs frozen experts
+        return train_rounds(recipe, model)
+
+
+def train_rounds(recipe: Recipe, model: AdaptedModel) -> dict[str, torch.Tensor]:
+    """Train and average, round by round."""
+    seeds, options, tokenizer = Seeds(recipe.seed), recipe.client, model.tokenizer
     data = {
         client: [encode(e, "plain", tokenizer, max_tokens=recipe.data.max_tokens) for e in examples]
         for client, examples in build_federation(recipe).train.items()
@@ -60,19 +68,9 @@ def fedavg(recipe: Recipe) -> dict[str, torch.Tensor]:
             indices = [int(index) for one in passes for index in one][:needed]
             for start in range(0, needed, options.batch_size):
                 batch = [examples[i] for i in indices[start : start + options.batch_size]]
-                longest = max(len(example.input_ids) for example in batch)
-                ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-                mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-                for row, example in enumerate(batch):
-                    length = len(example.input_ids)
-                    ids[row, :length] = torch.tensor(example.input_ids)
-                    labels[row, :length] = torch.tensor(example.labels)
-                    mask[row, :length] = 1
-                logits = model.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                answers = labels[:, 1:] != -100
-                loss = functional.cross_entropy(
-                    logits[:, :-1][answers].float(), labels[:, 1:][answers], reduction="none"
-                ).sum() / sum(example.num_labels for example in batch)
+                # The cross-entropy of every token of the answers, as one flat tensor.
+                losses, _ = forward_losses(model, batch, packed=options.packing)
+                loss = losses.sum() / sum(example.num_labels for example in batch)
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)

@@ -54,6 +54,12 @@ def with_delta(name: str, value: torch.Tensor) -> bytes:
     return encoded(replace(own, delta=delta, weight=dict.fromkeys(delta, 4.0)))
 
 
+def with_value(number: float) -> bytes:
+    # The encoder would not send it.
+    tensors = {**honest("bad").delta, FIRST: value_of(number)}
+    return rewritten(lambda header: None, tensors)
+
+
 def with_weight(weight: float) -> bytes:
     # As JSON, which takes NaN and infinity where the encoder would not.
     return rewritten(lambda header: header["weight"].__setitem__(FIRST, weight))
@@ -124,9 +130,9 @@ BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
     "turned over": (lambda: with_delta(FIRST, torch.ones(3, 4)), "shape of"),
     "a scalar": (lambda: with_delta(FIRST, torch.tensor(1.0)), "shape of"),
     "whole numbers": (lambda: with_delta(FIRST, torch.ones(4, 3, dtype=torch.int32)), "floating"),
-    "NaN": (lambda: with_delta(FIRST, value_of(float("nan"))), "finite"),
-    "infinity": (lambda: with_delta(FIRST, value_of(float("inf"))), "finite"),
-    "minus infinity": (lambda: with_delta(FIRST, value_of(float("-inf"))), "finite"),
+    "NaN": (lambda: with_value(float("nan")), "finite"),
+    "infinity": (lambda: with_value(float("inf")), "finite"),
+    "minus infinity": (lambda: with_value(float("-inf")), "finite"),
     "an absurd norm": (lambda: with_delta(FIRST, value_of(1e20)), "norm of the update"),
     "a norm a little too large": (lambda: with_delta(FIRST, value_of(200.0)), "norm of the update"),
     "a negative weight": (lambda: with_weight(-1.0), "weight of"),

@@ -60,7 +60,10 @@ def join_tensors(tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, 
             "data_offsets": [start, end],
         }
         # numpy has no bfloat16.
-        parts.append(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        flat = tensor.detach().cpu().reshape(-1)
+        if flat.stride() != (1,):  # one value may have any stride
+            flat = flat.clone(memory_format=torch.contiguous_format)
+        parts.append(flat.view(torch.uint8).numpy())
     header = json.dumps(layout, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     return b"".join([len(header).to_bytes(8, "little"), header, *parts])
