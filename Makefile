@@ -12,9 +12,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# Real processes with TLS and keys, one test after another.
+# Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m deployment
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m deployment
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -50,9 +50,9 @@ max_examples = 6
 """
 EXPERTS = "model.lora_targets=q_proj,v_proj,router,experts"
 METHODS = {
-    "fedavg": (),
     "flex": (),
-    "hfedmoe": (EXPERTS, "client.budget=50%,100%,25%"),
+    "fedavg": ("server.rounds=2",),
+    "hfedmoe": (EXPERTS, "client.budget=50%,100%,25%", "server.rounds=2"),
 }
 
 
@@ -99,7 +99,7 @@ def test_three_sites_on_real_data_end_with_the_simulators_tensors(
                 assert same(load_file(kept), load_file(here))
         for name in federation.names:
             events = read_audit(federation.store(name) / AUDIT_FILE)
-            # FedAvg and FLEx train the same adapters on one warm base; HFedMoE trains others.
+            # FLEx and FedAvg train the same adapters on one warm base; HFedMoE trains others.
             assert sum(event["event"] == "loaded" for event in events) == 2
             sent = [n for event in events if event["event"] == "sent" for n in event["names"]]
             assert sent

@@ -73,7 +73,8 @@ BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
 )
 """Name to what runs it, given how many repeats, and returns what it found."""
 
-_WITH_MODEL = MappingProxyType({"step": _step})
+TAKE_A_MODEL = MappingProxyType({"step": _step})
+"""Those that take a model and data."""
 
 
 def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: str = "") -> str:
@@ -92,12 +93,12 @@ def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: 
     if name not in BENCHES:
         raise ValueError(f"NAME must be of {', '.join(BENCHES)}, got {name}; choose one of these")
     if model or data:
-        if name not in _WITH_MODEL:
+        if name not in TAKE_A_MODEL:
             raise ValueError(
-                f"NAME must be of {', '.join(_WITH_MODEL)} with --model or --data, got {name}; "
+                f"NAME must be of {', '.join(TAKE_A_MODEL)} with --model or --data, got {name}; "
                 "drop them"
             )
-        found = _WITH_MODEL[name](repeats, model=model, data=data)
+        found = TAKE_A_MODEL[name](repeats, model=model, data=data)
     else:
         found = BENCHES[name](repeats)
     if as_json:

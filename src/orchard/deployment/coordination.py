@@ -75,6 +75,10 @@ class CoordinatorOptions:
     attempts: int = 5
 
 
+class RoundsFailedError(OSError):
+    """The process that runs the rounds ended again and again without completing one."""
+
+
 def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bool) -> int:
     """Refuse what cannot work, before anything is started, and return the number of sites.
 
@@ -131,7 +135,8 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, resume: bool) -> 
     Whatever ends a process of it, it is started again and goes on from the last checkpoint.
 
     Raises:
-        RuntimeError: It failed again and again without completing a round.
+        ConnectionError: The SuperLink does not start.
+        RoundsFailedError: Again and again no round was completed.
         ValueError: See ``check_coordinator``.
     """
     num_sites = check_coordinator(recipe, options, resume=resume)
@@ -150,15 +155,23 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
     """Keep the SuperLink and the rounds running until there is a result."""
     superlink = _superlink(options, folder)
     app: subprocess.Popen[bytes] | None = None
-    failures, last_round = 0, _last_round(folder)
+    failures, last_round, num_starts, is_ready = 0, _last_round(folder), 0, False
     try:
         while not (folder / _RESULT_FILE).exists():
             if not superlink.is_running:
                 _stop(app)
-                app = None
+                app, is_ready = None, False
                 superlink.keep_running()
-                if superlink.is_running and _wait_for(options.address):
-                    _register(options)
+            if not is_ready:
+                is_ready = superlink.is_running and _make_ready(options)
+                num_starts = 0 if is_ready else num_starts + superlink.is_running
+                if not is_ready:
+                    superlink.stop()
+                if num_starts >= options.attempts or superlink.num_failures >= options.attempts:
+                    raise ConnectionError(
+                        f"the SuperLink must start at {options.address}, got none in "
+                        f"{options.attempts} attempts; see {superlink.log_path}"
+                    )
                 time.sleep(_LOOK_SECONDS)
                 continue
             if app is None:
@@ -170,7 +183,7 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
                 last_round = now
                 reason = _failure(folder)
                 if failures >= options.attempts:
-                    raise RuntimeError(
+                    raise RoundsFailedError(
                         f"{reason or 'the rounds ended without a result'}; tried {failures} "
                         f"times; see {folder / 'logs'}"
                     )
@@ -237,18 +250,25 @@ def _wait_for(address: str) -> bool:
     return False
 
 
-def _register(options: CoordinatorOptions) -> None:
-    """Tell the SuperLink the keys of the sites: a new one knows none."""
+def _make_ready(options: CoordinatorOptions) -> bool:
+    """Wait for the SuperLink and tell it the keys of the sites; a new one knows none."""
+    if not _wait_for(options.address):
+        return False
     if not options.keys:
-        return
+        return True
     from orchard.engine.control import register_nodes
 
     _, port = split_address(options.address)
-    register_nodes(
-        f"127.0.0.1:{port}",
-        authority=options.keys / AUTHORITY,
-        keys=site_keys(options.keys),
-    )
+    try:
+        register_nodes(
+            f"127.0.0.1:{port}",
+            authority=options.keys / AUTHORITY,
+            keys=site_keys(options.keys),
+        )
+    except ConnectionError as error:  # it ended meanwhile, and is started again
+        log.warning("%s", error)
+        return False
+    return True
 
 
 def _submit(folder: Path) -> subprocess.Popen[bytes]:

@@ -159,5 +159,7 @@ def _release_place(options: SiteOptions, log_path: Path) -> None:
             key=options.keys / SITES / f"{options.name}.key",
             node_id=int(found[-1]),
         )
-    except Exception as error:  # the SuperLink may be away, or new: then there is no place taken
+    except (
+        ConnectionError
+    ) as error:  # the SuperLink may be away, or new: then there is no place taken
         log.info("the last SuperNode's place could not be released: %s", error)

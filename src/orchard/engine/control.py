@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives import serialization
 from flwr.proto.control_pb2 import RegisterNodeRequest
 from flwr.proto.fleet_pb2 import DeactivateNodeRequest
@@ -25,6 +26,7 @@ def register_nodes(address: str, *, authority: Path, keys: Mapping[str, Path]) -
         keys: Name of a site to the file of its public key.
 
     Raises:
+        ConnectionError: The SuperLink is not there, or refuses.
         ValueError: A file is no public key that Flower takes.
     """
     client = ControlHttpClient.from_server_address(
@@ -37,6 +39,8 @@ def register_nodes(address: str, *, authority: Path, keys: Mapping[str, Path]) -
         for name, path in keys.items():
             key: Any = serialization.load_ssh_public_key(path.read_bytes())
             client.RegisterNode(RegisterNodeRequest(public_key=public_key_to_bytes(key), name=name))
+    except httpx.HTTPError as error:
+        raise ConnectionError(f"the SuperLink at {address} does not answer: {error}") from error
     finally:
         client.close()
 
@@ -54,7 +58,7 @@ def release_node(address: str, *, authority: Path, key: Path, node_id: int) -> N
         node_id: What the SuperNode was called.
 
     Raises:
-        httpx.HTTPError: The SuperLink cannot be reached, or does not know the node.
+        ConnectionError: The SuperLink cannot be reached, or does not know the node.
     """
     private: Any = serialization.load_ssh_private_key(key.read_bytes(), password=None)
     with FleetHttpClient.from_server_address(
@@ -66,4 +70,7 @@ def release_node(address: str, *, authority: Path, key: Path, node_id: int) -> N
             NodeAuthHttpInterceptor(private, private.public_key()),
         ],
     ) as client:
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+        try:
+            client.DeactivateNode(DeactivateNodeRequest(node_id=node_id))
+        except httpx.HTTPError as error:
+            raise ConnectionError(f"the SuperLink at {address} refuses: {error}") from error

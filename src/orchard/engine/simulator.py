@@ -125,7 +125,7 @@ def simulate(
     reporter.begin(title=title, num_rounds=schedule.num_rounds, round_number=state.round_number)
     try:
         if "base" in schedule.models and not _has_evaluation(log, 0):
-            log.append(_evaluate(strategy, clients, state, {"base"}, reporter))
+            log.append(_evaluate(strategy, clients, state, channel, {"base"}, reporter))
         after_aggregation = set(schedule.models) & {"global", "personal"}
         since_sent = _rounds_since_sent(log)
         mark = time.monotonic()
@@ -149,7 +149,7 @@ def simulate(
                 holders = tuple(client.client_id for client in cohort)
                 state = replace(state, held=broadcast.task.shared, holders=holders)
             if is_evaluated and after_aggregation:
-                line = _evaluate(strategy, clients, state, after_aggregation, reporter)
+                line = _evaluate(strategy, clients, state, channel, after_aggregation, reporter)
                 tally.evaluation_seconds.append(line["seconds"])
                 log.append(line)
             # A round's time runs from line to line, so it has the checkpoint before it in it.
@@ -226,13 +226,15 @@ def _evaluate(
     strategy: Strategy,
     clients: Sequence[Client],
     state: ServerState,
+    channel: Channel,
     models: set[str],
     reporter: Reporter,
 ) -> dict[str, Any]:
-    """Evaluate models for all clients and return the line for the log."""
+    """Evaluate models for all clients, as they receive them, and return the line for the log."""
     started = time.monotonic()
     # The round after this state: personal tensors of this round are the newest before it.
     task = Task(state.round_number + 1, state.shared, LocalSettings(0, 0, 0.0))
+    task = channel.unpack_task(channel.broadcast(task, {}).whole)
     measured = {}
     # The base and the global model are the same for all, and so may be what they are tested on.
     common: dict[tuple[int, int], dict[str, float]] = {}
