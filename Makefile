@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-deployment check format clean
+.PHONY: demo test test-deployment bench kill-test check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
@@ -15,6 +15,16 @@ test: $(INSTALLED)
 # Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m deployment
+
+# All measurements of this machine, and their charts; give MODEL and DATA for a real base.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/kernels/run.py --model "$(MODEL)" --data "$(DATA)"
+	$(BIN)/python benchmarks/kernels/charts.py
+
+# Every kind of process killed at random, 30 times in one run: make kill-test MODEL=... DATA=FOLDER
+kill-test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --kills 30 --model "$(MODEL)" \
+		--data "$(DATA)" --recipe tests/faults/recipe.toml --out benchmarks/faults
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
