@@ -62,6 +62,9 @@ def test_sites_end_with_the_simulators_tensors(method: str, data: Path, tmp_path
     measured = [evaluations(tmp_path / folder) for folder in ("simulated", "run")]
     assert measured[0] == measured[1]
     assert measured[0].keys() == {0, 1, 2}
+    # A checkpoint may leave the server; who took part does not go with it.
+    for path in (tmp_path / "run" / "checkpoints").rglob("*.*"):
+        assert not [name for name in ("harbor", "hill") if name.encode() in path.read_bytes()]
 
 
 def evaluations(folder: Path) -> dict[int, dict[str, dict[str, float]]]:
