@@ -44,9 +44,7 @@ def bars(
     if target is not None:
         sign = "≥" if more_is_better else "≤"
         panel.axvline(target, color="black", linewidth=0.8, linestyle="--")
-        panel.text(
-            target, len(values) - 0.42, f" target {sign} {target:g}", fontsize=7, va="bottom"
-        )
+        panel.text(target, -0.5, f" target {sign} {target:.3g}", fontsize=7, va="bottom")
 
 
 def draw_step(found: Mapping[str, Any], panels: Sequence[Axes]) -> None:
@@ -62,8 +60,8 @@ def draw_step(found: Mapping[str, Any], panels: Sequence[Axes]) -> None:
             (f"{name}: {own['peer']}", 1.0, PEER),
         ]
         memory += [
-            (f"{name}: whole process", own["memory"]["peak_ratio"], OURS),
-            (f"{name}: beyond the loaded model", own["memory"]["training_ratio"], OURS),
+            (f"{name}: whole process", own["peak_bytes_ratio"], OURS),
+            (f"{name}: beyond the loaded model", own["training_bytes_ratio"], OURS),
         ]
     bars(
         panels[0],
@@ -180,13 +178,13 @@ def draw_memory(found: Mapping[str, Any], panels: Sequence[Axes]) -> None:
         panels[0],
         "Peak of full fine-tuning, 420 M parameters",
         [
-            ("all experts", whole["peak_bytes"] / 1e9, PEER),
-            ("all, predicted", whole["predicted_bytes"] / 1e9, LIMIT),
-            ("25 %, carved", carved["peak_bytes"] / 1e9, OURS),
-            ("25 %, predicted", carved["predicted_bytes"] / 1e9, LIMIT),
+            ("all experts", whole["peak_memory_bytes"] / 1e9, PEER),
+            ("all, predicted", whole["predicted_peak_bytes"] / 1e9, LIMIT),
+            ("25 %, carved", carved["peak_memory_bytes"] / 1e9, OURS),
+            ("25 %, predicted", carved["predicted_peak_bytes"] / 1e9, LIMIT),
         ],
         unit="GB",
-        target=0.4 * whole["peak_bytes"] / 1e9,
+        target=0.4 * whole["peak_memory_bytes"] / 1e9,
     )
     bars(
         panels[1],

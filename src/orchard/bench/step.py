@@ -7,11 +7,12 @@ alone in a process of their own for the memory.
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,7 +31,7 @@ from orchard.data.examples import Fields
 from orchard.data.templates import Encoded, encode
 from orchard.data.world import facts
 from orchard.evaluation.generation import generate_greedily
-from orchard.memory import forget_peak_memory, peak_memory_bytes
+from orchard.memory import forget_peak_memory, peak_memory_bytes, release_freed_memory
 from orchard.models.adapters import AdaptedModel
 from orchard.models.loading import DTYPES, load_base, load_config, load_tokenizer, resolve, threads
 from orchard.models.random_checkpoint import Shape, write_random_checkpoint
@@ -275,32 +276,12 @@ def bench_step(
         of each in a process of its own, as ``train_alone`` says, and ratios of that; on a GPU its
         peak memory, and the share of the matrix-product limit.
     """
-    runs: dict[str, list[Took]] = {}
-    losses: dict[str, list[float]] = {}
-    with threads(case.num_threads):
-        ours = OurSide(case)
-        examples = read_examples(case, ours.model.tokenizer)
-        batches = plain_batches(case, examples)
-        values = ours.model.read(ours.model.adapter_names)
-        num_parameters = active_parameters(ours.model)
-        sides: dict[str, Callable[[], tuple[list[float], Took]]] = {
-            "ours": lambda: ours.train(examples, values),
-            "ours_padded": lambda: ours.train(examples, values, packed=False),
-        }
-        for name in experts:
-            peer = plain_side(case, name)
-            sides[f"peer_{name}"] = partial(_train_peer, peer, values, batches)
-        num_tokens = sum(len(example.input_ids) for batch in batches for example in batch)
-        peaks = {}
-        for number in range(0 if warm_up else 1, repeats + 1):
-            for name, run in sides.items():
-                _forget_device_peak(case.device)
-                losses[name], took = run()
-                peaks[name] = _device_peak(case.device)
-                if number:
-                    runs.setdefault(name, []).append(took)
-                    say(f"{name} {number}/{repeats}: {num_tokens / took.seconds:.0f} tokens/s")
-        limit = matmul_flops_per_second(case.dtype, case.device)
+    timed = _train_in_turn(case, repeats=repeats, experts=experts, warm_up=warm_up, say=say)
+    # A mapped checkpoint that this process held too would count as the measured processes' own.
+    gc.collect()
+    release_freed_memory()
+    runs, losses, batches, limit = timed.runs, timed.losses, timed.batches, timed.limit
+    num_tokens = sum(len(example.input_ids) for batch in batches for example in batch)
     seconds = {name: median(took.seconds for took in all_) for name, all_ in runs.items()}
     cpu = {name: median(took.cpu_seconds for took in all_) for name, all_ in runs.items()}
     best = min((name for name in seconds if name.startswith("peer_")), key=seconds.__getitem__)
@@ -310,7 +291,7 @@ def bench_step(
     rows = sum(len(batch) * max(len(e.input_ids) for e in batch) for batch in batches)
     num_labels = sum(example.num_labels for batch in batches for example in batch)
     # Forward and backward through frozen products: two and two operations for each parameter.
-    flops = 4 * (num_parameters["body"] * num_tokens + num_parameters["head"] * num_labels)
+    flops = 4 * (timed.parameters["body"] * num_tokens + timed.parameters["head"] * num_labels)
     result: dict[str, Any] = {
         "num_tokens": num_tokens,
         "num_labels": num_labels,
@@ -340,8 +321,58 @@ def bench_step(
         for key in ("peak_bytes", "training_bytes"):
             result[f"{key}_ratio"] = memory["ours"][key] / memory["peer"][key]
     else:
-        result["device_peak_bytes"] = peaks
+        result["device_peak_bytes"] = timed.peaks
     return result
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What sides that train in turn took, and what it takes to judge that."""
+
+    runs: dict[str, list[Took]]
+    losses: dict[str, list[float]]
+    peaks: dict[str, int]
+    batches: Sequence[Sequence[Encoded]]
+    parameters: Mapping[str, int]
+    limit: Mapping[str, float]
+
+
+def _train_in_turn(
+    case: StepCase,
+    *,
+    repeats: int,
+    experts: Sequence[str],
+    warm_up: bool,
+    say: Callable[[str], None],
+) -> _Timed:
+    """Train all sides in this process, one after another; their models are gone afterwards."""
+    runs: dict[str, list[Took]] = {}
+    losses: dict[str, list[float]] = {}
+    peaks: dict[str, int] = {}
+    with threads(case.num_threads):
+        ours = OurSide(case)
+        examples = read_examples(case, ours.model.tokenizer)
+        batches = plain_batches(case, examples)
+        values = ours.model.read(ours.model.adapter_names)
+        num_parameters = active_parameters(ours.model)
+        sides: dict[str, Callable[[], tuple[list[float], Took]]] = {
+            "ours": lambda: ours.train(examples, values),
+            "ours_padded": lambda: ours.train(examples, values, packed=False),
+        }
+        for name in experts:
+            peer = plain_side(case, name)
+            sides[f"peer_{name}"] = partial(_train_peer, peer, values, batches)
+        num_tokens = sum(len(example.input_ids) for batch in batches for example in batch)
+        for number in range(0 if warm_up else 1, repeats + 1):
+            for name, run in sides.items():
+                _forget_device_peak(case.device)
+                losses[name], took = run()
+                peaks[name] = _device_peak(case.device)
+                if number:
+                    runs.setdefault(name, []).append(took)
+                    say(f"{name} {number}/{repeats}: {num_tokens / took.seconds:.0f} tokens/s")
+        limit = matmul_flops_per_second(case.dtype, case.device)
+    return _Timed(runs, losses, peaks, batches, num_parameters, limit)
 
 
 def bench_answers(
