@@ -25,6 +25,7 @@ from typing import Any
 from orchard.communication.audit import AUDIT_FILE, read_audit
 from orchard.data import world
 from orchard.deployment.localhost import Processes, running
+from orchard.models.loading import load_tokenizer
 from orchard.models.random_checkpoint import Shape, write_random_checkpoint
 from orchard.results import MetricsLog
 
@@ -128,6 +129,7 @@ def run(num_sites: int, *, rounds: int, is_large: bool = False) -> dict[str, Any
         if is_large:
             model = folder / "model"
             write_random_checkpoint(model, LARGE, dtype="float32", seed=0)
+            load_tokenizer("orchard:tiny").save_pretrained(model)
             site_options = ["--model", str(model)]
             options += [f"model.path={model}", "model.lora_targets=", "model.full_targets=all"]
         federation = Processes(folder / "federation", data, site_options)
