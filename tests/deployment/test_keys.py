@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from orchard.deployment.addresses import check_security, is_local, split_address
+from orchard.deployment.addresses import check_security, is_local, own_address, split_address
 from orchard.deployment.keys import make_coordinator_keys, make_site_keys, site_keys
 
 
@@ -59,6 +59,12 @@ def test_a_name_that_is_no_file_name_is_refused(name: str, tmp_path: Path) -> No
 def test_an_address_without_a_port_is_refused(address: str) -> None:
     with pytest.raises(ValueError, match="host:port"):
         split_address(address)
+
+
+def test_own_processes_reach_what_listens_everywhere_on_the_loopback() -> None:
+    assert own_address("0.0.0.0:8443") == "127.0.0.1:8443"
+    assert own_address("[::]:8443") == "127.0.0.1:8443"
+    assert own_address("10.0.0.5:8443") == "10.0.0.5:8443"
 
 
 def test_crossing_a_network_takes_keys_or_saying_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -32,7 +32,13 @@ def split_address(address: str) -> tuple[str, int]:
     host, separator, port = address.rpartition(":")
     if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"address must be host:port, got {address!r}; for example server:8443")
-    return host, int(port)
+    return host.strip("[]"), int(port)
+
+
+def own_address(address: str) -> str:
+    """Return where this machine's own processes reach what listens at ``address``."""
+    host, port = split_address(address)
+    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "::") else address
 
 
 def is_local(host: str) -> bool:

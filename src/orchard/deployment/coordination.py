@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchard.channels import build_channel, check_communication
-from orchard.deployment.addresses import check_security, require_flower, split_address
+from orchard.deployment.addresses import check_security, own_address, require_flower, split_address
 from orchard.deployment.keys import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
 from orchard.engine.coordinator import SITES_FILE, Coordinator
 from orchard.engine.exchange import Patience, Post
@@ -222,28 +222,28 @@ def _superlink(options: CoordinatorOptions, folder: Path) -> Child:
     else:
         command += ["--insecure"]
     home = folder / "flower"
-    _write_connection(options, home, port)
+    _write_connection(options, home)
     return Child("superlink", command, folder / "logs" / "superlink.log", child_environment(home))
 
 
-def _write_connection(options: CoordinatorOptions, home: Path, port: int) -> None:
+def _write_connection(options: CoordinatorOptions, home: Path) -> None:
     security = (
         f"root-certificates = {json.dumps(str((options.keys / AUTHORITY).resolve()))}"
         if options.keys
         else "insecure = true"
     )
-    own = f'[superlink.own]\naddress = "127.0.0.1:{port}"\n{security}\n'
+    own = f'[superlink.own]\naddress = "{own_address(options.address)}"\n{security}\n'
     text = f'[superlink]\ndefault = "own"\n\n{own}'
     write_atomically(home / "config.toml", text.encode())
 
 
 def _wait_for(address: str) -> bool:
     """Wait until somebody listens, and say whether somebody does."""
-    _, port = split_address(address)
+    own = split_address(own_address(address))
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
         try:
-            with socket.create_connection(("127.0.0.1", port), timeout=1.0):
+            with socket.create_connection(own, timeout=1.0):
                 return True
         except OSError:
             time.sleep(0.1)
@@ -258,10 +258,9 @@ def _make_ready(options: CoordinatorOptions) -> bool:
         return True
     from orchard.engine.control import register_nodes
 
-    _, port = split_address(options.address)
     try:
         register_nodes(
-            f"127.0.0.1:{port}",
+            own_address(options.address),
             authority=options.keys / AUTHORITY,
             keys=site_keys(options.keys),
         )
