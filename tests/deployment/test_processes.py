@@ -86,7 +86,7 @@ def test_three_sites_on_real_data_end_with_the_simulators_tensors(
             )
             run = tmp_path / "runs" / method
             coordinator = federation.start_coordinator(recipe, options, run=run)
-            assert coordinator.wait(240) == 0, federation.tail()
+            assert coordinator.wait(420) == 0, federation.tail()
             assert same(shared_tensors(run), shared_tensors(simulated))
             summaries = [
                 json.loads((f / "result.json").read_text())["summary"] for f in (run, simulated)

@@ -25,6 +25,6 @@ def test_one_kill_of_each_kind_changes_no_tensor(tmp_path: Path) -> None:
     subprocess.run(command, check=True, capture_output=True)
     with running(Processes(tmp_path / "federation", data)) as federation:
         saboteur = Saboteur(federation, recipe, (), run=tmp_path / "run", seed=0)
-        saboteur.go(TARGETS, pause=(4.0, 12.0), seconds=280.0)
+        saboteur.go(TARGETS, pause=(4.0, 12.0), seconds=500.0)
     assert len(saboteur.kills) >= 4, saboteur.kills
     assert same(shared_tensors(tmp_path / "run"), shared_tensors(simulated))
