@@ -218,13 +218,13 @@ def coordinate(
         from orchard.deployment.coordination import coordinate as run_coordinator
 
         options = CoordinatorOptions(folder, address, keys, insecure)
-        check_coordinator(resolved.recipe, options, resume=resume)
+        num_sites = check_coordinator(resolved.recipe, options, resume=resume)
     from orchard.engine.processes import leaves_on_termination
     from orchard.engine.progress import make_console
     from orchard.reports import result_table, run_sentence
 
     with _clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
-        result = run_coordinator(resolved.recipe, options, resume=resume)
+        result = run_coordinator(resolved.recipe, options, num_sites=num_sites)
     console = make_console()
     console.print(result_table(result))
     console.print(run_sentence(result, folder), highlight=False)

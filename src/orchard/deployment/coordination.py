@@ -129,17 +129,21 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
     return num_sites
 
 
-def coordinate(recipe: Recipe, options: CoordinatorOptions, *, resume: bool) -> dict[str, Any]:
+def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -> dict[str, Any]:
     """Run a recipe with sites elsewhere, and return the content of ``result.json``.
 
     Whatever ends a process of it, it is started again and goes on from the last checkpoint.
 
+    Args:
+        recipe: Every choice, checked by ``check_coordinator``.
+        options: Where and how it runs.
+        num_sites: What ``check_coordinator`` returned.
+
     Raises:
         ConnectionError: The SuperLink does not start.
         RoundsFailedError: Again and again no round was completed.
-        ValueError: See ``check_coordinator``.
+        TimeoutError: Another coordinator holds the folder.
     """
-    num_sites = check_coordinator(recipe, options, resume=resume)
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder / _LOCK_FILE, seconds=30.0, what="coordinator in one folder"):

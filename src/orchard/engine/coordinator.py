@@ -26,7 +26,7 @@ from orchard.engine.coverage import Coverage
 from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
 from orchard.engine.inbox import Arrived, Inbox
 from orchard.engine.progress import Reporter
-from orchard.engine.simulator import Schedule, sample_clients
+from orchard.engine.simulator import Schedule, rounds_since_sent, sample_clients
 from orchard.engine.stragglers import Stragglers
 from orchard.memory import peak_memory_bytes
 from orchard.results import MetricsLog, write_json
@@ -184,12 +184,7 @@ class Coordinator:
         self.channel.reset()
         arrived = self._inbox.take_up(sites, round_number=number)
         self.channel.uplink_bytes += sum(own.num_bytes for own in arrived)
-        task = Task(
-            round_number=number,
-            shared=state.shared,
-            settings=self.schedule.local(number),
-            evaluate_local="local" in self.schedule.models and self.schedule.has_evaluation(number),
-        )
+        task = self.schedule.task(number, state.shared)
         broadcast = self.channel.broadcast(task, state.held)
         for attempt in range(1, self.patience.attempts + 1):
             have = {own.client_id for own in arrived}
@@ -213,7 +208,7 @@ class Coordinator:
         order = {site: index for index, site in enumerate(sites)}
         arrived.sort(key=lambda own: (order[own.client_id], own.round_number))
         lines: list[dict[str, Any]] = []
-        coverage = Coverage(state.shared, self._rounds_since_sent())
+        coverage = Coverage(state.shared, rounds_since_sent(self._log))
         state = update_server(strategy, state, self._read(arrived, number, lines, coverage))
         if self.channel.differences is not None:
             holders = tuple(own.client_id for own in arrived)
@@ -443,10 +438,6 @@ class Coordinator:
             coverage.add(update)
             self.reporter.working("updates are aggregated", share=position / len(arrived))
             yield update
-
-    def _rounds_since_sent(self) -> dict[str, list[int]]:
-        rounds = [line for line in self._log.read() if line["kind"] == "round"]
-        return rounds[-1].get("rounds_since_sent", {}) if rounds else {}
 
     def _summarize(self, lines: Sequence[Mapping[str, Any]], *, seconds: float) -> dict[str, Any]:
         """Return one round's numbers; sites work at the same time, so the slowest one counts."""

@@ -26,6 +26,7 @@ from orchard.results import Metrics, MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from orchard.strategies.strategy import Strategy, evaluate_client, train_client, update_server
+from orchard.trees import Tree
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,15 @@ class Schedule:
             angle = math.pi * (round_number - 1) / self.num_rounds
             lr = self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(angle))
         return LocalSettings(steps=self.steps, epochs=self.epochs, learning_rate=lr)
+
+    def task(self, round_number: int, shared: Tree) -> Task:
+        """Return what a round asks of its cohort, given the global values before it."""
+        return Task(
+            round_number=round_number,
+            shared=shared,
+            settings=self.local(round_number),
+            evaluate_local="local" in self.models and self.has_evaluation(round_number),
+        )
 
     def has_evaluation(self, round_number: int) -> bool:
         """Say whether models are evaluated after this round."""
@@ -127,17 +137,12 @@ def simulate(
         if "base" in schedule.models and not _has_evaluation(log, 0):
             log.append(_evaluate(strategy, clients, state, channel, {"base"}, reporter))
         after_aggregation = set(schedule.models) & {"global", "personal"}
-        since_sent = _rounds_since_sent(log)
+        since_sent = rounds_since_sent(log)
         mark = time.monotonic()
         for round_number in range(state.round_number + 1, schedule.num_rounds + 1):
             channel.reset()
             is_evaluated = schedule.has_evaluation(round_number)
-            task = Task(
-                round_number=round_number,
-                shared=state.shared,
-                settings=schedule.local(round_number),
-                evaluate_local="local" in schedule.models and is_evaluated,
-            )
+            task = schedule.task(round_number, state.shared)
             cohort = sample_clients(clients, schedule, seeds, round_number)
             tally, coverage = _Tally(), Coverage(state.shared, since_sent)
             broadcast = channel.broadcast(task, state.held)
@@ -260,7 +265,7 @@ def _evaluate(
     }
 
 
-def _rounds_since_sent(log: MetricsLog) -> dict[str, list[int]]:
+def rounds_since_sent(log: MetricsLog) -> dict[str, list[int]]:
     """Return what the last round said of its experts."""
     found: dict[str, list[int]] = {}
     for line in log:

@@ -62,16 +62,21 @@ def robust_aggregate(
 
 
 def _contributions(updates: Iterable[Update]) -> dict[str, list[Tensor]]:
-    """Return the values of every name that enough clients sent with a weight above 0."""
+    """Return the values of every name that was sent with a weight above 0."""
     values: dict[str, list[Tensor]] = {}
     for update in updates:
         for name, tensor in update.delta.items():
             if update.weight[name] > 0:
                 values.setdefault(name, []).append(tensor.float())
-    return _refuse_few(values)
+    return values
 
 
 def _refuse_few(values: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Return the names that enough clients sent.
+
+    Raises:
+        ValueError: No name is one.
+    """
     few = [name for name, own in values.items() if len(own) < MIN_CONTRIBUTORS]
     if few:
         log.warning(
@@ -91,7 +96,7 @@ def _refuse_few(values: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
 
 def _by_name(updates: Iterable[Update], shared: Tree, *, kernel: _Kernel) -> dict[str, Tensor]:
     """Reduce every name by itself, coordinate by coordinate."""
-    values = _contributions(updates)
+    values = _refuse_few(_contributions(updates))
     # Each list is let go once it is reduced.
     return {name: kernel(torch.stack(values.pop(name))) for name in list(values)}
 
@@ -119,17 +124,13 @@ def _trimmed_mean(values: Tensor, *, share: float) -> Tensor:
 def _clipped_mean(updates: Iterable[Update], shared: Tree, *, max_norm: float) -> dict[str, Tensor]:
     """Return the weighted mean of updates, each scaled down to at most a norm."""
     held = list(updates)
-    _contributions(held)
+    names = _refuse_few(_contributions(held)).keys()
     norms = [_norm(update.delta.values()) for update in held]
     limit = max_norm or float(torch.tensor(norms, dtype=torch.float64).quantile(0.5))
     sums = WeightedMean()
-    counts: dict[str, int] = {}
-    for update in held:
-        for name in update.delta:
-            counts[name] = counts.get(name, 0) + (update.weight[name] > 0)
     for update, norm in zip(held, norms, strict=True):
         scale = min(1.0, limit / norm) if norm > 0 else 1.0
-        kept = {n: t.float() * scale for n, t in update.delta.items() if _has_enough(counts[n])}
+        kept = {name: t.float() * scale for name, t in update.delta.items() if name in names}
         sums.add(kept, update.weight)
     return sums.mean()
 
@@ -146,8 +147,7 @@ def _krum(updates: Iterable[Update], shared: Tree, *, share: float) -> dict[str,
     held = list(updates)
     number = len(held)
     num_hostile = min(max(1, math.floor(share * number)), (number - 1) // 2)
-    if number < MIN_CONTRIBUTORS:
-        _contributions(held)
+    names = _refuse_few(_contributions(held)).keys()
     distances = [[_distance(a.delta, b.delta) for b in held] for a in held]
     num_near = max(1, number - num_hostile - 2)
     scores = [
@@ -155,17 +155,8 @@ def _krum(updates: Iterable[Update], shared: Tree, *, share: float) -> dict[str,
         for i, row in enumerate(distances)
     ]
     best = sorted(range(number), key=lambda i: (scores[i], i))[: number - num_hostile]
-    values: dict[str, list[Tensor]] = {}
-    for index in sorted(best):
-        for name, tensor in held[index].delta.items():
-            if held[index].weight[name] > 0:
-                values.setdefault(name, []).append(tensor.float())
-    sent = _contributions(held)
-    return {name: torch.stack(own).mean(dim=0) for name, own in values.items() if name in sent}
-
-
-def _has_enough(number: int) -> bool:
-    return number >= MIN_CONTRIBUTORS
+    values = _contributions(held[index] for index in sorted(best))
+    return {name: torch.stack(own).mean(dim=0) for name, own in values.items() if name in names}
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
