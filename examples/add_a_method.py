@@ -6,20 +6,16 @@ server needs no change: a name that nobody sent keeps its value. Run with python
 
 import tempfile
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-from orchard import experiment as parts
-from orchard.channels import build_channel
 from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
-from orchard.engine.simulator import simulate
-from orchard.methods import build_strategy
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.running import run_experiment
 from orchard.recipe.reading import read_recipe
-from orchard.reports import build_result
-from orchard.seeding import Seeds
-from orchard.strategies.strategy import Contribution, Strategy, Trained, start_server
+from orchard.strategies.strategy import Contribution, Strategy, Trained
 from orchard.trees import select, squared_norm
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "fedavg.toml"
@@ -42,18 +38,11 @@ def send_most_moved(strategy: Strategy, *, num_layers: int) -> Strategy:
     return replace(strategy, weigh=weigh)
 
 
-recipe = read_recipe(RECIPE, QUICK).recipe
-data = parts.prepare_experiment(recipe)
-model = parts.load_model(recipe, data.tokenizer)
-channel, schedule = build_channel(recipe), parts.build_schedule(recipe)
-engine = partial(simulate, schedule=schedule, channel=channel, seeds=Seeds(recipe.seed), about={})
-for count in (len(model.view.layers), 1):
-    with tempfile.TemporaryDirectory() as name:
-        clients = parts.build_clients(data, model, Path(name))
-        strategy = build_strategy(recipe, num_clients=len(clients))
-        strategy = send_most_moved(strategy, num_layers=count)
-        state = start_server(strategy, model.fresh)
-        engine(strategy, clients, state, folder=Path(name), reporter=Silent(), title="")
-        result = build_result(Path(name), {})
+experiment = prepare_experiment(read_recipe(RECIPE, QUICK).recipe)
+fedavg = build_strategy(experiment.recipe, num_clients=len(experiment.train))
+for count in (4, 1):
+    with tempfile.TemporaryDirectory() as folder:
+        mine = send_most_moved(fedavg, num_layers=count)
+        result = run_experiment(experiment, folder=Path(folder), reporter=Silent(), strategy=mine)
     uplink, loss = result["uplink_bytes_per_round"][-1], result["summary"]["global"]["loss"]["mean"]
-    print(f"{count} of {len(model.view.layers)} layers: {uplink:,} bytes a round, loss {loss:.3f}")
+    print(f"{count} of 4 layers: {uplink:,} bytes a round, loss {loss:.3f}")

@@ -20,11 +20,11 @@ import torch
 
 from orchard.data.templates import encode
 from orchard.evaluation.loss import forward_losses
-from orchard.experiment import load_model
-from orchard.federation import build_federation
-from orchard.models.adapters import AdaptedModel
-from orchard.models.loading import load_tokenizer
-from orchard.models.unbinding import unbound_experts
+from orchard.experiment.holdings import build_federation
+from orchard.experiment.running import load_model
+from orchard.models.stored.loading import load_tokenizer
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.view.unbinding import unbound_experts
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.seeding import Seeds

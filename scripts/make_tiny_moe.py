@@ -4,7 +4,7 @@ Trains a byte-level BPE tokenizer and a Qwen2-MoE of 1.7 million parameters on t
 of ``orchard.data.world``, then writes both in bfloat16 where the demo looks for them.
 About ten minutes on two cores; the seed is fixed, so the same machine makes the same model.
 
-    python scripts/make_tiny_moe.py [--steps 3000] [--out src/orchard/models/tiny_moe]
+    python scripts/make_tiny_moe.py [--steps 3000] [--out src/orchard/models/stored/tiny_moe]
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=96)
     parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--out", type=Path, default=Path("src/orchard/models/tiny_moe"))
+    parser.add_argument("--out", type=Path, default=Path("src/orchard/models/stored/tiny_moe"))
     arguments = parser.parse_args()
 
     tokenizer = train_tokenizer(vocab_size=768)

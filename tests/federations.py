@@ -7,15 +7,10 @@ from typing import Any
 
 from orchard.client.client import Client
 from orchard.engine.progress import Silent
-from orchard.experiment import (
-    Experiment,
-    build_clients,
-    load_model,
-    prepare_experiment,
-    run_experiment,
-)
-from orchard.methods import build_strategy, has_part
-from orchard.models.adapters import AdaptedModel
+from orchard.experiment.methods import build_strategy, has_part
+from orchard.experiment.preparation import Experiment, prepare_experiment
+from orchard.experiment.running import build_clients, load_model, run_experiment
+from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.strategies.strategy import Strategy

@@ -14,14 +14,14 @@ import torch
 from federations import quick_recipe
 from orchard.data import world
 from orchard.deployment.consent import Consent, SiteSettings
-from orchard.deployment.coordination import build_coordinator
+from orchard.deployment.hosting import build_coordinator
 from orchard.deployment.site_worker import SiteWorker
 from orchard.engine.coordinator import Coordinator
 from orchard.engine.exchange import Patience, Reply
 from orchard.engine.progress import Silent
-from orchard.experiment import load_model
-from orchard.methods import build_strategy
-from orchard.models.loading import load_tokenizer
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.running import load_model
+from orchard.models.stored.loading import load_tokenizer
 from orchard.recipe.options import Recipe
 from orchard.server.checkpoint import ServerState, load_checkpoint
 from orchard.strategies.strategy import Strategy, start_server

@@ -57,7 +57,7 @@ def _no_model_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("weights were read")
 
-        monkeypatch.setattr("orchard.experiment.load_base", refuse)
+        monkeypatch.setattr("orchard.experiment.running.load_base", refuse)
 
 
 def test_unknown_key_is_refused_and_names_the_nearest() -> None:
@@ -277,7 +277,7 @@ def test_partition_shows_sizes_and_label_mix(data: Path) -> None:
 
 def test_ls_names_every_method_and_recipe() -> None:
     from orchard.catalog import list_recipes
-    from orchard.methods import METHODS
+    from orchard.experiment.methods import METHODS
 
     result = CliRunner().invoke(app, ["ls"], env={"COLUMNS": "250"})
     assert result.exit_code == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from orchard.memory import mappings_released, resident_memory_bytes
+from orchard.process_memory import mappings_released, resident_memory_bytes
 
 SIZE = 64 << 20
 

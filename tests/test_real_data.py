@@ -9,7 +9,8 @@ import pytest
 
 from federations import RECIPES, run_quickly
 from orchard.engine.progress import Silent
-from orchard.experiment import prepare_experiment, run_experiment
+from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.running import run_experiment
 from orchard.recipe.reading import read_recipe
 
 SHARED = Path(__file__).parent.parent.parent / "shared"

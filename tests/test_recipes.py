@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from federations import QUICK, RECIPES, run_quickly
-from orchard.methods import METHODS, check_strategy
+from orchard.experiment.methods import METHODS, check_strategy
 from orchard.recipe.reading import read_recipe
 
 ALL = sorted(p for p in RECIPES.rglob("*.toml") if not p.name.startswith("_"))

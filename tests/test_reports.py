@@ -11,7 +11,12 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from orchard.reports import build_result, comparison_table, mean_stderr, result_table
+from orchard.reports import (
+    build_result,
+    comparison_table,
+    mean_stderr,
+    result_table,
+)
 from orchard.results import MetricsLog
 
 ROUND = {

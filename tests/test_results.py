@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchard.memory import (
+from orchard.process_memory import (
     loading_to_stay,
     peak_memory_bytes,
     release_freed_memory,

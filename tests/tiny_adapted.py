@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from orchard.data.templates import IGNORED, Encoded
-from orchard.models.adapters import AdaptedModel
-from orchard.models.detection import view_moe
-from orchard.models.targets import LoraSettings
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.targets import LoraSettings
+from orchard.models.view.detection import view_moe
 from orchard.trees import digest
 from tiny_models import FAMILIES, VOCABULARY
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from orchard.experts.grafting import Grafts, GraftSettings
-from orchard.models.adapters import AdaptedModel
-from orchard.models.moe import MoELayer
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.view.moe import MoELayer
 from tiny_models import WIDTH, batch_of
 
 SOME = [

@@ -25,8 +25,8 @@ from typing import Any
 from orchard.communication.audit import AUDIT_FILE, read_audit
 from orchard.data import world
 from orchard.deployment.localhost import Processes, running
-from orchard.models.loading import load_tokenizer
-from orchard.models.random_checkpoint import Shape, write_random_checkpoint
+from orchard.models.stored.loading import load_tokenizer
+from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
 from orchard.results import MetricsLog
 
 HERE = Path(__file__).parent

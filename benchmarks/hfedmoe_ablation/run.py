@@ -22,22 +22,21 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from orchard.budgets import expert_budgets
-from orchard.channels import build_channel
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import simulate
-from orchard.experiment import (
-    Experiment,
+from orchard.experiment.budgets import expert_budgets
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.preparation import Experiment, prepare_experiment
+from orchard.experiment.running import (
     build_clients,
     build_schedule,
     load_model,
-    prepare_experiment,
     run_experiment,
 )
-from orchard.memory import peak_memory_bytes
-from orchard.methods import build_strategy
-from orchard.models.adapters import AdaptedModel
-from orchard.models.loading import threads
+from orchard.experiment.wiring import build_channel
+from orchard.models.stored.loading import threads
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.process_memory import peak_memory_bytes
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog, write_json

@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from orchard.experts.importance import ImportanceSettings, UsageMeter, layer_importance
-from orchard.models.detection import view_moe
-from orchard.models.routing import RoutingRecord, record_routing
+from orchard.models.view.detection import view_moe
+from orchard.models.view.routing import RoutingRecord, record_routing
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 4096
 

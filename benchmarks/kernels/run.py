@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from orchard.bench import BENCHES, TAKE_A_MODEL
+from orchard.measurements import BENCHES, TAKE_A_MODEL
 
 HERE = Path(__file__).parent
 

@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from orchard.bench.memory import Case, measure, predict
-from orchard.models.loading import check_model
-from orchard.models.random_checkpoint import Shape, write_random_checkpoint
+from orchard.measurements.client_memory import Case, measure, predict
+from orchard.models.stored.loading import check_model
+from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
 
 HERE = Path(__file__).parent
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")

@@ -23,9 +23,10 @@ import torch
 from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
-from orchard.experiment import load_model, prepare_experiment, run_experiment
-from orchard.methods import build_strategy
-from orchard.models.adapters import AdaptedModel
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.running import load_model, run_experiment
+from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog

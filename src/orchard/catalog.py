@@ -7,7 +7,13 @@ from pathlib import Path
 from rich.table import Table
 
 from orchard.engine.progress import make_console
-from orchard.recipe.reading import Resolved, format_value, known_options, option_value, read_recipe
+from orchard.recipe.reading import (
+    Resolved,
+    format_value,
+    known_options,
+    option_value,
+    read_recipe,
+)
 
 # Detection goes by interface, so this is what the parity tests cover, not what is allowed.
 FAMILIES = (
@@ -63,7 +69,7 @@ def list_recipes() -> list[Path]:
 
 def print_catalog() -> None:
     """Print methods, families and recipes."""
-    from orchard.methods import METHODS  # imports torch: only the command that needs it waits
+    from orchard.experiment.methods import METHODS
 
     console = make_console()
     methods = Table("method", "what it is", "source", title="Methods", title_justify="left")

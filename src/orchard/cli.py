@@ -82,18 +82,15 @@ def run(
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe."""
-    from orchard.memory import loading_to_stay
+    from orchard.process_memory import loading_to_stay
 
     with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
         resolved = _resolve(recipe, overrides)
         folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
         from orchard.engine.progress import choose_reporter, make_console
-        from orchard.experiment import (
-            check_folder,
-            data_notes,
-            prepare_experiment,
-            run_experiment,
-        )
+        from orchard.experiment.preparation import data_notes, prepare_experiment
+        from orchard.experiment.run_folder import check_folder
+        from orchard.experiment.running import run_experiment
         from orchard.reports import result_table, run_sentence
 
         check_folder(folder, resolved.recipe, resume=resume)
@@ -131,7 +128,7 @@ def partition(
     """Show which client would hold how many examples of what."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.engine.progress import make_console
-        from orchard.federation import build_federation
+        from orchard.experiment.holdings import build_federation
         from orchard.reports import partition_table
 
         federation = build_federation(_resolve(recipe, overrides).recipe)
@@ -151,7 +148,12 @@ def plan(
     """Show what a recipe asks of each client, before any weight is loaded."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.engine.progress import make_console
-        from orchard.planning import make_plan, plan_as_json, plan_sentences, plan_table
+        from orchard.experiment.planning import (
+            make_plan,
+            plan_as_json,
+            plan_sentences,
+            plan_table,
+        )
 
         made = make_plan(_resolve(recipe, overrides).recipe)
         if as_json:
@@ -177,7 +179,7 @@ def bench(
 ) -> None:
     """Measure this machine: always two things in one run, medians and ratios."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        from orchard.bench import run_bench
+        from orchard.measurements import run_bench
 
         print(run_bench(name, as_json=as_json, repeats=repeats, model=model, data=data))
 
@@ -211,11 +213,8 @@ def coordinate(
         _log_to_stderr()
         resolved = _resolve(recipe, overrides)
         folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
-        from orchard.deployment.coordination import (
-            CoordinatorOptions,
-            check_coordinator,
-        )
-        from orchard.deployment.coordination import coordinate as run_coordinator
+        from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
+        from orchard.deployment.hosting import coordinate as run_coordinator
 
         options = CoordinatorOptions(folder, address, keys, insecure)
         num_sites = check_coordinator(resolved.recipe, options, resume=resume)

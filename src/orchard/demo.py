@@ -13,7 +13,8 @@ from rich.table import Table
 
 from orchard.catalog import find_recipe
 from orchard.engine.progress import choose_reporter, format_bytes, make_console
-from orchard.experiment import prepare_experiment, run_experiment
+from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.running import run_experiment
 from orchard.recipe.reading import read_recipe
 from orchard.results import write_json
 

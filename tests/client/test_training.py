@@ -14,12 +14,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchard import trees
-from orchard.client.objectives import Objective, Situation, causal_lm, proximal
-from orchard.client.training import TrainingReport, TrainingSettings, _passes, draw_batches, train
+from orchard.client.objectives import (
+    Objective,
+    Situation,
+    causal_lm,
+    proximal,
+)
+from orchard.client.training import (
+    TrainingReport,
+    TrainingSettings,
+    _passes,
+    draw_batches,
+    train,
+)
 from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
-from orchard.models.adapters import AdaptedModel
+from orchard.models.trainable.adapters import AdaptedModel
 from tiny_adapted import adapt, example_of, examples, stir
 
 SETTINGS = TrainingSettings(

@@ -17,7 +17,8 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
-from orchard.experiment import build_schedule, prepare_experiment, run_experiment
+from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.running import build_schedule, run_experiment
 from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog
 from orchard.seeding import Seeds

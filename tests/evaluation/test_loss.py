@@ -8,9 +8,9 @@ from torch.nn import functional
 
 from orchard.data.templates import IGNORED, Encoded
 from orchard.evaluation.loss import forward_losses
-from orchard.models.adapters import AdaptedModel
-from orchard.models.detection import view_moe
-from orchard.models.targets import LoraSettings
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.targets import LoraSettings
+from orchard.models.view.detection import view_moe
 from tiny_adapted import NumberTokenizer, adapt, example_of, stir
 from tiny_models import FAMILIES
 

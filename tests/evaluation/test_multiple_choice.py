@@ -13,7 +13,7 @@ import torch
 from orchard.data.templates import IGNORED, Encoded
 from orchard.evaluation.multiple_choice import choose, log_likelihoods, standard_error
 from orchard.evaluation.quality import EvaluationSettings, TestExample, evaluate
-from orchard.models.adapters import AdaptedModel
+from orchard.models.trainable.adapters import AdaptedModel
 from tiny_adapted import adapt, stir
 
 END = 2

@@ -21,9 +21,15 @@ from orchard.experts.graft_search import (
     search_grafts,
 )
 from orchard.experts.reconstruction import choose_by_reconstruction, reconstruction_losses
-from orchard.experts.subset_losses import Tally, all_sets, first_smallest, one_more, token_terms
-from orchard.models.detection import view_moe
-from orchard.models.moe import MoELayer, MoEView
+from orchard.experts.subset_losses import (
+    Tally,
+    all_sets,
+    first_smallest,
+    one_more,
+    token_terms,
+)
+from orchard.models.view.detection import view_moe
+from orchard.models.view.moe import MoELayer, MoEView
 from tiny_models import _COMMON, EXPERTS, FAMILIES, VOCABULARY, WIDTH, build
 
 MANY = 16

@@ -5,8 +5,8 @@ import torch
 
 from orchard.experts.masking import detached_experts
 from orchard.experts.selection import ExpertMask
-from orchard.models.detection import view_moe
-from orchard.models.moe import MoEView
+from orchard.models.view.detection import view_moe
+from orchard.models.view.moe import MoEView
 from tiny_adapted import adapt, stir
 from tiny_models import EXPERTS, FAMILIES, batch_of
 

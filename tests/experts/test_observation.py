@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from orchard.experts.observation import LayerPass, concatenate, watch_routing
-from orchard.models.detection import view_moe
+from orchard.models.view.detection import view_moe
 from tiny_models import FAMILIES, batch_of
 
 

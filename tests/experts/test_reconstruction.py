@@ -18,8 +18,8 @@ from orchard.experts.reconstruction import (
     choose_by_reconstruction,
     reconstruction_losses,
 )
-from orchard.models.detection import view_moe
-from orchard.models.moe import MoELayer, MoEView
+from orchard.models.view.detection import view_moe
+from orchard.models.view.moe import MoELayer, MoEView
 from tiny_adapted import adapt, stir
 from tiny_models import EXPERTS, FAMILIES, VOCABULARY, WIDTH, batch_of
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from orchard import trees
-from orchard.budgets import graft_elements
+from orchard.experiment.budgets import graft_elements
 from orchard.experts.grafting import Origin, grafted
-from orchard.models.adapters import AdaptedModel
-from orchard.models.detection import view_moe
-from orchard.models.streaming import checkpoint_reader, router_reader
-from orchard.models.submodel import load_submodel
-from orchard.models.targets import LoraSettings
+from orchard.models.stored.streaming import checkpoint_reader, router_reader
+from orchard.models.stored.submodel import load_submodel
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.targets import LoraSettings
+from orchard.models.view.detection import view_moe
 from tiny_adapted import NumberTokenizer, adapt, stir, targets_of
 from tiny_checkpoints import LISTED, load_whole, save
 from tiny_grafts import (

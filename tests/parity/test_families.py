@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchard.models.detection import view_moe
-from orchard.models.moe import MoELayer, MoEView
-from orchard.models.routing import record_routing
+from orchard.models.view.detection import view_moe
+from orchard.models.view.moe import MoELayer, MoEView
+from orchard.models.view.routing import record_routing
 from tiny_models import EXPERT_WIDTH, EXPERTS, FAMILIES, WIDTH, batch_of
 
 TOP_1 = {"switch"}

@@ -11,9 +11,9 @@ from torch.nn import functional
 from federations import BUDGETS, build, quick_recipe, run_quickly
 from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings, Task, Update
+from orchard.experiment.methods import METHODS, build_strategy
 from orchard.experts.observation import LayerPass, watch_routing
-from orchard.methods import METHODS, build_strategy
-from orchard.models.detection import view_moe
+from orchard.models.view.detection import view_moe
 from orchard.recipe.options import Recipe
 from orchard.results import MetricsLog
 from orchard.server.checkpoint import ServerState

@@ -12,11 +12,12 @@ from federations import build, quick_recipe, run_quickly
 from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.progress import Silent
-from orchard.experiment import prepare_experiment, run_experiment
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.running import run_experiment
 from orchard.experts.selection import passing
-from orchard.methods import build_strategy
-from orchard.models.adapters import AdaptedModel
-from orchard.models.moe import MoELayer
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.view.moe import MoELayer
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.server.checkpoint import ServerState

@@ -10,8 +10,8 @@ import torch
 from federations import build, has_budget, quick_recipe
 from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings, Task, encode_update
-from orchard.experiment import prepare_experiment
-from orchard.methods import METHODS
+from orchard.experiment.methods import METHODS
+from orchard.experiment.preparation import prepare_experiment
 from orchard.server.checkpoint import ServerState
 from orchard.strategies.strategy import (
     Strategy,
@@ -228,7 +228,7 @@ def test_clients_with_different_data_choose_different_experts(tmp_path: Path) ->
 def test_grafts_that_do_not_fit_the_model_are_refused_before_it_is_loaded(
     overrides: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("orchard.models.loading.load_base")
+    monkeypatch.delattr("orchard.models.stored.loading.load_base")
     with pytest.raises(ValueError, match=f"^{message}"):
         prepare_experiment(quick_recipe("flex", *overrides))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from federations import quick_recipe
-from orchard.experiment import prepare_experiment
+from orchard.experiment.preparation import prepare_experiment
 
 # The packaged tiny model has 4 MoE layers of 8 experts.
 

@@ -10,8 +10,8 @@ from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.quality import EvaluationSettings, TestExample
-from orchard.experts.submodel import SubmodelSource
-from orchard.models.adapters import AdaptedModel
+from orchard.experts.submodel_source import SubmodelSource
+from orchard.models.trainable.adapters import AdaptedModel
 from orchard.seeding import Seeds
 
 

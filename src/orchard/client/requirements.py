@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from orchard.models.footprint import Footprint, activation_bytes, measure_footprint
-from orchard.models.loading import DTYPES
-from orchard.models.targets import EXPERTS, LoraSettings
+from orchard.models.stored.footprint import Footprint, activation_bytes, measure_footprint
+from orchard.models.stored.loading import DTYPES
+from orchard.models.trainable.targets import EXPERTS, LoraSettings
 
 PROCESS_BYTES = 370_000_000
 """Python with torch, transformers and PEFT imported, on a CPU: 362 MB were measured."""

@@ -15,9 +15,9 @@ from orchard.client.objectives import Objective, Situation, causal_lm
 from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
-from orchard.memory import release_freed_memory
-from orchard.models.adapters import AdaptedModel
-from orchard.models.unbinding import unbound_experts
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.view.unbinding import unbound_experts
+from orchard.process_memory import release_freed_memory
 from orchard.trees import Tree, clone, zeros_like
 
 HoldStill: TypeAlias = Callable[[Sequence[Sequence[Encoded]]], Collection[str]]

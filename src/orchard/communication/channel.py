@@ -5,7 +5,7 @@ length of what was sent, and a client trains from what it would have received.
 
 The server's half is ``broadcast`` and ``unpack_update``, the client's ``unpack_task`` and
 ``pack_update``. Neither needs anything of the other side but its bytes. What a client keeps for
-them between rounds is in ``client/exchange.py``.
+them between rounds is in ``client/kept_messages.py``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,13 @@ import torch
 from orchard.communication import messages
 from orchard.communication.messages import Task, Update
 from orchard.communication.stages import RESERVED, Cast, Stage
-from orchard.trees import Tree, Widened, digest, select, subtract
+from orchard.trees import (
+    Tree,
+    Widened,
+    digest,
+    select,
+    subtract,
+)
 
 _LARGEST = torch.finfo(torch.float32).max
 

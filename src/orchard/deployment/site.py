@@ -16,7 +16,12 @@ from pathlib import Path
 from orchard.deployment.addresses import check_security, require_flower
 from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.keys import AUTHORITY, SITES, check_site_name
-from orchard.engine.processes import Child, child_environment, free_port, only_one
+from orchard.engine.processes import (
+    Child,
+    child_environment,
+    free_port,
+    only_one,
+)
 from orchard.results import write_atomically
 
 log = logging.getLogger(__name__)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from orchard.budgets import build_requirements
 from orchard.deployment.consent import Consent, Refusal
-from orchard.methods import check_strategy, has_part, lora_settings
-from orchard.models.loading import check_model
+from orchard.experiment.budgets import build_requirements
+from orchard.experiment.methods import check_strategy, has_part
+from orchard.experiment.settings import lora_settings
+from orchard.models.stored.loading import check_model
 from orchard.recipe.amounts import parse_amounts
 from orchard.recipe.options import Recipe
 from orchard.seeding import Seeds

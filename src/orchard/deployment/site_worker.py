@@ -19,25 +19,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchard.channels import build_channel
 from orchard.client.client import Client
-from orchard.client.exchange import read_task, write_update
+from orchard.client.kept_messages import read_task, write_update
 from orchard.communication.audit import AUDIT_FILE, AuditLog, content_digest
 from orchard.communication.channel import Channel, MissingCopyError
 from orchard.deployment.consent import Refusal, SiteSettings
 from orchard.deployment.site_recipe import own_recipe
 from orchard.engine.processes import only_one
 from orchard.engine.worker import serve, watches_parent
-from orchard.experiment import (
-    Seat,
-    build_clients,
-    folder_name,
-    load_model,
-    prepare_experiment,
-)
-from orchard.methods import build_strategy, lora_settings
-from orchard.models.adapters import AdaptedModel
-from orchard.models.loading import threads
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.preparation import Seat, prepare_experiment
+from orchard.experiment.run_folder import folder_name
+from orchard.experiment.running import build_clients, load_model
+from orchard.experiment.settings import lora_settings
+from orchard.experiment.wiring import build_channel
+from orchard.models.stored.loading import threads
+from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import parse_recipe
 from orchard.strategies.strategy import Strategy, evaluate_client, train_client
@@ -227,7 +224,7 @@ def main() -> None:
         stack.enter_context(
             only_one(settings.store / "worker.lock", seconds=30.0, what="worker of a site")
         )
-        from orchard.memory import return_memory_at_once
+        from orchard.process_memory import return_memory_at_once
 
         return_memory_at_once()
         log.info("worker of %s answers at %s", settings.name, settings.socket)

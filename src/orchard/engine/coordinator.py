@@ -23,12 +23,20 @@ from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.channel import Broadcast, Channel
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
-from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
+from orchard.engine.exchange import (
+    Answer,
+    Patience,
+    Post,
+    Request,
+    exchange,
+)
 from orchard.engine.inbox import Arrived, Inbox
+from orchard.engine.intake import Intake
+from orchard.engine.joining import wait_for_sites
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, rounds_since_sent, sample_clients
 from orchard.engine.stragglers import Stragglers
-from orchard.memory import peak_memory_bytes
+from orchard.process_memory import peak_memory_bytes
 from orchard.results import MetricsLog, write_json
 from orchard.seeding import Seeds
 from orchard.server.admission import Admission
@@ -75,7 +83,13 @@ class Coordinator:
         """Open the logs."""
         self._log = MetricsLog(self.folder / "metrics.jsonl")
         self._audit = AuditLog(self.folder / "audit.jsonl")
-        self._inbox = Inbox(self.folder / "inbox")
+        self._intake = Intake(
+            self.channel,
+            self.admission,
+            self.base_digest,
+            inbox=Inbox(self.folder / "inbox"),
+            audit=self._audit,
+        )
         self._stragglers = Stragglers()
 
     def join(self, post: Post, *, num_sites: int) -> tuple[str, ...]:
@@ -92,36 +106,16 @@ class Coordinator:
         """
         path = self.folder / SITES_FILE
         known = tuple(json.loads(path.read_text())) if path.exists() else ()
-        expected = len(known) or num_sites
         request = Request({"kind": "join", "run": self.run, "recipe": self.recipe})
-        end = time.monotonic() + self.patience.join_seconds
-        joined: set[str] = set()
-        refused: dict[str, str] = {}
-        while len(joined) < expected and time.monotonic() < end:
-            self.reporter.working(f"{len(joined)} of {expected} sites joined", share=0.0)
-            new = post.online() - joined - refused.keys()
-            asked = {site: request for site in sorted(new) if not known or site in known}
-            for answer in exchange(
-                post, asked, self.patience, seconds=max(end - time.monotonic(), 0.0)
-            ):
-                if answer.failure:
-                    log.warning("%s has not joined yet: %s", answer.site, answer.failure)
-                elif reason := str(answer.header.get("refused", "")):
-                    refused[answer.site] = reason
-                    self._refuse(answer.site, 0, reason)
-                else:
-                    joined.add(answer.site)
-                    self._audit.write("joined", site=answer.site, round=0)
-            if len(joined) < expected:
-                time.sleep(self.patience.poll_seconds)
-        if len(joined) < min(self.patience.quorum, expected) or not joined:
-            why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items()))
-            raise TimeoutError(
-                f"at least {max(self.patience.quorum, 1)} sites must join within "
-                f"{self.patience.join_seconds:g} seconds, got {len(joined)} of {expected}"
-                f"{' (' + why + ')' if why else ''}; start more sites, raise "
-                "deployment.join_seconds, or lower deployment.quorum"
-            )
+        joined = wait_for_sites(
+            post,
+            request,
+            known=known,
+            expected=len(known) or num_sites,
+            patience=self.patience,
+            intake=self._intake,
+            reporter=self.reporter,
+        )
         if known:
             return known
         sites = tuple(sorted(joined))
@@ -182,7 +176,7 @@ class Coordinator:
         started = time.monotonic()
         number, fewest = state.round_number + 1, max(self.patience.quorum, 1)
         self.channel.reset()
-        arrived = self._inbox.take_up(sites, round_number=number)
+        arrived = self._intake.inbox.take_up(sites, round_number=number)
         self.channel.uplink_bytes += sum(own.num_bytes for own in arrived)
         task = self.schedule.task(number, state.shared)
         broadcast = self.channel.broadcast(task, state.held)
@@ -217,7 +211,7 @@ class Coordinator:
         for line in (*lines, {"kind": "round", "round": number, **summary}):
             self._log.append(line)
         save_checkpoint(self.folder / "checkpoints", state, about=self.about)
-        self._inbox.throw_away(arrived)
+        self._intake.inbox.throw_away(arrived)
         self.reporter.completed(
             number,
             loss=summary.get("round/train_loss"),
@@ -268,7 +262,7 @@ class Coordinator:
                 (answer,) = self._exchange(post, whole, late)
             measured[answer.site] = answer.header
             if answer.site in cohort or answer.failure or "refused" in answer.header:
-                arrived += self._admit(answer, state, round_number=number)
+                arrived += self._intake.admit(answer, state.shared, round_number=number)
             self.reporter.working(
                 f"{len(measured)} of {len(asked)} sites answered",
                 share=len(measured) / len(asked),
@@ -333,72 +327,23 @@ class Coordinator:
         for answer in self._exchange(post, requests):
             measured[answer.site] = answer.header
             if reason := answer.failure or str(answer.header.get("refused", "")):
-                self._refuse(answer.site, number, reason)
+                self._intake.refuse(answer.site, number, reason)
         self._log_evaluation(sites, state, measured)
 
     def _log_evaluation(
         self, sites: Sequence[str], state: ServerState, headers: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Log what sites measured of the models after a round; what is no number is refused."""
-        clients: dict[str, dict[str, float]] = {}
-        seconds = [0.0]
-        for site in sites:
-            header = headers.get(site, {})
-            try:
-                values = {str(k): float(v) for k, v in dict(header.get("evaluation", {})).items()}
-                seconds.append(float(header.get("evaluation_seconds", 0.0)))
-            except (TypeError, ValueError):
-                values = {"": math.nan}
-            if not all(math.isfinite(v) for v in (*values.values(), seconds[-1])):
-                self._refuse(site, state.round_number, "evaluation must be finite numbers")
-                seconds.pop()
-            elif values:
-                clients[site] = values
-        if clients:
+        """Log what sites measured of the models after a round."""
+        measured = self._intake.measured(sites, headers, round_number=state.round_number)
+        if measured.clients:
             self._log.append(
                 {
                     "kind": "evaluation",
                     "round": state.round_number,
-                    "seconds": max(seconds),
-                    "clients": clients,
+                    "seconds": measured.seconds,
+                    "clients": measured.clients,
                 }
             )
-
-    def _admit(self, answer: Answer, state: ServerState, *, round_number: int) -> list[Arrived]:
-        """Check what a site sent for a round and keep it on disk; none where it is refused."""
-        reason = answer.failure or str(answer.header.get("refused", ""))
-        base = answer.header.get("base_digest", self.base_digest)
-        if not reason and base != self.base_digest:
-            reason = f"base model must be {self.base_digest[:12]}, got {str(base)[:12]}"
-        num_names = 0
-        if not reason:
-            try:
-                self.admission.check_header(answer.body, state.shared)
-                update = self.channel.unpack_update(answer.body)
-                self.admission.check(
-                    update, client_id=answer.site, round_number=round_number, shared=state.shared
-                )
-                num_names = len(update.delta)
-            except ValueError as error:
-                reason = str(error)
-        if reason:
-            self._refuse(answer.site, round_number, reason)
-            return []
-        self.channel.uplink_bytes += len(answer.body)
-        arrived = self._inbox.put(answer.site, round_number, answer.body)
-        self._audit.write(
-            "received",
-            site=answer.site,
-            round=round_number,
-            num_names=num_names,
-            bytes=len(answer.body),
-            sha256=content_digest(answer.body),
-        )
-        return [arrived]
-
-    def _refuse(self, site: str, round_number: int, reason: str) -> None:
-        self._audit.write("refused", site=site, round=round_number, reason=reason)
-        log.warning("round %d, %s: %s", round_number, site, reason)
 
     def _collect_late(self, post: Post, state: ServerState) -> list[Arrived]:
         """Take or drop what came after its round's deadline."""
@@ -406,11 +351,11 @@ class Coordinator:
         for late in self._stragglers.collect(post):
             if not self.patience.accept_late:
                 reason = f"came late, in round {state.round_number + 1}; dropped"
-                self._refuse(late.site, late.round_number, reason)
+                self._intake.refuse(late.site, late.round_number, reason)
                 continue
             reply = late.reply
             answer = Answer(late.site, reply.header, reply.body, reply.error)
-            arrived += self._admit(answer, state, round_number=late.round_number)
+            arrived += self._intake.admit(answer, state.shared, round_number=late.round_number)
         return arrived
 
     def _read(

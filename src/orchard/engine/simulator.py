@@ -16,16 +16,21 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchard.client.client import Client
-from orchard.client.exchange import read_task, write_update
+from orchard.client.kept_messages import read_task, write_update
 from orchard.communication.channel import Broadcast, Channel, MissingCopyError
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
-from orchard.memory import peak_memory_bytes
+from orchard.process_memory import peak_memory_bytes
 from orchard.results import Metrics, MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from orchard.strategies.strategy import Strategy, evaluate_client, train_client, update_server
+from orchard.strategies.strategy import (
+    Strategy,
+    evaluate_client,
+    train_client,
+    update_server,
+)
 from orchard.trees import Tree
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from orchard.data.templates import collate_prompts
-from orchard.models.adapters import AdaptedModel
+from orchard.models.trainable.adapters import AdaptedModel
 
 
 def generate_greedily(

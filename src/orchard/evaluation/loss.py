@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 from orchard.data.templates import IGNORED, Encoded, collate
-from orchard.models.adapters import AdaptedModel
-from orchard.models.heads import cross_entropy, is_plain_head
-from orchard.models.packing import can_pack, pack, packed_attention
+from orchard.models.kernels.heads import cross_entropy, is_plain_head
+from orchard.models.kernels.packing import can_pack, pack, packed_attention
+from orchard.models.trainable.adapters import AdaptedModel
 
 
 def forward_losses(

@@ -19,8 +19,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from orchard.data.templates import Encoded, collate_prompts
-from orchard.models.adapters import AdaptedModel
-from orchard.models.caches import can_be_continued
+from orchard.models.kernels.caches import can_be_continued
+from orchard.models.trainable.adapters import AdaptedModel
 
 LengthNormalization: TypeAlias = Literal["none", "tokens"]
 Ids: TypeAlias = tuple[int, ...]

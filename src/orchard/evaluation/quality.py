@@ -11,8 +11,8 @@ from orchard.evaluation.generation import generate_greedily
 from orchard.evaluation.loss import mean_loss
 from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
 from orchard.evaluation.rouge import exact_match, rouge_l
-from orchard.models.adapters import AdaptedModel
-from orchard.models.unbinding import unbound_experts
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.view.unbinding import unbound_experts
 
 # Whether more is better.
 METRICS = {"loss": False, "rouge_l": True, "exact_match": True, "accuracy": True}

@@ -41,7 +41,7 @@ from orchard.experts.subset_losses import (
     token_terms,
     tokens_at_a_time,
 )
-from orchard.models.moe import MoELayer, MoEView
+from orchard.models.view.moe import MoELayer, MoEView
 
 MAX_SETS = 50_000  # three of 60 are 34,220, three of 64 are 41,664
 BEAM = 8  # sets that are grown side by side: a pass costs much the same for one and for eight

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from orchard.models.adapters import AdaptedModel
-from orchard.models.moe import MoELayer
-from orchard.models.slots import Slot, canonical, whole
-from orchard.models.targets import inject_lora, is_adapter
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.slots import Slot, canonical, whole
+from orchard.models.trainable.targets import inject_lora, is_adapter
+from orchard.models.view.moe import MoELayer
 
 CLOSED_BIAS = -4.0  # sigmoid(-4) is 0.018: a graft that is all but silent, yet learns
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")

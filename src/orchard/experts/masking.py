@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from orchard.experts.selection import ExpertMask
-from orchard.models.moe import MoELayer, MoEView
-from orchard.models.storage import FusedExperts
+from orchard.models.view.moe import MoELayer, MoEView
+from orchard.models.view.storage import FusedExperts
 
 
 @dataclass

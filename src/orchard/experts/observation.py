@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from orchard.experts.importance import ImportanceSettings, LayerImportance, layer_importance
-from orchard.models.moe import MoEView
-from orchard.models.packing import rows_of
-from orchard.models.routing import record_routing
+from orchard.models.kernels.packing import rows_of
+from orchard.models.view.moe import MoEView
+from orchard.models.view.routing import record_routing
 
 
 @dataclass(frozen=True)

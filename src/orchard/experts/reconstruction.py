@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from orchard.models.moe import MoELayer, MoEView
+from orchard.models.view.moe import MoELayer, MoEView
 
 RunExpert: TypeAlias = Callable[[int, int, torch.Tensor], torch.Tensor]
 """From the index of a MoE layer, an expert and token states (T, D) to its outputs (T, D)."""

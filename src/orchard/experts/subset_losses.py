@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orchard.models.moe import MoELayer
+from orchard.models.view.moe import MoELayer
 
 NORM, FITTED = "norm", "fitted"
 BLOCK_BYTES = 384 * 2**20  # of one block of tokens; a thousand tokens of Qwen1.5-MoE in bfloat16

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from orchard.recipe.describing import Scalar
 from orchard.recipe.effects import check_is_used
-from orchard.recipe.options import Recipe, Scalar
+from orchard.recipe.options import Recipe
 
 
 @dataclass(frozen=True)

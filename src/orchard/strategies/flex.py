@@ -41,7 +41,7 @@ from orchard.experts.reconstruction import (
     reconstruction_losses,
 )
 from orchard.experts.subset_losses import NORM
-from orchard.models.moe import MoEView
+from orchard.models.view.moe import MoEView
 from orchard.results import Metrics
 from orchard.strategies.strategy import Plan, Strategy
 

@@ -17,7 +17,12 @@ from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.experts.importance import ImportanceSettings, MeanImportance, UsageMeter
 from orchard.experts.masking import ExpertSwitch
-from orchard.experts.observation import LayerPass, concatenate, score, watch_routing
+from orchard.experts.observation import (
+    LayerPass,
+    concatenate,
+    score,
+    watch_routing,
+)
 from orchard.experts.selection import (
     ExpertMask,
     all_experts,
@@ -26,8 +31,8 @@ from orchard.experts.selection import (
     select_experts,
     union_of_choices,
 )
-from orchard.models.adapters import AdaptedModel
-from orchard.models.unbinding import unbound_experts
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.view.unbinding import unbound_experts
 from orchard.results import Metrics
 from orchard.strategies.expert_names import expert_of
 from orchard.strategies.strategy import Plan

@@ -24,7 +24,7 @@ from orchard.client.store import Personal
 from orchard.client.training import HoldStill, TrainingReport, train
 from orchard.communication.messages import Task, Update
 from orchard.evaluation.quality import evaluate
-from orchard.models.adapters import AdaptedModel
+from orchard.models.trainable.adapters import AdaptedModel
 from orchard.results import Metrics
 from orchard.server.aggregation import mean
 from orchard.server.checkpoint import ServerState

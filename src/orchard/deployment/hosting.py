@@ -1,0 +1,414 @@
+"""The coordinator of a federation: a SuperLink, and rounds that survive whatever ends them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchard.deployment.addresses import (
+    check_security,
+    own_address,
+    require_flower,
+    split_address,
+)
+from orchard.deployment.keys import (
+    AUTHORITY,
+    CERTIFICATE,
+    PRIVATE,
+    site_keys,
+)
+from orchard.engine.coordinator import SITES_FILE, Coordinator
+from orchard.engine.exchange import Patience, Post
+from orchard.engine.processes import (
+    Child,
+    child_environment,
+    end_when_free,
+    only_one,
+)
+from orchard.engine.progress import Lines, make_console
+from orchard.experiment.methods import (
+    build_strategy,
+    check_aggregation,
+    check_strategy,
+    require_path,
+)
+from orchard.experiment.run_folder import RECIPE_FILE, check_folder, recipe_digest
+from orchard.experiment.running import build_schedule, load_model
+from orchard.experiment.settings import lora_settings
+from orchard.experiment.wiring import build_channel, check_communication
+from orchard.models.stored.loading import (
+    check_device,
+    check_model,
+    load_tokenizer,
+    threads,
+)
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import read_recipe, to_toml
+from orchard.reports import build_result
+from orchard.results import (
+    MetricsLog,
+    environment,
+    write_atomically,
+    write_json,
+)
+from orchard.seeding import Seeds
+from orchard.server.admission import Admission
+from orchard.server.checkpoint import ServerState
+from orchard.strategies.strategy import Strategy, start_server
+from orchard.trees import digest
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+log = logging.getLogger(__name__)
+_RUN_FILE, _RESULT_FILE, _FAILURE_FILE = "run.json", "result.json", "failure.json"
+_LOCK_FILE = "coordinator.lock"
+_START_SECONDS, _LOOK_SECONDS = 60.0, 0.5
+
+
+@dataclass(frozen=True)
+class CoordinatorOptions:
+    """What ``orchard coordinate`` is told.
+
+    Attributes:
+        folder: The run's folder.
+        address: ``host:port`` that it listens at.
+        keys: Folder with its certificate and the public keys of its sites; None = without TLS.
+        is_insecure: Whether going without keys on a network was asked for.
+        attempts: Restarts in a row that complete no round, before it gives up.
+    """
+
+    folder: Path
+    address: str
+    keys: Path | None = None
+    is_insecure: bool = False
+    attempts: int = 5
+
+
+class RoundsFailedError(OSError):
+    """The process that runs the rounds ended again and again without completing one."""
+
+
+def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bool) -> int:
+    """Refuse what cannot work, before anything is started, and return the number of sites.
+
+    Raises:
+        FileNotFoundError: Keys are not there.
+        ValueError: Recipe, folder, address or keys do not fit.
+    """
+    require_flower()
+    check_security(options.address, keys=options.keys, is_insecure=options.is_insecure)
+    check_folder(options.folder, recipe, resume=resume)
+    check_strategy(recipe.strategy.name)
+    check_communication(recipe)
+    require_path(recipe)
+    check_device(recipe.model.device)
+    check_model(recipe.model.path, lora_settings(recipe))
+    num_sites = recipe.deployment.sites
+    if options.keys:
+        for name in (AUTHORITY, CERTIFICATE, PRIVATE):
+            if not (options.keys / name).is_file():
+                raise FileNotFoundError(
+                    f"--keys must hold {name}, got {options.keys} without it; "
+                    "make it with orchard keys"
+                )
+        known = site_keys(options.keys)
+        if not known:
+            raise FileNotFoundError(
+                f"--keys must hold the public key of each site in sites, got none in "
+                f"{options.keys}; a site makes its own with orchard keys"
+            )
+        if num_sites > len(known):
+            raise ValueError(
+                f"deployment.sites must be at most the number of keys, {len(known)}, got "
+                f"{num_sites}; add keys, or lower it"
+            )
+        num_sites = num_sites or len(known)
+    if not num_sites:
+        raise ValueError(
+            "deployment.sites must say how many sites take part, got 0; for example "
+            "deployment.sites=3"
+        )
+    check_aggregation(recipe, num_clients=num_sites)
+    for name, value in (
+        ("deployment.quorum", recipe.deployment.quorum),
+        ("server.clients_per_round", recipe.server.clients_per_round),
+    ):
+        if value > num_sites:
+            raise ValueError(f"{name} must be at most {num_sites}, the sites, got {value}")
+    return num_sites
+
+
+def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -> dict[str, Any]:
+    """Run a recipe with sites elsewhere, and return the content of ``result.json``.
+
+    Whatever ends a process of it, it is started again and goes on from the last checkpoint.
+
+    Args:
+        recipe: Every choice, checked by ``check_coordinator``.
+        options: Where and how it runs.
+        num_sites: What ``check_coordinator`` returned.
+
+    Raises:
+        ConnectionError: The SuperLink does not start.
+        RoundsFailedError: Again and again no round was completed.
+        TimeoutError: Another coordinator holds the folder.
+    """
+    folder = options.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    with only_one(folder / _LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
+        write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
+        if not (folder / _RUN_FILE).exists():
+            write_json(folder / _RUN_FILE, {"run": secrets.token_hex(8)})
+        facts = json.loads((folder / _RUN_FILE).read_text())
+        write_json(folder / _RUN_FILE, {**facts, "num_sites": num_sites})
+        return _supervise(options, folder)
+
+
+def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
+    """Keep the SuperLink and the rounds running until there is a result."""
+    superlink = _superlink(options, folder)
+    app: subprocess.Popen[bytes] | None = None
+    failures, last_round, num_starts, is_ready = 0, _last_round(folder), 0, False
+    try:
+        while not (folder / _RESULT_FILE).exists():
+            if not superlink.is_running:
+                _stop(app)
+                app, is_ready = None, False
+                superlink.keep_running()
+            if not is_ready:
+                is_ready = superlink.is_running and _make_ready(options)
+                num_starts = 0 if is_ready else num_starts + superlink.is_running
+                if not is_ready:
+                    superlink.stop()
+                if num_starts >= options.attempts or superlink.num_failures >= options.attempts:
+                    raise ConnectionError(
+                        f"the SuperLink must start at {options.address}, got none in "
+                        f"{options.attempts} attempts; see {superlink.log_path}"
+                    )
+                time.sleep(_LOOK_SECONDS)
+                continue
+            if app is None:
+                app = _submit(folder)
+            elif app.poll() is not None and not (folder / _RESULT_FILE).exists():
+                app = None
+                now = _last_round(folder)
+                failures = 1 if now > last_round else failures + 1
+                last_round = now
+                reason = _failure(folder)
+                if failures >= options.attempts:
+                    raise RoundsFailedError(
+                        f"{reason or 'the rounds ended without a result'}; tried {failures} "
+                        f"times; see {folder / 'logs'}"
+                    )
+                log.warning("rounds ended (%s); going on after round %d", reason, last_round)
+                time.sleep(min(2.0**failures, 30.0))
+            time.sleep(_LOOK_SECONDS)
+    finally:
+        _stop(app)
+        superlink.stop()
+    result: dict[str, Any] = json.loads((folder / _RESULT_FILE).read_text())
+    return result
+
+
+def _superlink(options: CoordinatorOptions, folder: Path) -> Child:
+    host, port = split_address(options.address)
+    command = [
+        sys.executable,
+        "-m",
+        "orchard.engine.superlink",
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--disable-runtime-dependency-installation",
+    ]
+    if options.keys:
+        command += [
+            "--ssl-certfile",
+            str(options.keys / CERTIFICATE),
+            "--ssl-keyfile",
+            str(options.keys / PRIVATE),
+            "--ssl-ca-certfile",
+            str(options.keys / AUTHORITY),
+            "--enable-supernode-auth",
+        ]
+    else:
+        command += ["--insecure"]
+    home = folder / "flower"
+    _write_connection(options, home)
+    return Child("superlink", command, folder / "logs" / "superlink.log", child_environment(home))
+
+
+def _write_connection(options: CoordinatorOptions, home: Path) -> None:
+    security = (
+        f"root-certificates = {json.dumps(str((options.keys / AUTHORITY).resolve()))}"
+        if options.keys
+        else "insecure = true"
+    )
+    own = f'[superlink.own]\naddress = "{own_address(options.address)}"\n{security}\n'
+    text = f'[superlink]\ndefault = "own"\n\n{own}'
+    write_atomically(home / "config.toml", text.encode())
+
+
+def _wait_for(address: str) -> bool:
+    """Wait until somebody listens, and say whether somebody does."""
+    own = split_address(own_address(address))
+    end = time.monotonic() + _START_SECONDS
+    while time.monotonic() < end:
+        try:
+            with socket.create_connection(own, timeout=1.0):
+                return True
+        except OSError:
+            time.sleep(0.1)
+    return False
+
+
+def _make_ready(options: CoordinatorOptions) -> bool:
+    """Wait for the SuperLink and tell it the keys of the sites; a new one knows none."""
+    if not _wait_for(options.address):
+        return False
+    if not options.keys:
+        return True
+    from orchard.engine.control import register_nodes
+
+    try:
+        register_nodes(
+            own_address(options.address),
+            authority=options.keys / AUTHORITY,
+            keys=site_keys(options.keys),
+        )
+    except ConnectionError as error:  # it ended meanwhile, and is started again
+        log.warning("%s", error)
+        return False
+    return True
+
+
+def _submit(folder: Path) -> subprocess.Popen[bytes]:
+    """Start the rounds as an app of the SuperLink; the process ends when they do."""
+    (folder / _FAILURE_FILE).unlink(missing_ok=True)
+    bundle = Path(str(resources.files("orchard") / "flower_bundle"))
+    child = Child(
+        "rounds",
+        [
+            str(Path(sys.executable).parent / "flwr"),
+            "run",
+            str(bundle),
+            "own",
+            "--stream",
+            "--run-config",
+            f"folder={json.dumps(str(folder))}",
+        ],
+        folder / "logs" / "rounds.log",
+        child_environment(folder / "flower"),
+    )
+    child.start()
+    assert child.process is not None
+    return child.process
+
+
+def _stop(process: subprocess.Popen[bytes] | None) -> None:
+    if process is not None and process.poll() is None:
+        process.terminate()
+        process.wait(10.0)
+
+
+def _last_round(folder: Path) -> int:
+    rounds = [line["round"] for line in MetricsLog(folder / "metrics.jsonl").read()]
+    return max(rounds, default=0)
+
+
+def _failure(folder: Path) -> str:
+    path = folder / _FAILURE_FILE
+    return str(json.loads(path.read_text())["error"]) if path.exists() else ""
+
+
+def run_in_server_app(folder: Path, grid: Grid) -> None:
+    """Run the rounds of ``folder`` over a Flower grid, and write its result.
+
+    Raises:
+        Exception: Whatever ends the rounds; it is also written to ``failure.json``.
+    """
+    from orchard.engine.flower import Coordinated
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    end_when_free(folder / _LOCK_FILE)
+    with only_one(folder / "rounds.lock", seconds=60.0, what="process that runs rounds"):
+        try:
+            Coordinated(partial(run_over, folder)).start(grid)
+        except Exception as error:
+            write_json(folder / _FAILURE_FILE, {"error": f"{type(error).__name__}: {error}"})
+            raise
+
+
+def run_over(folder: Path, post: Post) -> dict[str, Any]:
+    """Run the rounds of ``folder`` over any post, and write its result."""
+    recipe = read_recipe(folder / RECIPE_FILE).recipe
+    facts = json.loads((folder / _RUN_FILE).read_text())
+    tokenizer = load_tokenizer(recipe.model.path)
+    with threads(recipe.model.num_threads):
+        model = load_model(recipe, tokenizer)
+        fresh, base_digest = dict(model.fresh), model.base_digest
+        del model
+        coordinator = build_coordinator(
+            recipe, folder, run=facts["run"], base_digest=base_digest, num_sites=facts["num_sites"]
+        )
+
+        def begin(num_clients: int) -> tuple[Strategy, ServerState]:
+            strategy = build_strategy(recipe, num_clients=num_clients)
+            return strategy, start_server(strategy, fresh)
+
+        state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
+    result = build_result(
+        folder,
+        {
+            **environment(),
+            "seed": recipe.seed,
+            "strategy": recipe.strategy.name,
+            "base_digest": base_digest,
+            "shared_digest": digest(state.shared),
+            "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
+            "data": {"has_central_test": False},
+        },
+    )
+    write_json(folder / _RESULT_FILE, result)
+    return result
+
+
+def build_coordinator(
+    recipe: Recipe, folder: Path, *, run: str, base_digest: str, num_sites: int
+) -> Coordinator:
+    """Return what runs the rounds of a recipe."""
+    options = recipe.deployment
+    return Coordinator(
+        schedule=build_schedule(recipe),
+        channel=build_channel(recipe),
+        seeds=Seeds(recipe.seed),
+        folder=folder,
+        about={"base_digest": base_digest, "recipe_digest": recipe_digest(recipe)},
+        recipe=to_toml(recipe),
+        run=run,
+        base_digest=base_digest,
+        patience=Patience(
+            join_seconds=options.join_seconds,
+            round_seconds=options.round_seconds,
+            probe_seconds=options.probe_seconds,
+            quorum=options.quorum or recipe.server.clients_per_round or num_sites,
+            attempts=options.attempts,
+            accept_late=options.stragglers == "late",
+            staleness=options.staleness,
+        ),
+        admission=Admission(options.max_update_norm, options.max_weight),
+        reporter=Lines(make_console()),
+    )

@@ -1,0 +1,263 @@
+"""From a recipe's data section to the examples of every client."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchard.data import partition, world
+from orchard.data.datasets import (
+    is_client_folder,
+    load_examples,
+    read_client_folder,
+    read_jsonl,
+)
+from orchard.data.examples import Example, Fields
+from orchard.data.partition import DuplicateReport
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import words
+from orchard.recipe.run_options import DataOptions
+from orchard.seeding import Seeds
+
+WORLD, FACTS = "orchard:world", "orchard:facts"
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Who holds which examples.
+
+    Attributes:
+        train: Client id to training examples.
+        test: Client id to held-out examples, which never train.
+        duplicates: What stands in more than one place, before any was dropped.
+        num_dropped: Training examples that were dropped for it.
+        has_central_test: All clients have one and the same test set, one list.
+    """
+
+    train: Mapping[str, Sequence[Example]]
+    test: Mapping[str, Sequence[Example]]
+    duplicates: DuplicateReport
+    num_dropped: int
+    has_central_test: bool = False
+
+    def notes(self) -> list[str]:
+        """Return what a person should know about the data before trusting a result."""
+        notes = []
+        if self.num_dropped:
+            notes.append(
+                f"{self.num_dropped} training examples that also stand in a test split were dropped"
+            )
+        elif self.duplicates.num_across_splits:
+            notes.append(
+                f"{self.duplicates.num_across_splits} test examples also stand in a training "
+                "split; data.duplicates=drop removes them from training"
+            )
+        if self.duplicates.num_across_clients:
+            notes.append(
+                f"{self.duplicates.num_across_clients} training examples stand with several clients"
+            )
+        return notes
+
+
+def build_federation(recipe: Recipe) -> Federation:
+    """Read the data, give every client its examples, and hold out its test split.
+
+    Raises:
+        FileNotFoundError: The data is not there.
+        ValueError: It cannot be read, or cannot be divided as asked.
+    """
+    data, seeds = recipe.data, Seeds(recipe.seed)
+    if data.path == WORLD:
+        if data.partition != "file":
+            raise ValueError(
+                f"data.partition must be file with data.path = {WORLD}, got {data.partition}; "
+                "its four offices are the clients"
+            )
+        offices = world.offices(recipe.seed)
+        train = {office.name: list(office.train) for office in offices}
+        test = {office.name: list(office.test) for office in offices}
+    elif data.partition == "file":
+        train, test = _split_each(_read_clients(data), data, seeds)
+    else:
+        train, test = _divide(_read_pool(data), data, seeds)
+    return _finish(recipe, train, test)
+
+
+def _finish(
+    recipe: Recipe, train: dict[str, list[Example]], test: dict[str, list[Example]]
+) -> Federation:
+    """Find duplicates, drop those that should be, and draw the test examples that are used."""
+    data, seeds = recipe.data, Seeds(recipe.seed)
+    # One list for all clients is one test set: it counts once.
+    first = next(iter(test))
+    has_central_test = data.test_per_category > 0 and data.partition != "file"
+    splits = {first: test[first]} if has_central_test else test
+    duplicates = partition.find_duplicates(train, splits)
+    num_dropped = 0
+    if data.duplicates == "drop":
+        train, num_dropped = partition.without_duplicates(train, splits)
+    limit = recipe.evaluation.max_examples
+    if limit:
+        splits = {client: _sample(examples, limit, seeds) for client, examples in splits.items()}
+    if has_central_test:
+        splits = dict.fromkeys(train, splits[first])
+    return Federation(train, splits, duplicates, num_dropped, has_central_test)
+
+
+def build_site(recipe: Recipe, client_id: str) -> Federation:
+    """Read the data of one client, ``data.path``, as a federation of that client alone.
+
+    Its examples are split as they are where all clients' files lie in one folder. What stands with
+    other clients too is not known here, and ``data.duplicates = drop`` drops from this client what
+    stands in its own test split.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+        ValueError: It cannot be read, or cannot be divided as asked.
+    """
+    data, seeds = recipe.data, Seeds(recipe.seed)
+    _require_path(data)
+    examples = read_jsonl(data.path, _fields(data))
+    train, test = _split_each({client_id: examples}, data, seeds)
+    return _finish(recipe, train, test)
+
+
+def read_retention(recipe: Recipe) -> list[Example]:
+    """Return the examples of ``evaluation.retention_path``; empty where there is none.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+        ValueError: It cannot be read.
+    """
+    path = recipe.evaluation.retention_path
+    if path == FACTS:
+        return world.facts()
+    return read_jsonl(path, _fields(recipe.data)) if path else []
+
+
+def read_calibration(recipe: Recipe) -> list[Example]:
+    """Return the examples of ``strategy.calibration_path``; empty where it is not used.
+
+    Raises:
+        FileNotFoundError: The file is not there.
+        ValueError: It cannot be read.
+    """
+    if recipe.strategy.calibration != "corpus":
+        return []
+    return read_jsonl(recipe.strategy.calibration_path, _fields(recipe.data))
+
+
+def _sample(examples: Sequence[Example], size: int, seeds: Seeds) -> list[Example]:
+    """Draw ``size`` examples in their order; the same ones from lists of equal length."""
+    order = seeds.generator("evaluation sample").permutation(len(examples))[:size]
+    return [examples[index] for index in sorted(order.tolist())]
+
+
+def _fields(data: DataOptions) -> Fields:
+    return Fields(
+        instruction=data.instruction,
+        response=data.response,
+        context=data.context,
+        category=data.category,
+        wording=data.wording,
+        labels=words(data.labels),
+        options=words(data.options),
+        answer=data.answer,  # type: ignore[arg-type]
+        letters=data.letters,
+    )
+
+
+def _require_path(data: DataOptions) -> None:
+    if not data.path:
+        raise ValueError(
+            "data.path must be given, got nothing; for example "
+            "data.path=examples.jsonl on the command line"
+        )
+
+
+def _read_clients(data: DataOptions) -> dict[str, list[Example]]:
+    _require_path(data)
+    if not is_client_folder(Path(data.path).expanduser()):
+        raise ValueError(
+            f"data.path must be a folder with one .jsonl file per client with data.partition = "
+            f"file, got {data.path}; choose another data.partition, or make the folder"
+        )
+    return read_client_folder(Path(data.path).expanduser(), _fields(data))
+
+
+def _read_pool(data: DataOptions) -> list[Example]:
+    _require_path(data)
+    return load_examples(data.path, _fields(data), split=data.split, subset=data.subset or None)
+
+
+def _split_each(
+    clients: Mapping[str, Sequence[Example]], data: DataOptions, seeds: Seeds
+) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
+    train, test = {}, {}
+    for client, examples in clients.items():
+        train_indices, test_indices = partition.split_test(
+            range(len(examples)),
+            _test_size(data),
+            seeds.generator("test split", client),
+            client_id=client,
+        )
+        train[client] = [examples[index] for index in train_indices]
+        test[client] = [examples[index] for index in test_indices]
+    return train, test
+
+
+def _divide(
+    pool: Sequence[Example], data: DataOptions, seeds: Seeds
+) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
+    """Divide one pool over clients, by the recipe's partition."""
+    categories = words(data.categories)
+    labels = [example.category for example in pool]
+    if categories:
+        chosen = sorted(
+            index
+            for indices in partition.by_category(labels, categories).values()
+            for index in indices
+        )
+        pool = [pool[index] for index in chosen]
+        labels = [example.category for example in pool]
+    elif data.partition == "category":
+        categories = tuple(sorted(set(labels) - {""}))
+    central: list[Example] = []
+    if data.test_per_category:
+        kept, held_out = partition.split_pool(
+            labels, data.test_per_category, seeds.generator("central test")
+        )
+        central = [pool[index] for index in held_out]
+        pool = [pool[index] for index in kept]
+        labels = [example.category for example in pool]
+    clients = _partition(labels, categories, data, seeds)
+    held = {client: [pool[index] for index in indices] for client, indices in clients.items()}
+    if central:
+        return held, dict.fromkeys(held, central)
+    return _split_each(held, data, seeds)
+
+
+def _partition(
+    labels: Sequence[str], categories: Sequence[str], data: DataOptions, seeds: Seeds
+) -> partition.Partition:
+    generator = seeds.generator("partition")
+    if data.partition == "category":
+        return partition.by_category(labels, categories)
+    if data.partition == "dirichlet":
+        return partition.dirichlet(labels, data.num_clients, data.alpha, generator, min_examples=2)
+    if data.partition == "dirichlet_resample":
+        return partition.dirichlet_resample(
+            labels, data.num_clients, data.alpha, data.examples_per_client, generator
+        )
+    return partition.iid(len(labels), data.num_clients, generator)
+
+
+def _test_size(data: DataOptions) -> int | float:
+    if data.test_size < 1:
+        return data.test_size
+    if data.test_size != int(data.test_size):
+        raise ValueError(
+            f"data.test_size must be a share below 1 or a whole number, got {data.test_size}"
+        )
+    return int(data.test_size)

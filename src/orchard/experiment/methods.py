@@ -1,0 +1,314 @@
+"""Names of methods become strategies.
+
+The table below is all there is to look up: the command line, the documentation and the tests read
+the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from orchard.experiment.settings import graft_settings, subset_settings
+from orchard.experts.graft_search import SearchSettings
+from orchard.recipe.options import Recipe
+from orchard.server.optimizers import SGD
+from orchard.server.robust import MIN_CONTRIBUTORS, RobustSettings, robust_aggregate
+from orchard.strategies.fedavg_dropout import fedavg_dropout
+from orchard.strategies.fedavg_random import fedavg_random
+from orchard.strategies.fedmoe import fedmoe
+from orchard.strategies.fedopt import adaptive, fedavgm
+from orchard.strategies.fedprox import fedprox
+from orchard.strategies.flex import FlexSettings, flex
+from orchard.strategies.hfedmoe import HfedmoeSettings, hfedmoe
+from orchard.strategies.local import local
+from orchard.strategies.pflmoe import pflmoe
+from orchard.strategies.scaffold import scaffold
+from orchard.strategies.seermoe import seermoe
+from orchard.strategies.session import SubsetSettings
+from orchard.strategies.strategy import (
+    Aggregate,
+    Strategy,
+    by_num_examples,
+    mean_delta,
+    uniformly,
+)
+
+ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
+
+
+@dataclass(frozen=True)
+class Method:
+    """One entry of ``METHODS``.
+
+    Attributes:
+        about: One line for people.
+        source: The paper.
+        part: What it decides: ``server`` (one at most), ``objective``, ``budget`` (one at most),
+            ``experts``, ``control`` or ``sharing``. Parts are put together in this order, whatever
+            the order of names.
+        apply: Makes a strategy into one with the method in it, given the recipe and the number of
+            clients.
+    """
+
+    about: str
+    source: str
+    part: str
+    apply: Callable[[Strategy, Recipe, int], Strategy]
+
+
+_PARTS = ("server", "objective", "budget", "experts", "control", "sharing")
+
+
+def _adaptive(rule: str) -> Callable[[Strategy, Recipe, int], Strategy]:
+    def apply(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+        s = recipe.server
+        # In the paper FedAdagrad has no momentum.
+        beta1 = 0.0 if rule == "adagrad" else s.beta1
+        lr = s.lr or ADAPTIVE_LR
+        return adaptive(strategy, rule=rule, lr=lr, beta1=beta1, beta2=s.beta2, tau=s.tau)
+
+    return apply
+
+
+def _fedavgm(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    s = recipe.server
+    return fedavgm(strategy, lr=s.lr or 1.0, momentum=s.momentum, dampening=s.dampening)
+
+
+def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    s = recipe.strategy
+    has_budget = has_part(check_strategy(s.name), "budget")
+    return flex(
+        strategy,
+        FlexSettings(
+            graft=graft_settings(recipe),
+            num_experts=s.graft_experts,
+            budget=s.graft_budget,
+            choice=s.graft_choice,
+            search=SearchSettings(loss=s.graft_loss, max_sets=s.graft_max_sets),
+            calibration=s.calibration,
+            calibration_blocks=s.calibration_blocks,
+            calibration_tokens=s.calibration_tokens,
+            holds_all=not (has_budget and recipe.selection.mode == "carve"),
+        ),
+    )
+
+
+def _hfedmoe(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    s = recipe.selection
+    return hfedmoe(
+        strategy,
+        HfedmoeSettings(
+            subset=subset_settings(recipe),
+            threshold=s.threshold,
+            require_trained=s.require_trained,
+            experts=s.experts,
+            router=s.router,
+        ),
+    )
+
+
+def _seermoe(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    coefficient = recipe.strategy.entropy_coefficient
+    return seermoe(strategy, subset_settings(recipe), entropy_coefficient=coefficient)
+
+
+def _with_subset(
+    method: Callable[[Strategy, SubsetSettings], Strategy],
+) -> Callable[[Strategy, Recipe, int], Strategy]:
+    return lambda strategy, recipe, num_clients: method(strategy, subset_settings(recipe))
+
+
+def _scaffold(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    cohort = recipe.server.clients_per_round or num_clients
+    return scaffold(strategy, participation=cohort / num_clients)
+
+
+METHODS: Mapping[str, Method] = MappingProxyType(
+    {
+        "fedavg": Method(
+            "weighted mean of what clients send",
+            "McMahan et al., 2017, arXiv:1602.05629",
+            "server",
+            lambda strategy, recipe, num_clients: strategy,
+        ),
+        "fedavgm": Method(
+            "server momentum", "Hsu et al., 2019, arXiv:1909.06335", "server", _fedavgm
+        ),
+        "fedadagrad": Method(
+            "server Adagrad",
+            "Reddi et al., 2021, arXiv:2003.00295",
+            "server",
+            _adaptive("adagrad"),
+        ),
+        "fedadam": Method(
+            "server Adam", "Reddi et al., 2021, arXiv:2003.00295", "server", _adaptive("adam")
+        ),
+        "fedyogi": Method(
+            "server Yogi", "Reddi et al., 2021, arXiv:2003.00295", "server", _adaptive("yogi")
+        ),
+        "fedprox": Method(
+            "clients are pulled to the global values",
+            "Li et al., 2020, arXiv:1812.06127",
+            "objective",
+            lambda strategy, recipe, num_clients: fedprox(strategy, mu=recipe.strategy.prox_mu),
+        ),
+        "hfedmoe": Method(
+            "clients train the experts that they can afford",
+            "Fang et al., 2026, arXiv:2601.00583",
+            "budget",
+            _hfedmoe,
+        ),
+        "fedavg_dropout": Method(
+            "clients that cannot afford all experts drop out",
+            "the reference of Fang et al., 2026, arXiv:2601.00583",
+            "budget",
+            lambda strategy, recipe, num_clients: fedavg_dropout(strategy),
+        ),
+        "fedavg_random": Method(
+            "clients train random experts",
+            "the control of Fang et al., 2026, arXiv:2601.00583",
+            "budget",
+            _with_subset(fedavg_random),
+        ),
+        "pflmoe": Method(
+            "clients train and send the experts that they use most",
+            "Guo et al., 2020, arXiv:2012.15589, as arXiv:2601.00583 describes it",
+            "budget",
+            _with_subset(pflmoe),
+        ),
+        "fedmoe": Method(
+            "a submodel of the most used experts for each client",
+            "Mei et al., 2024, arXiv:2408.11304",
+            "budget",
+            _with_subset(fedmoe),
+        ),
+        "seermoe": Method(
+            "clients prune experts and train sharper routers",
+            "Muzio et al., 2024, arXiv:2404.05089",
+            "budget",
+            _seermoe,
+        ),
+        "flex": Method(
+            "a personal expert grafted beside the frozen ones",
+            "Liu et al., 2025, arXiv:2506.00965",
+            "experts",
+            _flex,
+        ),
+        "scaffold": Method(
+            "control variates against client drift",
+            "Karimireddy et al., 2020, arXiv:1910.06378",
+            "control",
+            _scaffold,
+        ),
+        "local": Method(
+            "no aggregation: every client alone",
+            "the reference that a federation has to beat",
+            "sharing",
+            lambda strategy, recipe, num_clients: local(strategy),
+        ),
+    }
+)
+
+
+"""Name of a method to what it is; ``strategy.name`` joins several by ``+``."""
+
+
+def check_strategy(name: str) -> tuple[str, ...]:
+    """Return the methods of ``strategy.name`` in the order in which they are put together.
+
+    Raises:
+        ValueError: A name is unknown, stands twice, or does not go with another.
+    """
+    names = [part.strip() for part in name.split("+")]
+    for part in names:
+        if part not in METHODS:
+            raise ValueError(
+                f"strategy.name must be of {', '.join(METHODS)}, got {part}; "
+                "join several by +, such as flex+fedadam"
+            )
+    if len(set(names)) < len(names):
+        raise ValueError(f"strategy.name must name a method once, got {name}")
+    of_part = {part: [n for n in names if METHODS[n].part == part] for part in _PARTS}
+    for part, what in (("server", "server optimizer"), ("budget", "way to fit a budget")):
+        if len(of_part[part]) > 1:
+            raise ValueError(
+                f"strategy.name must have one {what}, got {' and '.join(of_part[part])}"
+            )
+    if of_part["budget"] and of_part["control"]:
+        raise ValueError(
+            f"strategy.name must not join {of_part['budget'][0]} with {of_part['control'][0]}, "
+            "got both; a control variate needs every gradient of every round"
+        )
+    others = of_part["server"] + of_part["objective"] + of_part["control"] + of_part["budget"]
+    if of_part["sharing"] and others:
+        raise ValueError(
+            f"strategy.name must not join local with {others[0]}, got {name}; "
+            "nothing is shared that it could act on"
+        )
+    return tuple(name for part in _PARTS for name in of_part[part])
+
+
+def require_path(recipe: Recipe) -> None:
+    """Check that a recipe names a model.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if not recipe.model.path:
+        raise ValueError(
+            "model.path must be given, got nothing; for example model.path=FOLDER on the command "
+            "line, or orchard:tiny"
+        )
+
+
+def has_part(names: Iterable[str], part: str) -> bool:
+    """Say whether one of these methods decides ``part``; see ``Method``."""
+    return any(METHODS[name].part == part for name in names)
+
+
+def check_aggregation(recipe: Recipe, *, num_clients: int) -> None:
+    """Refuse a robust kernel where the method needs the mean, or clients are too few for it.
+
+    Raises:
+        ValueError: It does, or they are.
+    """
+    kind, names = recipe.server.aggregation, check_strategy(recipe.strategy.name)
+    if kind == "mean":
+        return
+    cohort = recipe.server.clients_per_round or num_clients
+    if cohort < MIN_CONTRIBUTORS:
+        raise ValueError(
+            f"server.aggregation must be mean with {cohort} clients in a round, got {kind}; a "
+            f"robust one takes at least {MIN_CONTRIBUTORS}"
+        )
+    if "scaffold" in names:
+        raise ValueError(
+            f"server.aggregation must be mean with scaffold, got {kind}; its control variates are "
+            "means over clients"
+        )
+    if "hfedmoe" in names and recipe.selection.router in ("literal", "damped"):
+        raise ValueError(
+            f"server.aggregation must be mean with selection.router = {recipe.selection.router}, "
+            f"got {kind}; that sums routers by the clients' preferences"
+        )
+
+
+def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:
+    """Return the federated method of a recipe.
+
+    Raises:
+        ValueError: See ``check_strategy``.
+    """
+    weigh = by_num_examples if recipe.server.weighting == "examples" else uniformly
+    check_aggregation(recipe, num_clients=num_clients)
+    server = recipe.server
+    aggregate: Aggregate = mean_delta
+    if server.aggregation != "mean":
+        aggregate = robust_aggregate(RobustSettings(server.aggregation, server.trim, server.clip))
+    strategy = Strategy(weigh=weigh, aggregate=aggregate, optimizer=SGD(lr=server.lr or 1.0))
+    for name in check_strategy(recipe.strategy.name):
+        strategy = METHODS[name].apply(strategy, recipe, num_clients)
+    return strategy

@@ -1,0 +1,191 @@
+"""A prepared experiment becomes a model, clients and rounds, and ends in a result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from orchard.client.client import Client
+from orchard.client.store import ClientStore
+from orchard.client.training import TrainingSettings
+from orchard.engine.progress import Reporter
+from orchard.engine.simulator import Schedule, simulate
+from orchard.evaluation.quality import EvaluationSettings
+from orchard.experiment.methods import (
+    build_strategy,
+)
+from orchard.experiment.preparation import Experiment, count_truncated
+from orchard.experiment.run_folder import RECIPE_FILE, check_folder, folder_name, recipe_digest
+from orchard.experiment.settings import lora_settings
+from orchard.experiment.wiring import build_channel
+from orchard.experts.submodel_source import SubmodelSource
+from orchard.models.stored.loading import (
+    load_base,
+    threads,
+)
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import (
+    to_toml,
+    words,
+)
+from orchard.reports import build_result
+from orchard.results import environment, write_atomically, write_json
+from orchard.seeding import Seeds
+from orchard.strategies.strategy import Strategy, start_server
+from orchard.trees import digest
+
+
+def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
+    """Load the base and put fresh adapters on it.
+
+    Raises:
+        ValueError: Adapters do not fit.
+    """
+    options = recipe.model
+    base = load_base(options.path, dtype=options.dtype, device=options.device)
+    return AdaptedModel(
+        base.view,
+        lora_settings(recipe),
+        tokenizer=tokenizer,
+        base_digest=base.digest,
+        seed=Seeds(recipe.seed).integer("adapters"),
+    )
+
+
+def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> list[Client]:
+    """Return all clients of an experiment, sharing one model, each with its own store.
+
+    Args:
+        experiment: The data.
+        model: The shared model.
+        folder: Client stores live in a folder each below it.
+    """
+    recipe = experiment.recipe
+    training = TrainingSettings(
+        batch_size=recipe.client.batch_size,
+        grad_accumulation=recipe.client.grad_accumulation,
+        optimizer=recipe.client.optimizer,
+        weight_decay=recipe.client.weight_decay,
+        max_grad_norm=recipe.client.max_grad_norm,
+        router_aux_coefficient=recipe.client.router_aux_coefficient,
+        packed=recipe.client.packing,
+        pass_tokens=recipe.client.pass_tokens,
+    )
+    evaluation = EvaluationSettings(
+        metrics=words(recipe.evaluation.metrics),
+        max_new_tokens=recipe.evaluation.max_new_tokens,
+        batch_size=recipe.evaluation.batch_size,
+        length_normalization=recipe.evaluation.length_normalization,  # type: ignore[arg-type]
+    )
+    submodels = SubmodelSource(
+        path=recipe.model.path,
+        dtype=recipe.model.dtype,
+        device=recipe.model.device,
+        lora=lora_settings(recipe),
+        tokenizer=experiment.tokenizer,
+        base_digest=model.base_digest,
+        seed=Seeds(recipe.seed).integer("adapters"),
+    )
+    return [
+        Client(
+            client_id=client_id,
+            model=model,
+            train=experiment.train[client_id],
+            categories=[example.category for example in examples],
+            test=experiment.test[client_id],
+            retention=experiment.retention,
+            calibration_corpus=experiment.calibration,
+            store=ClientStore(folder / folder_name(client_id), model.base_digest),
+            training=training,
+            evaluation=evaluation,
+            seeds=Seeds(recipe.seed),
+            budget_experts=experiment.budgets[client_id],
+            submodels=submodels,
+        )
+        for client_id, examples in experiment.federation.train.items()
+    ]
+
+
+def build_schedule(recipe: Recipe) -> Schedule:
+    """Return what happens in which round."""
+    client, server, evaluation = recipe.client, recipe.server, recipe.evaluation
+    return Schedule(
+        num_rounds=server.rounds,
+        clients_per_round=server.clients_per_round,
+        steps=client.steps,
+        epochs=client.epochs,
+        lr=client.lr,
+        lr_min=client.lr_min,
+        is_cosine=client.schedule == "cosine",
+        evaluate_every=evaluation.every,
+        models=words(evaluation.models),
+    )
+
+
+def run_experiment(
+    experiment: Experiment,
+    *,
+    folder: Path,
+    reporter: Reporter,
+    model: AdaptedModel | None = None,
+    strategy: Strategy | None = None,
+) -> dict[str, Any]:
+    """Run, or go on running, an experiment in ``folder``, and write its result there.
+
+    Args:
+        experiment: The checked recipe and its data.
+        folder: The run's folder; a checkpoint in it is continued.
+        reporter: Shows progress.
+        model: A model loaded for the same recipe, to share it between runs.
+        strategy: A method of your own, instead of the recipe's.
+
+    Returns:
+        The content of ``result.json``.
+
+    Raises:
+        ValueError: The folder holds another run.
+    """
+    recipe = experiment.recipe
+    check_folder(folder, recipe, resume=True)
+    write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
+    with threads(recipe.model.num_threads):
+        model = model or load_model(recipe, experiment.tokenizer)
+        clients = build_clients(experiment, model, folder / "clients")
+        strategy = strategy or build_strategy(recipe, num_clients=len(clients))
+        seeds = Seeds(recipe.seed)
+        state = simulate(
+            strategy,
+            clients,
+            start_server(strategy, model.fresh),
+            schedule=build_schedule(recipe),
+            channel=build_channel(recipe),
+            seeds=seeds,
+            folder=folder,
+            about={"base_digest": model.base_digest, "recipe_digest": recipe_digest(recipe)},
+            reporter=reporter,
+            title=recipe.strategy.name,
+        )
+    federation = experiment.federation
+    facts: dict[str, Any] = {
+        **environment(),
+        "seed": recipe.seed,
+        "strategy": recipe.strategy.name,
+        "base_digest": model.base_digest,
+        "base_is_unchanged": digest(model.base_state) == model.base_digest,
+        "shared_digest": digest(state.shared),
+        "clients": {
+            client.client_id: {"num_train": len(client.train), "num_test": len(client.test)}
+            for client in clients
+        },
+        "data": {
+            "test_examples_also_in_training": federation.duplicates.num_across_splits,
+            "examples_with_several_clients": federation.duplicates.num_across_clients,
+            "training_examples_dropped": federation.num_dropped,
+            "truncated_examples": count_truncated(experiment),
+            "has_central_test": federation.has_central_test,
+        },
+    }
+    result = build_result(folder, facts)
+    write_json(folder / "result.json", result)
+    return result

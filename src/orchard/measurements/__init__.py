@@ -1,0 +1,120 @@
+"""Measurements of this machine, each one command: ``orchard bench NAME``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+
+def _memory(repeats: int) -> dict[str, Any]:
+    from orchard.measurements.client_memory import bench_memory
+
+    return bench_memory(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
+def _graft(repeats: int) -> dict[str, Any]:
+    from orchard.measurements.graft import bench_graft, native_dtype
+
+    dtype = native_dtype()
+    print(f"graft: one layer of Qwen1.5-MoE's shape in {dtype}", file=sys.stderr)
+    # Half of the usual tokens: three repeats end within five minutes on two cores.
+    found = bench_graft(num_tokens=512, dtype=dtype, repeats=repeats)
+    return {"dtype": dtype, "num_tokens": 512, **found}
+
+
+def _aggregate(repeats: int) -> dict[str, Any]:
+    from orchard.measurements.aggregate import bench_aggregate
+
+    return bench_aggregate(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
+def _rounds(repeats: int) -> dict[str, Any]:
+    from orchard.measurements.rounds import bench_rounds
+
+    return bench_rounds(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
+def _start(repeats: int) -> dict[str, Any]:
+    from orchard.measurements.start import bench_start
+
+    return bench_start(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
+def _wire(repeats: int) -> dict[str, Any]:
+    from orchard.measurements.wire import bench_wire
+
+    return bench_wire(repeats=repeats)
+
+
+def _step(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
+    from orchard.measurements.step import bench_steps
+
+    return bench_steps(
+        repeats=repeats,
+        model=model or "orchard:tiny",
+        data=data,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+
+
+BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
+    {
+        "memory": _memory,
+        "graft": _graft,
+        "step": _step,
+        "aggregate": _aggregate,
+        "rounds": _rounds,
+        "wire": _wire,
+        "start": _start,
+    }
+)
+"""Name to what runs it, given how many repeats, and returns what it found."""
+
+TAKE_A_MODEL = MappingProxyType({"step": _step})
+"""Those that take a model and data."""
+
+
+def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: str = "") -> str:
+    """Run one measurement and return what it found, as JSON or as one line for each figure.
+
+    Args:
+        name: Of the measurement.
+        as_json: Whether to return JSON.
+        repeats: Runs of each side.
+        model: A base, for measurements that take one; "" = the packaged one.
+        data: Examples, for measurements that take some; "" = packaged ones.
+
+    Raises:
+        ValueError: There is no measurement of this name, or it takes no model and no data.
+    """
+    if name not in BENCHES:
+        raise ValueError(f"NAME must be of {', '.join(BENCHES)}, got {name}; choose one of these")
+    if model or data:
+        if name not in TAKE_A_MODEL:
+            raise ValueError(
+                f"NAME must be of {', '.join(TAKE_A_MODEL)} with --model or --data, got {name}; "
+                "drop them"
+            )
+        found = TAKE_A_MODEL[name](repeats, model=model, data=data)
+    else:
+        found = BENCHES[name](repeats)
+    if as_json:
+        return json.dumps(found, indent=1)
+    return "\n".join(_lines(found, ""))
+
+
+def _lines(found: Mapping[str, Any], prefix: str) -> list[str]:
+    lines = []
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            lines += _lines(value, f"{prefix}{key}.")
+        else:
+            lines.append(
+                f"{prefix}{key}: {value:.4g}"
+                if isinstance(value, float)
+                else f"{prefix}{key}: {value}"
+            )
+    return lines

@@ -1,0 +1,77 @@
+"""Greedy decoding in which a row that has ended leaves the batch."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from orchard.models.kernels.caches import can_be_continued
+
+_NEEDED = frozenset(("position_ids", "past_key_values", "logits_to_keep"))
+
+
+def can_decode(model: nn.Module) -> bool:
+    """Say whether ``decode_greedily`` can run a model: by its arguments, and by what it keeps."""
+    network: Any = model
+    supports = getattr(network, "_supports_default_dynamic_cache", None)
+    if network.config.is_encoder_decoder or supports is None or not supports():
+        return False
+    has_arguments = inspect.signature(network.forward).parameters.keys() >= _NEEDED
+    return has_arguments and can_be_continued(DynamicCache(config=network.config))
+
+
+@torch.inference_mode()
+def decode_greedily(
+    model: nn.Module,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    *,
+    max_new_tokens: int,
+    end_id: int,
+    pad_id: int,
+) -> Tensor:
+    """Return what follows prompts, the most probable token at each place, (B, new).
+
+    Args:
+        model: For which ``can_decode`` holds, in evaluation mode.
+        ids_BS: Prompts, padded on the left.
+        mask_BS: 1 = token, 0 = padding.
+        max_new_tokens: Answers end here if not at the end token.
+        end_id: The token that ends an answer; part of what is returned.
+        pad_id: Fills what follows it.
+    """
+    network: Any = model
+    answers_BN = ids_BS.new_full((len(ids_BS), max_new_tokens), pad_id)
+    row_R = torch.arange(len(ids_BS), device=ids_BS.device)
+    cache = DynamicCache(config=network.config)
+    place_RS = (mask_BS.cumsum(dim=1) - 1).clamp_(min=0)
+    feed_RS = ids_BS
+    for number in range(max_new_tokens):
+        logits_RV = network(
+            input_ids=feed_RS,
+            attention_mask=mask_BS,
+            position_ids=place_RS,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        next_R = logits_RV.argmax(dim=-1)
+        answers_BN[row_R, number] = next_R
+        goes_on_R = next_R != end_id
+        num_left = int(goes_on_R.sum())
+        if num_left == 0:
+            return answers_BN[:, : number + 1]
+        place_RS = place_RS[:, -1:] + 1
+        if num_left < len(row_R):
+            kept = goes_on_R.nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            next_R, row_R, mask_BS, place_RS = (
+                part[kept] for part in (next_R, row_R, mask_BS, place_RS)
+            )
+        feed_RS = next_R[:, None]
+        mask_BS = torch.cat((mask_BS, mask_BS.new_ones(len(mask_BS), 1)), dim=1)
+    return answers_BN

@@ -1,0 +1,131 @@
+"""Finding the MoE layers of a model by their interface, in its modules or from its config."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from orchard.models.view.moe import MoELayer, MoEView
+from orchard.models.view.routers import find_router, find_top_k, probe_top_k
+from orchard.models.view.storage import (
+    FusedExperts,
+    ListedExperts,
+    is_fused,
+    is_listed,
+    is_unknown,
+)
+
+
+def view_moe(model: nn.Module) -> MoEView:
+    """Find the MoE layers of a model.
+
+    PEFT adapters, injected or wrapped around the model, change neither names nor values.
+
+    Raises:
+        ValueError: There is no MoE layer, or experts are stored in a way this package cannot
+            name.
+    """
+    found = []
+    for path, experts in model.named_modules():
+        # PEFT puts its wrapper in the place of a module and keeps that as base_layer.
+        if path.endswith(".base_layer"):
+            continue
+        while isinstance(getattr(experts, "base_layer", None), nn.Module):
+            experts = cast(nn.Module, experts.base_layer)
+        if is_unknown(experts):
+            raise ValueError(
+                f"experts at {path} must be fused behind transformers' experts interface or "
+                f"listed as modules, got {type(experts).__name__}; choose another checkpoint"
+            )
+        storage = FusedExperts(experts) if is_fused(experts) else None
+        if storage is None and not is_listed(experts):
+            continue
+        parent, _, own = path.rpartition(".")
+        block = model.get_submodule(parent)
+        layer = _build_layer(path=parent, block=block, own=own, experts=experts, storage=storage)
+        if layer is not None:
+            found.append(layer)
+    if not found:
+        raise ValueError(
+            f"model must have at least one MoE layer, got a dense {type(model).__name__}; "
+            "choose a Mixture-of-Experts checkpoint"
+        )
+    return MoEView(model, _name_layers(found))
+
+
+def view_config(config: Any, *, trust_remote_code: bool = False) -> MoEView:
+    """View the model that a transformers config describes, without its weights.
+
+    Builds the model without memory (on the ``meta`` device), so weights need not be there yet.
+
+    Args:
+        config: A ``PreTrainedConfig`` of a causal or encoder-decoder language model.
+        trust_remote_code: Whether modeling code that came with the checkpoint may run.
+
+    Raises:
+        ValueError: As ``view_moe``.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        # A copy: building a model fills in fields of its config.
+        model = auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    return view_moe(model)
+
+
+def _build_layer(
+    *, path: str, block: nn.Module, own: str, experts: nn.Module, storage: FusedExperts | None
+) -> MoELayer | None:
+    siblings = {name: child for name, child in block.named_children() if name != own}
+    num_experts = storage.num_experts if storage else len(tuple(experts.children()))
+    router = find_router(siblings, num_experts)
+    if router is None:
+        if storage is None:
+            # A list of MLPs that nothing routes to is not an MoE layer.
+            return None
+        raise ValueError(
+            f"{path} must have a router with one row for each of its {num_experts} experts, "
+            f"got {', '.join(siblings) or 'no other module'}; choose another checkpoint"
+        )
+    shared = [
+        child
+        for name, child in siblings.items()
+        # The sigmoid that weighs a shared expert (Qwen2-MoE) is a linear layer.
+        if "shared" in name and child is not router and not isinstance(child, nn.Linear)
+    ]
+    top_k = find_top_k(router) or find_top_k(block)
+    return MoELayer(
+        name=path,
+        path=path,
+        block=block,
+        router=router,
+        experts=experts,
+        shared_experts=tuple(shared),
+        top_k=top_k or probe_top_k(router, block, num_experts),
+        storage=storage or ListedExperts(experts),
+        expert_ids=tuple(range(num_experts)),
+    )
+
+
+def _name_layers(layers: list[MoELayer]) -> tuple[MoELayer, ...]:
+    """Shorten paths to names; blocks that would share a name keep their path."""
+    short = [_shorten(layer.path) for layer in layers]
+    count = Counter(short)
+    return tuple(
+        MoELayer(**{**vars(layer), "name": name if count[name] == 1 else layer.path})
+        for layer, name in zip(layers, short, strict=True)
+    )
+
+
+def _shorten(path: str) -> str:
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
+    if match is None:
+        return path
+    stack = [part for part in path[: match.start()].split(".") if part in ("encoder", "decoder")]
+    return ".".join([*stack, "layers", match[1]])

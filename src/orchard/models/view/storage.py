@@ -1,0 +1,342 @@
+"""Two ways in which a model stores its routed experts, behind one interface.
+
+*Fused*: transformers' experts interface (``@use_experts_implementation``), 3-D parameters with one
+slice per expert. *Listed*: a ``ModuleList`` or ``ModuleDict`` with one MLP per expert. Both are
+recognized by what they hold, never by the name of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from orchard.models.kernels.frozen_experts import FrozenWeights, run_frozen
+
+# The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
+# tried first: a gated MLP also has the two of an ungated one.
+_GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+_UNGATED = (("up_proj", "down_proj"), ("wi", "wo"), ("fc1", "fc2"))
+_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+
+
+Slice: TypeAlias = tuple[nn.Parameter, Callable[[Tensor], Tensor]]
+"""A parameter, and what takes one expert's tensor out of it, or out of its gradient."""
+
+
+class ExpertStorage(Protocol):
+    """The routed experts of one block, however they are stored."""
+
+    num_experts: int
+    """E, experts in the block."""
+    width: int
+    """D, the width of what an expert reads and writes."""
+    expert_width: int
+    """F, the hidden width of one expert."""
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """Return views of one expert's projections, each in (out, in) orientation."""
+        ...
+
+    def slices(self, expert: int) -> dict[str, Slice]:
+        """Return where each tensor of one expert lives; the names of ``tensors``."""
+        ...
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters that hold the tensors of all experts."""
+        ...
+
+    def activate(self, gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
+        """Apply the nonlinearity between the projections; the result is (T, F)."""
+        ...
+
+    def finish(self, y_TD: Tensor) -> Tensor:
+        """Apply what follows the down projection of every expert."""
+        ...
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Run one expert with weight 1 on every token; the result is (T, D)."""
+        ...
+
+
+class FusedExperts:
+    """Experts in 3-D parameters, as transformers' experts interface lays them out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Read the layout's flags from ``module``.
+
+        Args:
+            module: An experts module for which ``is_fused`` holds.
+        """
+        self.module = module
+        # Flags that joined the interface after its first release default to what was then fixed.
+        self.has_gate = bool(getattr(module, "has_gate", True))
+        self.has_bias = bool(getattr(module, "has_bias", False))
+        self.has_post_norm = bool(getattr(module, "has_post_expert_norm", False))
+        self.is_transposed = bool(getattr(module, "is_transposed", False))
+        self.is_concatenated = bool(getattr(module, "is_concatenated", True))
+        self.num_experts = self._parameter("down_proj").shape[0]
+        self.width, self.expert_width = self._slice("down_proj", 0).shape
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """Return views of one expert's projections; a view of an interleaved layout is strided."""
+        return self.split(lambda name: self._parameter(name)[expert])
+
+    def split(self, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Return the projections that one expert's slices hold, as views of them.
+
+        Args:
+            read: The name of a parameter, ``gate_up_proj`` or ``down_proj_bias``, to the slice.
+        """
+        places = self._places()
+        values = {name: read(name) for name in dict.fromkeys(places.values())}
+        return {local: self._take(local, values[name]) for local, name in places.items()}
+
+    def slices(self, expert: int) -> dict[str, Slice]:
+        """Return the parameter and the place in it of each of one expert's projections."""
+
+        def view(local: str) -> Callable[[Tensor], Tensor]:
+            return lambda values: self._take(local, values[expert])
+
+        return {
+            local: (self._parameter(name), view(local)) for local, name in self._places().items()
+        }
+
+    def projections(self) -> dict[str, tuple[str, ...]]:
+        """Return the projections that each parameter of weights holds, in order."""
+        places = {local: name for local, name in self._places().items() if "_bias" not in local}
+        return {
+            name: tuple(local for local, own in places.items() if own == name)
+            for name in dict.fromkeys(places.values())
+        }
+
+    def halve(self, values: Tensor, locals_: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """Cut (out, in) of a parameter's slice into its projections, as views.
+
+        Args:
+            values: One expert's weights in ``nn.Linear`` orientation.
+            locals_: An entry of ``projections``.
+        """
+        return (values,) if len(locals_) == 1 else self._halves(values)
+
+    def _places(self) -> dict[str, str]:
+        """Return which parameter holds which projection."""
+        places = {}
+        for kind in ("", "_bias") if self.has_bias else ("",):
+            for local in ("gate_proj", "up_proj") if self.has_gate else ():
+                places[local + kind] = "gate_up_proj" + kind
+            if not self.has_gate:
+                places["up_proj" + kind] = "up_proj" + kind
+            places["down_proj" + kind] = "down_proj" + kind
+        return places
+
+    def _take(self, local: str, values: Tensor) -> Tensor:
+        """Return a projection, as a view of one expert's slice of its parameter."""
+        turned = self._turn(values)
+        if not self.has_gate or local.startswith("down_proj"):
+            return turned
+        gate, up = self._halves(turned)
+        return gate if local.startswith("gate_proj") else up
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the 3-D parameters and, where there are any, their biases."""
+        names = ["gate_up_proj" if self.has_gate else "up_proj", "down_proj"]
+        if self.has_bias:
+            names += [f"{name}_bias" for name in names]
+        return [self._parameter(name) for name in names]
+
+    def activate(self, gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
+        """Apply the module's own ``_apply_gate``, or its ``act_fn`` where there is no gate."""
+        if gate_TF is None:
+            return self._function("act_fn")(up_TF)
+        if self.is_concatenated:
+            gate_up = torch.cat((gate_TF, up_TF), dim=-1)
+        else:
+            gate_up = torch.stack((gate_TF, up_TF), dim=-1).flatten(-2)
+        return self._function("_apply_gate")(gate_up)
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Run one expert with the fused product of gate and up, as the module does."""
+        return self._run(x_TD, lambda name: self._parameter(name)[expert])
+
+    def run_routed(self, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """Return the weighted sum of each token's experts, (T, D), as the module's eager forward.
+
+        Values and gradients are the same. The module indexes its parameters once per expert, and
+        each of those indexings has a gradient of the size of the whole parameter; here they are
+        unbound once, so that the backward pass writes each gradient once.
+
+        Args:
+            x_TD: What the experts read.
+            choices_TK: Each token's experts; E stands for none.
+            weights_TK: What multiplies their outputs.
+        """
+        names = dict.fromkeys(self._places().values())
+        held = {name: self._parameter(name) for name in names}
+        is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in held.values())
+        if not is_trained and not self.has_post_norm:
+            return run_frozen(self._frozen(held), x_TD, choices_TK, weights_TK)
+        parameters = {name: parameter.unbind() for name, parameter in held.items()}
+        y_TD = torch.zeros_like(x_TD)
+        # One transfer of the choices, not one for each expert.
+        for expert in sorted(set(choices_TK.flatten().tolist()) - {self.num_experts}):
+            token_P, place_P = torch.where(choices_TK == expert)
+            own = {name: slices[expert] for name, slices in parameters.items()}
+            own_PD = self._run(x_TD[token_P], own.__getitem__)
+            weighted_PD = own_PD * weights_TK[token_P, place_P, None]
+            y_TD = y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
+        return y_TD
+
+    def _frozen(self, held: Mapping[str, Tensor]) -> FrozenWeights:
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        turned = [
+            held[name].mT if self.is_transposed else held[name] for name in (first, "down_proj")
+        ]
+        return FrozenWeights(
+            turned[0],
+            turned[1],
+            held.get(f"{first}_bias"),
+            held.get("down_proj_bias"),
+            self._function("_apply_gate" if self.has_gate else "act_fn"),
+        )
+
+    def _run(self, x_TD: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+        first = "gate_up_proj" if self.has_gate else "up_proj"
+        bias = read(f"{first}_bias") if self.has_bias else None
+        hidden = functional.linear(x_TD, self._turn(read(first)), bias)
+        hidden_TF = self._function("_apply_gate" if self.has_gate else "act_fn")(hidden)
+        bias = read("down_proj_bias") if self.has_bias else None
+        return self.finish(functional.linear(hidden_TF, self._turn(read("down_proj")), bias))
+
+    def finish(self, y_TD: Tensor) -> Tensor:
+        """Apply the norm behind the experts, where there is one."""
+        return self._function("post_expert_norm")(y_TD) if self.has_post_norm else y_TD
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self.module, name))
+
+    def _slice(self, name: str, expert: int) -> Tensor:
+        return self._turn(self._parameter(name)[expert])
+
+    def _turn(self, values: Tensor) -> Tensor:
+        return values.t() if self.is_transposed and values.ndim == 2 else values
+
+    def _halves(self, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+        if self.is_concatenated:
+            return gate_up[: self.expert_width], gate_up[self.expert_width :]
+        return gate_up[::2], gate_up[1::2]
+
+    def _function(self, name: str) -> Callable[[Tensor], Tensor]:
+        return cast(Callable[[Tensor], Tensor], getattr(self.module, name))
+
+
+class ListedExperts:
+    """Experts as one MLP each, in a ``ModuleList`` or ``ModuleDict``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Find the projections of the MLPs.
+
+        Args:
+            module: An experts module for which ``is_listed`` holds.
+
+        Raises:
+            ValueError: The MLPs name their activation in a way this class does not know.
+        """
+        self.experts = tuple(module.children())
+        projections = _find_projections(self.experts[0])
+        assert projections is not None
+        self._projections = projections
+        activation = next(
+            (a for a in _ACTIVATIONS if callable(getattr(self.experts[0], a, None))), None
+        )
+        if activation is None:
+            raise ValueError(
+                f"a listed expert must keep its activation as one of {', '.join(_ACTIVATIONS)}, "
+                f"got {type(self.experts[0]).__name__}; choose a model whose experts do"
+            )
+        self._activation = activation
+        self.num_experts = len(self.experts)
+        down = self.tensors(0)["down_proj"]
+        self.width, self.expert_width = down.shape
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """Return the weights and biases of one MLP themselves."""
+        tensors = {}
+        for local, attribute in self._projections.items():
+            projection = getattr(self.experts[expert], attribute)
+            tensors[local] = cast(Tensor, projection.weight)
+            if projection.bias is not None:
+                tensors[f"{local}_bias"] = cast(Tensor, projection.bias)
+        return tensors
+
+    def slices(self, expert: int) -> dict[str, Slice]:
+        """Return the weights and biases of one MLP, each a parameter of its own."""
+        return {
+            name: (cast(nn.Parameter, tensor), lambda values: values)
+            for name, tensor in self.tensors(expert).items()
+        }
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the weights and biases of all MLPs."""
+        experts = range(self.num_experts)
+        return [cast(nn.Parameter, p) for e in experts for p in self.tensors(e).values()]
+
+    def activate(self, gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
+        """Return ``act(gate) * up``, or ``act(up)`` where there is no gate."""
+        activation = getattr(self.experts[0], self._activation)
+        if gate_TF is None:
+            return cast(Tensor, activation(up_TF))
+        return cast(Tensor, activation(gate_TF)) * up_TF
+
+    def finish(self, y_TD: Tensor) -> Tensor:
+        """Return ``y_TD``: nothing follows a listed expert's down projection."""
+        return y_TD
+
+    def run(self, expert: int, x_TD: Tensor) -> Tensor:
+        """Run the MLP."""
+        return cast(Tensor, self.experts[expert](x_TD))
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Say whether ``module`` holds experts behind transformers' experts interface."""
+    first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+    return (
+        hasattr(module, "is_transposed")
+        and hasattr(module, "_apply_gate")
+        and all(_num_dims(module, name) == 3 for name in (first, "down_proj"))
+    )
+
+
+def is_listed(module: nn.Module) -> bool:
+    """Say whether ``module`` lists two or more expert MLPs of one type and shape."""
+    if not isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
+    experts = tuple(module.children())
+    return (
+        len(experts) > 1
+        and len({type(expert) for expert in experts}) == 1
+        and _find_projections(experts[0]) is not None
+    )
+
+
+def is_unknown(module: nn.Module) -> bool:
+    """Say whether ``module`` holds stacked experts in a layout that is neither fused nor listed."""
+    named = "expert" in type(module).__name__.lower()
+    stacked = any(p.ndim == 3 for p in module.parameters(recurse=False))
+    return named and stacked and not is_fused(module)
+
+
+def _find_projections(expert: nn.Module) -> dict[str, str] | None:
+    for names in (*_GATED, *_UNGATED):
+        if all(_num_dims(getattr(expert, name, None), "weight") == 2 for name in names):
+            locals_ = ("gate_proj", "up_proj", "down_proj")[-len(names) :]
+            return dict(zip(locals_, names, strict=True))
+    return None
+
+
+def _num_dims(module: object, name: str) -> int:
+    tensor = getattr(module, name, None)
+    return tensor.ndim if isinstance(tensor, Tensor) else 0

@@ -1,0 +1,177 @@
+"""Options of the federated method: what clients train and send, and how the server moves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchard.recipe.describing import option
+
+
+@dataclass(frozen=True)
+class StrategyOptions:
+    """The federated method."""
+
+    name: str = option("fedavg", "A method, or several joined by +, such as flex+fedadam.")
+    graft_kind: str = option(
+        "lora", "FLEx: LoRA over an aliased expert, or a dense copy.", choices=("lora", "dense")
+    )
+    graft_rank: int = option(32, "FLEx: rank of a graft's LoRA.", minimum=1)
+    graft_alpha: float = option(64.0, "FLEx: scale of a graft's LoRA, over its rank.", above=0)
+    graft_dropout: float = option(
+        0.05, "FLEx: on the input of a graft's LoRA.", minimum=0, maximum=0.99
+    )
+    graft_gate: str = option(
+        "router_row",
+        "FLEx: a gate starts at its expert's router row (paper), closed, or there is none.",
+        choices=("router_row", "closed", "none"),
+    )
+    graft_mix: str = option(
+        "additive",
+        "FLEx: F + s * graft, or (1 - s) * F + s * graft.",
+        choices=("additive", "convex"),
+    )
+    graft_experts: int = option(
+        1,
+        "FLEx: grafts in every MoE layer; with graft_budget, the most that a layer may have.",
+        minimum=1,
+    )
+    graft_budget: int = option(
+        0,
+        "FLEx: at most so many grafts over all layers, one or more in each, where they lower the "
+        "loss most; 0 = graft_experts in each.",
+        minimum=0,
+    )
+    graft_choice: str = option(
+        "reconstruction", "FLEx: how an expert is chosen.", choices=("reconstruction", "random")
+    )
+    graft_loss: str = option(
+        "norm",
+        "FLEx: what sets of experts are compared by: norm, what they miss of the layer's output "
+        "(paper), or fitted, what they miss after the best scaling of each set.",
+        choices=("norm", "fitted"),
+    )
+    graft_max_sets: int = option(
+        50_000,
+        "FLEx: a layer with at most so many sets of graft_experts is searched exhaustively, one "
+        "with more greedily and by swaps, with a bound.",
+        minimum=1,
+    )
+    calibration: str = option(
+        "own",
+        "FLEx: choose experts on the client's own data, a corpus, or its majority category.",
+        choices=("own", "corpus", "majority_category"),
+    )
+    calibration_path: str = option("", "FLEx: JSON Lines file for calibration = corpus.")
+    calibration_blocks: int = option(128, "FLEx: at most so many blocks of tokens.", minimum=1)
+    calibration_tokens: int = option(512, "FLEx: tokens per block.", minimum=8)
+    prox_mu: float = option(0.01, "FedProx: strength of the pull to the global values.", minimum=0)
+    entropy_coefficient: float = option(
+        0.01, "SEER-MoE: weight of the routing entropy beside the task loss.", minimum=0
+    )
+
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """Which experts a client with a budget trains, and which of them it sends."""
+
+    mode: str = option(
+        "mask",
+        "mask: all experts run, the chosen ones learn (HFedMoE); carve: a client loads the chosen "
+        "ones alone and routes among them, for cadence round or run.",
+        choices=("mask", "carve"),
+    )
+    rank_by: str = option(
+        "information",
+        "HFedMoE: what is best: information (I), importance (s), cumulative, specific, frequency "
+        "of use, random, or none, which trains all experts whatever the budget.",
+        choices=(
+            *("information", "importance", "cumulative", "specific", "frequency", "random"),
+            "none",
+        ),
+    )
+    cadence: str = option(
+        "batch",
+        "HFedMoE: choose for every batch (paper), every so many steps, each round, or once a run.",
+        choices=("batch", "steps", "round", "run"),
+    )
+    every: int = option(1, "Optimizer steps between choices of cadence steps.", minimum=1)
+    scoring_batches: int = option(
+        4, "Batches that experts are ranked on, for cadences round and run.", minimum=1
+    )
+    cumulative_weight: float = option(
+        0.9, "HFedMoE: lambda, mean against maximum probability.", minimum=0, maximum=1
+    )
+    beta: float = option(0.1, "HFedMoE: weight of the redundancy.", minimum=0)
+    level: str = option(
+        "token", "HFedMoE: what means and maxima go over.", choices=("token", "sample")
+    )
+    softmax: str = option(
+        "full",
+        "HFedMoE: probabilities as they are, or those of the chosen experts only.",
+        choices=("full", "top_k"),
+    )
+    usage_mode: str = option(
+        "softmax_mean",
+        "HFedMoE: usage is the mean probability (Eq. 16), the share of samples that use the "
+        "expert, or the mean over the layer's largest.",
+        choices=("softmax_mean", "hit_rate", "relative"),
+    )
+    threshold: float = option(
+        1.0,
+        "HFedMoE: usage from which an expert is sent, in units of 1 / experts of a layer: the "
+        "paper's tau times that number; 0 sends all.",
+        minimum=0,
+    )
+    require_trained: bool = option(
+        False, "HFedMoE: send only experts that were also trained in the round."
+    )
+    experts: str = option(
+        "usage",
+        "HFedMoE: send the experts that pass the threshold, or all.",
+        choices=("usage", "all"),
+    )
+    router: str = option(
+        "preference",
+        "HFedMoE: routers count by preference (Eqs. 18-21, normalized), literal (Eq. 21 as "
+        "printed, which collapses), damped (its weights on deltas), or as all else by examples.",
+        choices=("preference", "literal", "damped", "examples"),
+    )
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Rounds, weights, and how the global tree moves."""
+
+    rounds: int = option(100, "Rounds of the run.", minimum=1)
+    clients_per_round: int = option(0, "Size of the cohort; 0 = all clients.", minimum=0)
+    weighting: str = option(
+        "examples",
+        "How much a client counts: its training examples, or all the same.",
+        choices=("examples", "uniform"),
+    )
+    aggregation: str = option(
+        "mean",
+        "How updates become one; all but the mean bear a minority of hostile clients, need three "
+        "that sent a name, and hold all updates in memory.",
+        choices=("mean", "median", "trimmed_mean", "clipped_mean", "krum"),
+    )
+    trim: float = option(
+        0.2,
+        "trimmed_mean, krum: share of clients left out, at each end or at all.",
+        above=0,
+        maximum=0.49,
+    )
+    clip: float = option(
+        0.0, "clipped_mean: largest L2 norm of an update; 0 = the round's median.", minimum=0
+    )
+    lr: float = option(
+        0.0,
+        "Server learning rate; 0 = the method's own: 0.001 for FedAdagrad, FedAdam and FedYogi, "
+        "1 for all others.",
+        minimum=0,
+    )
+    momentum: float = option(0.9, "FedAvgM.", minimum=0, maximum=0.999)
+    dampening: float = option(0.1, "FedAvgM: what a new delta counts.", above=0, maximum=1)
+    beta1: float = option(0.9, "FedAdam, FedYogi.", minimum=0, maximum=0.9999)
+    beta2: float = option(0.99, "FedAdam, FedYogi.", minimum=0, maximum=0.9999)
+    tau: float = option(1e-3, "FedAdagrad, FedAdam, FedYogi: adaptivity.", above=0)

@@ -1,0 +1,214 @@
+"""Options of what a method runs on: model, data, training, messages, measures, sites."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchard.recipe.describing import option
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The base model and its adapters."""
+
+    path: str = option("", "Folder, Hugging Face name, or orchard:tiny (ships with the package).")
+    dtype: str = option("bfloat16", "Of the base.", choices=("bfloat16", "float32"))
+    device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
+    num_threads: int = option(
+        0,
+        "Threads on a CPU; 0 = torch decides. Sums over another number of threads round "
+        "differently: set it where runs must agree to the bit between machines.",
+        minimum=0,
+    )
+    lora_rank: int = option(32, "Rank of the shared LoRA adapters.", minimum=1)
+    lora_alpha: float = option(64.0, "Their output is scaled by lora_alpha / lora_rank.", above=0)
+    lora_dropout: float = option(0.05, "On their input.", minimum=0, maximum=0.99)
+    lora_targets: str = option(
+        "q_proj,k_proj,v_proj",
+        "Linear layers outside the MoE blocks, and the words router and experts.",
+    )
+    full_targets: str = option(
+        "",
+        "What is trained itself, without adapters: the same words, or all; needs float32. "
+        "Experts and router rows then are names of their own.",
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Examples, and which client holds them."""
+
+    path: str = option(
+        "", "JSON Lines file, folder with one file per client, Hugging Face name, or orchard:world."
+    )
+    subset: str = option("", "Configuration of a Hugging Face data set.")
+    split: str = option("train", "Split of a Hugging Face data set.")
+    instruction: str = option("instruction", "Column with the instruction.")
+    context: str = option("context", "Column with the context; empty = none.")
+    response: str = option("response", "Column with the response.")
+    category: str = option("category", "Column with the category; empty = none.")
+    wording: str = option(
+        "",
+        "Instead of an instruction column, its words; {COLUMN} stands for the text of that column.",
+    )
+    labels: str = option("", "Classification: the possible responses, the same for all examples.")
+    options: str = option(
+        "",
+        "Multiple choice: the column with the list of an example's options, or the columns with "
+        "one each.",
+    )
+    answer: str = option(
+        "text",
+        "With labels or options: the response column has the right one's text, or its index from "
+        "0.",
+        choices=("text", "index"),
+    )
+    letters: bool = option(
+        False,
+        "With labels or options: list them in the prompt after the letters A, B, ... and respond "
+        "with the letter.",
+    )
+    template: str = option(
+        "alpaca", "How an example becomes text.", choices=("alpaca", "chat", "plain")
+    )
+    max_tokens: int = option(512, "Longest example, in tokens.", minimum=8)
+    partition: str = option(
+        "iid",
+        "iid; dirichlet (label skew, disjoint); dirichlet_resample (FLEx: drawn with replacement); "
+        "category (one client each); file (the source's own clients).",
+        choices=("iid", "dirichlet", "dirichlet_resample", "category", "file"),
+    )
+    categories: str = option("", "Use only these categories, in this order; empty = all.")
+    num_clients: int = option(4, "Clients of iid and the Dirichlet partitions.", minimum=1)
+    alpha: float = option(0.5, "Dirichlet concentration; smaller is more skewed.", above=0)
+    examples_per_client: int = option(1000, "Draws per client of dirichlet_resample.", minimum=2)
+    test_size: float = option(
+        0.1, "Held out per client: a share below 1, or a number of examples.", above=0
+    )
+    test_per_category: int = option(
+        0, "If above 0, one test set for all clients, so many of each category.", minimum=0
+    )
+    duplicates: str = option(
+        "report",
+        "Training rows that also stand in a test split: report them, or drop them.",
+        choices=("report", "drop"),
+    )
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """Local training."""
+
+    budget: str = option(
+        "",
+        "Experts that a client may train, over all layers: 16 or 25%; a list with one for each "
+        "client; uniform(25%, 100%); empty = all.",
+    )
+    memory_bytes: str = option(
+        "",
+        "Memory of a client, from which its budget follows: 12GB; a list; uniform(12GB, 32GB); "
+        "empty = no limit.",
+    )
+
+    steps: int = option(5, "Optimizer steps per round; 0 where epochs rules.", minimum=0)
+    epochs: int = option(0, "Passes over the data per round; 0 where steps rules.", minimum=0)
+    batch_size: int = option(4, "Examples per micro-batch.", minimum=1)
+    grad_accumulation: int = option(1, "Micro-batches per step.", minimum=1)
+    optimizer: str = option("adamw", "Made anew each round.", choices=("adamw", "sgd"))
+    lr: float = option(4e-5, "Learning rate of the first round.", above=0)
+    lr_min: float = option(1e-6, "Where the cosine ends.", minimum=0)
+    schedule: str = option("cosine", "Over rounds.", choices=("cosine", "constant"))
+    weight_decay: float = option(0.0, "Of the optimizer.", minimum=0)
+    max_grad_norm: float = option(1.0, "Clip gradients to this norm; 0 = never.", minimum=0)
+    router_aux_coefficient: float = option(
+        0.0, "Weight of the model's load-balancing loss.", minimum=0
+    )
+    packing: bool = option(
+        True,
+        "Read the examples of a batch behind each other, each by itself, where the model can; "
+        "else pad them to the longest. The same gradients; with dropout, other draws.",
+    )
+    pass_tokens: int = option(
+        512,
+        "On a CPU, a batch with more tokens is read in several passes, which needs less memory; "
+        "0 = never. The same gradients; with dropout, other draws.",
+        minimum=0,
+    )
+
+
+@dataclass(frozen=True)
+class CommunicationOptions:
+    """What crosses the network."""
+
+    dtype: str = option(
+        "bfloat16",
+        "Of values as sent. int8 shares a scale among 128 of an update, or of a difference under "
+        "downlink = differences, and sends whole global values in bfloat16.",
+        choices=("float32", "bfloat16", "int8"),
+    )
+    top_k: float = option(
+        0.0,
+        "Share of each tensor of an update that is sent, the largest values; 0 = all.",
+        minimum=0,
+        maximum=1,
+    )
+    feedback: bool = option(
+        True,
+        "With int8 or top_k, and SCAFFOLD with bfloat16: a client adds to an update what encoding "
+        "took from its last ones.",
+    )
+    downlink: str = option(
+        "values",
+        "What clients are sent of the global tree: its values, or differences to what they have.",
+        choices=("values", "differences"),
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured."""
+
+    models: str = option(
+        "base,global,local,personal",
+        "base; global; local (right after local training); personal (global and what is kept).",
+    )
+    metrics: str = option(
+        "loss,rouge_l,exact_match",
+        "Of loss, rouge_l, exact_match, and with labels or options, accuracy.",
+    )
+    length_normalization: str = option(
+        "none",
+        "Accuracy: an option's log-likelihood counts as it is, or divided by its number of tokens.",
+        choices=("none", "tokens"),
+    )
+    every: int = option(0, "Rounds between evaluations; 0 = only after the last.", minimum=0)
+    max_new_tokens: int = option(64, "Longest generated answer.", minimum=1)
+    batch_size: int = option(32, "Examples at a time.", minimum=1)
+    max_examples: int = option(0, "Test examples per client, drawn at random; 0 = all.", minimum=0)
+    retention_path: str = option(
+        "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
+    )
+
+
+@dataclass(frozen=True)
+class DeploymentOptions:
+    """How long a coordinator waits for its sites, and what it does then; not for one machine."""
+
+    sites: int = option(0, "Sites that take part; 0 = those with a key.", minimum=0)
+    quorum: int = option(0, "Fewest updates of a round that counts; 0 = of all sites.", minimum=0)
+    join_seconds: float = option(600.0, "Wait for sites to join.", above=0)
+    round_seconds: float = option(3600.0, "Wait for the answers of a round.", above=0)
+    probe_seconds: float = option(
+        30.0, "Without an answer for so long, a site is asked whether it still works.", above=0
+    )
+    attempts: int = option(3, "Tries of one site's task, and of one round.", minimum=1)
+    stragglers: str = option(
+        "drop", "An answer after its round: dropped, or counted late.", choices=("drop", "late")
+    )
+    staleness: float = option(
+        0.5, "What a late answer counts, to the power of the rounds it is late.", above=0, maximum=1
+    )
+    max_update_norm: float = option(
+        0.0, "An update of a larger L2 norm is refused; 0 = any finite one.", minimum=0
+    )
+    max_weight: float = option(1e9, "A larger weight of a name is refused.", above=0)

@@ -1,0 +1,118 @@
+"""What a plan says is what a run does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from federations import BUDGETS, quick_recipe
+from orchard.cli import app
+from orchard.engine.progress import Silent
+from orchard.experiment.planning import make_plan, plan_as_json, plan_sentences
+from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.running import run_experiment
+from orchard.recipe.options import Recipe
+from orchard.results import MetricsLog
+
+CARVE = ("selection.mode=carve", "selection.cadence=round")
+
+
+def transferred(recipe: Recipe, folder: Path) -> tuple[int, int]:
+    """Return the bytes that all clients sent and received in the first round."""
+    run_experiment(prepare_experiment(recipe), folder=folder, reporter=Silent())
+    lines = MetricsLog(folder / "metrics.jsonl").read()
+    first = next(line for line in lines if "round/uplink_bytes" in line)
+    return first["round/uplink_bytes"], first["round/downlink_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("fedavg", ()),
+        ("fedavg", BUDGETS[:1]),
+        ("flex", ()),
+        ("local", ()),
+        ("scaffold", ()),
+        ("fedavg_dropout", ()),
+        ("fedmoe", ()),
+        ("seermoe", CARVE[:1]),
+        ("fedavg", ("model.lora_targets=", "model.full_targets=experts")),
+        ("fedavg", ("communication.dtype=bfloat16",)),
+        ("fedavg", ("communication.dtype=int8", *BUDGETS[:1])),
+        ("flex", ("communication.top_k=0.01", "communication.dtype=int8")),
+    ],
+)
+def test_bytes_are_those_of_a_run(method: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = quick_recipe(method, *overrides)
+    clients = make_plan(recipe).clients
+    uplink, downlink = transferred(recipe, tmp_path)
+    assert sum(c.uplink_bytes for c in clients) == pytest.approx(uplink, rel=0.05, abs=8000)
+    expected = downlink
+    if method == "fedavg_dropout":  # who drops out was sent the task all the same
+        expected = downlink * sum(c.peak is not None for c in clients) // len(clients)
+    assert sum(c.downlink_bytes for c in clients) == pytest.approx(expected, rel=0.05, abs=8000)
+
+
+@pytest.mark.parametrize("overrides", [(), CARVE, ("selection.require_trained=true",)])
+def test_hfedmoe_sends_at_most_what_was_planned(overrides: tuple[str, ...], tmp_path: Path) -> None:
+    recipe = quick_recipe("hfedmoe", *overrides)
+    uplink, _ = transferred(recipe, tmp_path)
+    planned = sum(client.uplink_bytes for client in make_plan(recipe).clients)
+    assert 0.2 * planned < uplink <= 1.05 * planned + 8000
+
+
+def test_a_plan_says_who_affords_what() -> None:
+    plan = make_plan(quick_recipe("hfedmoe", "client.budget=25%, 100%, 50%, 8"))
+    assert [client.budget for client in plan.clients] == [8, 32, 16, 8]
+    assert (plan.num_layers, plan.num_experts) == (4, 32)
+    assert plan_sentences(plan) == []
+    small, large = plan.clients[0], plan.clients[1]
+    assert small.trainable < large.trainable
+    recipe = quick_recipe("hfedmoe", *CARVE, "client.budget=25%, 100%, 50%, 8")
+    carved = make_plan(recipe).clients
+    assert carved[0].peak is not None
+    assert carved[1].peak is not None
+    assert carved[0].peak.total < carved[1].peak.total
+
+
+def test_trainable_parameters_are_those_of_the_model() -> None:
+    recipe = quick_recipe("fedavg", BUDGETS[0])
+    from orchard.experiment.running import load_model
+
+    experiment = prepare_experiment(recipe)
+    model = load_model(recipe, experiment.tokenizer)
+    real = sum(tensor.numel() for tensor in model.fresh.values())
+    assert {client.trainable for client in make_plan(recipe).clients} == {real}
+
+
+def test_who_cannot_take_part_is_named() -> None:
+    recipe = quick_recipe(
+        "hfedmoe", *CARVE, "client.budget=", "client.memory_bytes=100MB, 9GB, 9GB, 9GB"
+    )
+    plan = make_plan(recipe)
+    first, *others = plan.clients
+    assert first.peak is None
+    assert (first.trainable, first.uplink_bytes) == (0, 0)
+    assert all(client.peak is not None for client in others)
+    (sentence,) = plan_sentences(plan)
+    assert sentence.startswith(f"{first.client_id} cannot take part: client.memory_bytes must hold")
+    shown = json.loads(plan_as_json(plan))["clients"][0]
+    assert (shown["takes_part"], shown["predicted_peak_bytes"]) == (False, None)
+
+
+def test_the_command_prints_a_table_and_json() -> None:
+    recipe = str(Path(__file__).parent.parent / "recipes" / "tiny" / "hfedmoe.toml")
+    shown = CliRunner().invoke(app, ["plan", recipe], env={"COLUMNS": "160"})
+    assert shown.exit_code == 0
+    assert "32 experts in 4 MoE layers" in shown.output
+    assert "8 of 32" in shown.output
+    assert "predicted peak" in shown.output
+    as_json = CliRunner().invoke(app, ["plan", recipe, "--json"])
+    clients = json.loads(as_json.output)["clients"]
+    assert [client["experts"] for client in clients] == [8, 32, 8, 32]
+    bad = CliRunner().invoke(app, ["plan", recipe, "client.budget=3"])
+    assert bad.exit_code == 0  # a plan says who cannot take part; a run refuses
+    assert "cannot take part" in bad.output
