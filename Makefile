@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-deployment bench kill-test check format clean
+.PHONY: demo test test-all test-deployment bench kill-test check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
 
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+# What make test runs, and what is long; keeps out what starts a federation of processes.
+test-all: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not deployment"
 
 # Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)
