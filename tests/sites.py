@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from federations import quick_recipe
+from federations import quick_recipe, short_model
 from orchard.data import world
 from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.hosting import build_coordinator
@@ -126,7 +126,7 @@ def make_workers(
                 path.stem,
                 stores / path.stem,
                 stores / path.stem / "socket",
-                consent(Consent(str(path))),
+                consent(Consent(str(path), model=short_model())),
             )
         )
         for path in sorted(data.glob("*.jsonl"))

@@ -52,19 +52,17 @@ def test_a_recipe_from_the_network_names_no_file_to_read() -> None:
 
 
 def test_the_owner_chooses_methods_and_budgets() -> None:
-    consent = Consent("own.jsonl", methods=("hfedmoe",), budget="25%")
+    tiny = Consent("own.jsonl", model="orchard:tiny")
+    consent = replace(tiny, methods=("hfedmoe",), budget="25%")
     assert own_recipe(consent, recipe("hfedmoe")).client.budget == "25%"
     with pytest.raises(Refusal, match="must be of hfedmoe"):
         own_recipe(consent, recipe("flex"))
     with pytest.raises(Refusal, match="trains all"):
-        own_recipe(Consent("own.jsonl", budget="25%"), recipe("flex"))
+        own_recipe(replace(tiny, budget="25%"), recipe("flex"))
     with pytest.raises(Refusal, match="at most 1MB at this site"):
-        own_recipe(Consent("own.jsonl", memory="1MB"), recipe("flex"))
-    assert own_recipe(Consent("own.jsonl", memory="64GB"), recipe("flex")).client.memory_bytes == ""
-    assert (
-        own_recipe(Consent("o.jsonl", memory="64GB"), recipe("hfedmoe")).client.memory_bytes
-        == "64GB"
-    )
+        own_recipe(replace(tiny, memory="1MB"), recipe("flex"))
+    assert own_recipe(replace(tiny, memory="64GB"), recipe("flex")).client.memory_bytes == ""
+    assert own_recipe(replace(tiny, memory="64GB"), recipe("hfedmoe")).client.memory_bytes == "64GB"
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
 
-from federations import quick_recipe
+from federations import tiny_recipe
+from orchard.client.requirements import Requirements
 from orchard.experiment.budgets import (
     build_requirements,
     client_limits,
@@ -34,14 +36,19 @@ def meta_view(recipe: Recipe) -> MoEView:
 
 
 def budgets_of(*overrides: str, method: str = "hfedmoe") -> tuple[int | None, ...]:
-    recipe = quick_recipe(method, *CARVED, *overrides)
+    recipe = tiny_recipe(method, *CARVED, *overrides)
     return expert_budgets(recipe, meta_view(recipe), num_clients=4)
 
 
-def peaks(*overrides: str) -> dict[int, int]:
-    recipe = quick_recipe("hfedmoe", *CARVED, *overrides)
-    requirements = build_requirements(recipe, meta_view(recipe))
-    return {b: requirements.peak(b).total for b in range(NUM_LAYERS, NUM_EXPERTS + 1)}
+@cache
+def requirements_of(*overrides: str) -> Requirements:
+    recipe = tiny_recipe("hfedmoe", *CARVED, *overrides)
+    return build_requirements(recipe, meta_view(recipe))
+
+
+@cache
+def peak(budget: int, *overrides: str) -> int:
+    return requirements_of(*overrides).peak(budget).total
 
 
 def test_a_larger_budget_never_needs_less_memory() -> None:
@@ -49,26 +56,24 @@ def test_a_larger_budget_never_needs_less_memory() -> None:
         own = [f"model.{targets}"]
         if targets.startswith("full"):
             own.append("model.lora_targets=")
-        found = list(peaks(*own).values())
+        found = [peak(b, *own) for b in (4, 5, 8, 16, 31, 32)]
         assert found == sorted(found)
         assert found[-1] > found[0]
 
 
 def test_memory_affords_the_most_experts_whose_peak_is_within_it() -> None:
-    needed = peaks()
-    caps = [needed[4], needed[11] + 1, needed[12] - 1, 10**10]
+    caps = [peak(4), peak(11) + 1, peak(12) - 1, 10**10]
     found = budgets_of(f"client.memory_bytes={', '.join(map(str, caps))}")
     for cap, budget in zip(caps, found, strict=True):
         assert budget is not None
-        assert needed[budget] <= cap
-        assert budget == NUM_EXPERTS or needed[budget + 1] > cap
+        assert peak(budget) <= cap
+        assert budget == NUM_EXPERTS or peak(budget + 1) > cap
     assert found[0] >= 4
     assert found[3] == NUM_EXPERTS
 
 
 def test_memory_can_be_drawn_and_stays_for_the_run() -> None:
-    needed = peaks()
-    text = f"client.memory_bytes=uniform({needed[4]}, {needed[32]})"
+    text = f"client.memory_bytes=uniform({peak(4)}, {peak(32)})"
     first, again = budgets_of(text), budgets_of(text)
     assert first == again
     assert len(set(first)) > 1
@@ -82,7 +87,7 @@ def test_too_little_memory_says_by_how_much() -> None:
     assert message.startswith("client.memory_bytes must hold training with one expert in each of")
     assert "got 0.1 GB for client 2" in message
     dense = build_requirements(
-        recipe := quick_recipe("hfedmoe", *CARVED), meta_view(recipe)
+        recipe := tiny_recipe("hfedmoe", *CARVED), meta_view(recipe)
     ).footprint.dense_bytes
     missing = re.search(r"client 2, ([0-9.]+) GB below", message)
     assert missing is not None
@@ -90,7 +95,7 @@ def test_too_little_memory_says_by_how_much() -> None:
 
 
 def test_memory_between_the_dense_part_and_training_is_too_little_too() -> None:
-    cap = peaks()[4] - 1_000_000
+    cap = peak(4) - 1_000_000
     with pytest.raises(ValueError, match=r"for client 1, 1 MB too little"):
         budgets_of(f"client.memory_bytes={cap}")
 
@@ -120,15 +125,15 @@ def test_budget_and_memory_exclude_each_other() -> None:
 
 def test_only_a_method_with_budgets_takes_one() -> None:
     with pytest.raises(ValueError, match=r"^client\.memory_bytes must come with hfedmoe"):
-        quick_recipe("fedavg", "client.memory_bytes=1GB")
-    recipe = quick_recipe("fedavg")
+        tiny_recipe("fedavg", "client.memory_bytes=1GB")
+    recipe = tiny_recipe("fedavg")
     recipe = replace(recipe, client=replace(recipe.client, memory_bytes="1GB"))
     with pytest.raises(ValueError, match=r"^client\.memory_bytes must be empty with strategy"):
         expert_budgets(recipe, meta_view(recipe), num_clients=4)
 
 
 def test_who_cannot_take_part_is_said_without_raising() -> None:
-    recipe = quick_recipe("hfedmoe", *CARVED, "client.memory_bytes=100MB, 10GB, 10GB, 10GB")
+    recipe = tiny_recipe("hfedmoe", *CARVED, "client.memory_bytes=100MB, 10GB, 10GB, 10GB")
     first, *others = client_limits(recipe, meta_view(recipe), num_clients=4)
     assert (first.budget, first.memory_bytes) == (0, 10**8)
     assert first.reason
@@ -156,7 +161,7 @@ def test_grafts_are_counted_as_they_are(kind: str, gate: str) -> None:
 
 
 def test_settings_of_lora_are_those_of_the_recipe() -> None:
-    recipe = quick_recipe("hfedmoe", "model.lora_rank=3", "model.lora_alpha=5.0")
+    recipe = tiny_recipe("hfedmoe", "model.lora_rank=3", "model.lora_alpha=5.0")
     assert lora_settings(recipe) == LoraSettings(
         rank=3, alpha=5.0, dropout=0.0, targets=lora_settings(recipe).targets, full=()
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from federations import build, quick_recipe
+from federations import build, tiny_recipe
 from orchard.communication.messages import LocalSettings, Task
 from orchard.experiment.budgets import build_requirements, graft_elements
 from orchard.experiment.planning import make_plan
@@ -27,7 +27,7 @@ def personal_of(recipe: Recipe) -> int:
 def test_a_plan_counts_what_a_client_keeps(
     kind: str, gate: str, number: int, tmp_path: Path
 ) -> None:
-    recipe = quick_recipe(
+    recipe = tiny_recipe(
         "flex",
         f"strategy.graft_kind={kind}",
         f"strategy.graft_gate={gate}",
@@ -47,12 +47,12 @@ def test_a_plan_counts_what_a_client_keeps(
 def test_a_budget_of_grafts_counts_the_most_that_it_allows(gate: str) -> None:
     gates = f"strategy.graft_gate={gate}"
     each = {
-        number: personal_of(quick_recipe("flex", gates, f"strategy.graft_experts={number}"))
+        number: personal_of(tiny_recipe("flex", gates, f"strategy.graft_experts={number}"))
         for number in (1, 2, 3)
     }
     counted = [
         personal_of(
-            quick_recipe("flex", gates, "strategy.graft_experts=3", f"strategy.graft_budget={n}")
+            tiny_recipe("flex", gates, "strategy.graft_experts=3", f"strategy.graft_budget={n}")
         )
         for n in range(4, 13)
     ]
@@ -61,7 +61,7 @@ def test_a_budget_of_grafts_counts_the_most_that_it_allows(gate: str) -> None:
     assert counted[-1] == each[3]
     assert counted == sorted(counted)
     assert counted[4] == each[2]
-    recipe = quick_recipe("flex", gates)
+    recipe = tiny_recipe("flex", gates)
     layer = check_model(recipe.model.path, lora_settings(recipe)).layers[0]
     one, two, three = (
         graft_elements(layer, graft_settings(recipe), number=number) for number in (1, 2, 3)
@@ -85,4 +85,4 @@ def test_a_plan_refuses_grafts_that_do_not_fit(
     method: str, overrides: tuple[str, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
-        make_plan(quick_recipe(method, *overrides))
+        make_plan(tiny_recipe(method, *overrides))

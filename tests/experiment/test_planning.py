@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from federations import BUDGETS, quick_recipe
+from federations import BUDGETS, quick_recipe, tiny_recipe
 from orchard.cli import app
 from orchard.engine.progress import Silent
 from orchard.experiment.planning import make_plan, plan_as_json, plan_sentences
@@ -46,7 +46,7 @@ def transferred(recipe: Recipe, folder: Path) -> tuple[int, int]:
     ],
 )
 def test_bytes_are_those_of_a_run(method: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
-    recipe = quick_recipe(method, *overrides)
+    recipe = quick_recipe(method, "server.rounds=1", *overrides)
     clients = make_plan(recipe).clients
     uplink, downlink = transferred(recipe, tmp_path)
     assert sum(c.uplink_bytes for c in clients) == pytest.approx(uplink, rel=0.05, abs=8000)
@@ -58,20 +58,20 @@ def test_bytes_are_those_of_a_run(method: str, overrides: tuple[str, ...], tmp_p
 
 @pytest.mark.parametrize("overrides", [(), CARVE, ("selection.require_trained=true",)])
 def test_hfedmoe_sends_at_most_what_was_planned(overrides: tuple[str, ...], tmp_path: Path) -> None:
-    recipe = quick_recipe("hfedmoe", *overrides)
+    recipe = quick_recipe("hfedmoe", "server.rounds=1", *overrides)
     uplink, _ = transferred(recipe, tmp_path)
     planned = sum(client.uplink_bytes for client in make_plan(recipe).clients)
     assert 0.2 * planned < uplink <= 1.05 * planned + 8000
 
 
 def test_a_plan_says_who_affords_what() -> None:
-    plan = make_plan(quick_recipe("hfedmoe", "client.budget=25%, 100%, 50%, 8"))
+    plan = make_plan(tiny_recipe("hfedmoe", "client.budget=25%, 100%, 50%, 8"))
     assert [client.budget for client in plan.clients] == [8, 32, 16, 8]
     assert (plan.num_layers, plan.num_experts) == (4, 32)
     assert plan_sentences(plan) == []
     small, large = plan.clients[0], plan.clients[1]
     assert small.trainable < large.trainable
-    recipe = quick_recipe("hfedmoe", *CARVE, "client.budget=25%, 100%, 50%, 8")
+    recipe = tiny_recipe("hfedmoe", *CARVE, "client.budget=25%, 100%, 50%, 8")
     carved = make_plan(recipe).clients
     assert carved[0].peak is not None
     assert carved[1].peak is not None
@@ -79,7 +79,7 @@ def test_a_plan_says_who_affords_what() -> None:
 
 
 def test_trainable_parameters_are_those_of_the_model() -> None:
-    recipe = quick_recipe("fedavg", BUDGETS[0])
+    recipe = tiny_recipe("fedavg", BUDGETS[0])
     from orchard.experiment.running import load_model
 
     experiment = prepare_experiment(recipe)
@@ -89,7 +89,7 @@ def test_trainable_parameters_are_those_of_the_model() -> None:
 
 
 def test_who_cannot_take_part_is_named() -> None:
-    recipe = quick_recipe(
+    recipe = tiny_recipe(
         "hfedmoe", *CARVE, "client.budget=", "client.memory_bytes=100MB, 9GB, 9GB, 9GB"
     )
     plan = make_plan(recipe)
@@ -104,7 +104,7 @@ def test_who_cannot_take_part_is_named() -> None:
 
 
 def test_the_command_prints_a_table_and_json() -> None:
-    recipe = str(Path(__file__).parent.parent / "recipes" / "tiny" / "hfedmoe.toml")
+    recipe = str(Path(__file__).parents[2] / "recipes" / "tiny" / "hfedmoe.toml")
     shown = CliRunner().invoke(app, ["plan", recipe], env={"COLUMNS": "160"})
     assert shown.exit_code == 0
     assert "32 experts in 4 MoE layers" in shown.output

@@ -147,7 +147,9 @@ def test_control_variates_are_those_of_clients_but_for_their_residuals(
             mean = torch.stack([tree[name] for tree in own]).mean(0)
             residual = torch.stack([tree[name] for tree in lost]).mean(0)
             torch.testing.assert_close(value + residual, mean, rtol=1e-4, atol=1e-6)
-            assert float(residual.abs().max()) <= 0.01 * float(mean.abs().max()) + 1e-6
+            # Half a step of int8 is 0.004 of the largest value of a client's, not of the mean.
+            largest = max(float(tree[name].abs().max()) for tree in own)
+            assert float(residual.abs().max()) <= 0.01 * largest + 1e-6
 
 
 @pytest.mark.parametrize(
