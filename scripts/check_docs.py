@@ -118,7 +118,7 @@ def commands(text: str) -> Iterator[str]:
 
 
 def stands_for_anything(word: str) -> bool:
-    """Say whether a word of a command is a reader's own: in capitals, or a variable of the shell."""
+    """Say whether a word of a command is a reader's own: in capitals, or a shell variable."""
     return word.isupper() or "$" in word
 
 

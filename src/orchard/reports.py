@@ -29,9 +29,10 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         JSON values: ``facts``; ``num_rounds``; ``seconds`` and ``overhead_share``;
-        ``peak_memory_bytes``; bytes and training loss of each round; ``metrics``, by model, metric and client; ``summary``, by model and
-        metric, with the mean over clients, the worst client, and the spread (the standard
-        deviation over clients), and where the metric has a standard error, that of the mean.
+        ``peak_memory_bytes``; bytes and training loss of each round; ``metrics``, by model, metric
+        and client; ``summary``, by model and metric, with the mean over clients, the worst client,
+        and the spread (the standard deviation over clients), and where the metric has a standard
+        error, that of the mean.
     """
     lines = MetricsLog(folder / "metrics.jsonl").read()
     rounds = [line for line in lines if line["kind"] == "round"]
