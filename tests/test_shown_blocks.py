@@ -1,8 +1,9 @@
 """Every block of shell or Python that README and docs show runs, or says why it does not.
 
 The blocks of a page run one after another in one folder, as a reader would type them, with the tiny
-model for MODEL, small files under the names that pages use, and short runs (``shown_orchard``). A
-block that cannot run stands behind a comment with the reason::
+model for MODEL, small files under the names that pages use, and short runs (``shown_orchard``).
+Blocks of ``orchard`` commands alone run in this process, which spares each its imports; others in a
+shell. A block that cannot run stands behind a comment with the reason::
 
     <!-- not run: needs three machines -->
 
@@ -14,14 +15,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import shown_orchard
+from orchard.cli import app
 from orchard.data import world
 
 ROOT = Path(__file__).parent.parent
@@ -69,9 +73,11 @@ def test_a_block_is_run_or_says_why_not(page: Path) -> None:
     found = blocks(page)
     # No fence and no mark escapes the pattern above.
     assert len(re.findall(r"^ *(```|~~~)", text, re.MULTILINE)) == 2 * len(found)
-    assert len(re.findall(r"<!-- (?:not run|what it prints)", text)) >= sum(
+    shown = "".join(block.code for block in found)
+    marks = re.compile("<!-- *(?:not run|what it prints)")
+    assert len(marks.findall(text)) - len(marks.findall(shown)) == sum(
         bool(b.mark) for b in found
-    )
+    ) + len(re.findall(r"`<!-- not run", text))
     for before, block in zip([None, *found], found, strict=False):
         assert block.language, f"a block must name its language:\n{block.code}"
         if block.mark == "not run":
@@ -105,10 +111,52 @@ def test_a_command_is_shortened_only_where_it_runs_and_does_not_say_otherwise() 
     ],
     ids=name,
 )
-def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
+def test_the_blocks_of_a_page_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "reader"
     write_files(folder)
-    commands = tmp_path / "bin"
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PATH", f"{make_commands(tmp_path)}{os.pathsep}{os.environ['PATH']}")
+    printed = ""
+    for block in blocks(page):
+        if block.mark == "what it prints":
+            assert printed == block.code
+        elif block.language == "toml" and (title := re.match(r"# *([\w.-]+\.toml)\n", block.code)):
+            Path(title[1]).write_text(block.code)
+        elif block.language in RUN and block.mark != "not run":
+            commands = plain_commands(block)
+            if commands is not None:
+                for command in commands:
+                    done = CliRunner().invoke(app, shown_orchard.shortened(command))
+                    assert done.exit_code == 0, f"{command}\n{done.output}{done.exception!r}"
+            else:
+                printed = run_elsewhere(block)
+
+
+def plain_commands(block: Block) -> list[list[str]] | None:
+    """Return the arguments of a block's commands, where all are ``orchard`` without a shell."""
+    if block.language == "python" or re.search(r"[$|>;*&`(]", re.sub(r"uniform\(", "", block.code)):
+        return None
+    lines = [shlex.split(line, comments=True) for line in block.code.splitlines()]
+    lines = [words for words in lines if words]
+    return [words[1:] for words in lines] if all(w[0] == "orchard" for w in lines) else None
+
+
+def run_elsewhere(block: Block) -> str:
+    """Run a block in a process of its own and return what it prints."""
+    program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euc"]
+    done = subprocess.run([*program, block.code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{block.code}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def make_commands(folder: Path) -> Path:
+    """Write the commands that a shell finds: this Python, and ``orchard`` with short runs."""
+    commands = folder / "bin"
     commands.mkdir()
     for command, line in (
         ("orchard", f"'{sys.executable}' '{shown_orchard.__file__}'"),
@@ -116,31 +164,7 @@ def test_the_blocks_of_a_page_run(page: Path, tmp_path: Path) -> None:
     ):
         (commands / command).write_text(f'#!/bin/sh\nexec {line} "$@"\n')
         (commands / command).chmod(0o755)
-    environment = {
-        **os.environ,
-        "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "COLUMNS": "200",
-    }
-    printed = ""
-    for block in blocks(page):
-        if block.mark == "what it prints":
-            assert printed == block.code
-        elif block.language == "toml" and (title := re.match(r"# *([\w.-]+\.toml)\n", block.code)):
-            (folder / title[1]).write_text(block.code)
-        elif block.language in RUN and block.mark != "not run":
-            program = [sys.executable, "-c"] if block.language == "python" else ["bash", "-euc"]
-            done = subprocess.run(
-                [*program, block.code],
-                cwd=folder,
-                env=environment,
-                capture_output=True,
-                text=True,
-                timeout=600,
-            )
-            assert done.returncode == 0, f"{block.code}\n{done.stdout}{done.stderr}"
-            printed = done.stdout
+    return commands
 
 
 def write_files(folder: Path) -> None:
@@ -157,10 +181,18 @@ def write_files(folder: Path) -> None:
         write(folder / "clients" / f"{client}.jsonl", rows[40 * number : 40 * number + 40])
     for file in ("general.jsonl", "other.jsonl"):
         write(folder / file, rows[:5])
-    dolly = [{**row, "category": DOLLY[i % len(DOLLY)]} for i, row in enumerate(25 * rows)]
-    dolly = [{**row, "instruction": f"{i} {row['instruction']}"} for i, row in enumerate(dolly)]
-    for file in ("POOL.jsonl", "databricks-dolly-15k.jsonl"):
-        write(folder / file, dolly)
+    for file, times in (("POOL.jsonl", 25), ("databricks-dolly-15k.jsonl", 6)):
+        write(
+            folder / file,
+            [
+                {
+                    "instruction": f"{number} {row['instruction']}",
+                    "response": row["response"],
+                    "category": DOLLY[number % len(DOLLY)],
+                }
+                for number, row in enumerate(times * rows)
+            ],
+        )
     topics = ("World", "Sports", "Business", "Sci/Tech")
     texts = [f"{i} {row['instruction']}" for i, row in enumerate(4 * rows)]
     write(
