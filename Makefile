@@ -30,12 +30,14 @@ kill-test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --kills 30 --model "$(MODEL)" \
 		--data "$(DATA)" --recipe tests/faults/recipe.toml --out benchmarks/faults
 
+# Also builds the documentation as a site, in site/.
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python scripts/check_docs.py
+	$(BIN)/python scripts/build_site.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .
@@ -45,8 +47,8 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,report,flower]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,report,flower]"
 	touch $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build site

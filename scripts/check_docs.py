@@ -117,8 +117,13 @@ def commands(text: str) -> Iterator[str]:
         yield " ".join(span.split())
 
 
+def stands_for_anything(word: str) -> bool:
+    """Say whether a word of a command is a reader's own: in capitals, or a shell variable."""
+    return word.isupper() or "$" in word
+
+
 def check_command(command: str, recipes: Path) -> Iterator[str]:
-    """Yield what is wrong with one command; words in capitals stand for anything.
+    """Yield what is wrong with one command; see ``stands_for_anything``.
 
     Args:
         command: As a reader would type it.
@@ -147,10 +152,10 @@ def check_command(command: str, recipes: Path) -> Iterator[str]:
     if name in WITH_RECIPE:
         if not values:
             yield f"shows {command!r}, which lacks a recipe"
-        elif not values[0].isupper():
+        elif not stands_for_anything(values[0]):
             own = recipes / values[0]
             found = own if own.is_file() else find_recipe(Path(values[0]))
-            overrides = [value for value in values[1:] if not value.isupper()]
+            overrides = [value for value in values[1:] if not stands_for_anything(value)]
             try:
                 read_recipe(found, overrides)
             except (ValueError, OSError) as error:

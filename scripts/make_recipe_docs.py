@@ -20,7 +20,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
 _INTRODUCTION = """\
 # Every option of a recipe
 
-<!-- Written by scripts/make_recipe_docs.py from src/orchard/recipe/options.py: edit that. -->
+<!-- Written by scripts/make_recipe_docs.py from the options in src/orchard/recipe: edit those. -->
 
 A recipe is a TOML file with scalars only. A value comes from the command line, else from the
 recipe, else from the recipe that its `extends` names (a path relative to the file), else it is the

@@ -28,10 +28,11 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         facts: What the log does not have: versions, hardware, seed, clients.
 
     Returns:
-        JSON values: ``facts``; ``rounds`` (bytes and seconds of each); ``seconds`` and
-        ``overhead_share``; ``metrics``, by model, metric and client; ``summary``, by model and
-        metric, with the mean over clients, the worst client, and the spread (the standard
-        deviation over clients), and where the metric has a standard error, that of the mean.
+        JSON values: ``facts``; ``num_rounds``; ``seconds`` and ``overhead_share``;
+        ``peak_memory_bytes``; bytes and training loss of each round; ``metrics``, by model, metric
+        and client; ``summary``, by model and metric, with the mean over clients, the worst client,
+        and the spread (the standard deviation over clients), and where the metric has a standard
+        error, that of the mean.
     """
     lines = MetricsLog(folder / "metrics.jsonl").read()
     rounds = [line for line in lines if line["kind"] == "round"]

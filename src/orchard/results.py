@@ -1,7 +1,7 @@
 """Metrics with units, and the record of a run on disk.
 
 Metric keys are ``scope/name_unit``: ``round/uplink_bytes``, ``client/train_seconds``,
-``eval/rouge_l``.
+``personal/rouge_l``.
 """
 
 from __future__ import annotations

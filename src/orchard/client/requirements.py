@@ -2,7 +2,7 @@
 
 A model of the peak, part by part, of a client in a process of its own. It errs on the side of too
 much: batches as long as ``data.max_tokens`` allows, and every tensor that training ever holds at
-the same time as the activations that it may meet. ``docs/how-to/fit_a_budget.md`` compares it with
+the same time as the activations that it may meet. ``benchmarks/planner`` compares it with
 what was measured.
 """
 

@@ -36,7 +36,7 @@ class TrainingSettings:
         max_grad_norm: Gradients are scaled down to this L2 norm; 0 = never.
         router_aux_coefficient: Weight of the model's load-balancing loss; 0 = off.
         packed: Whether micro-batches are read without padding, where the model can (see
-            ``models.packing``); else padded to the longest row.
+            ``models.kernels.packing``); else padded to the longest row.
         pass_tokens: On a CPU, a packed micro-batch with more tokens is read in several passes,
             which needs less memory; 0 = never.
     """

@@ -19,7 +19,7 @@ def require_flower() -> None:
     if importlib.util.find_spec("flwr") is None:
         raise ValueError(
             "flwr must be installed to leave one machine, got no such package; "
-            "pip install 'orchard-moe[flower]'"
+            "pip install flwr, or install orchard with its extra flower (docs/how-to/install.md)"
         )
 
 

@@ -47,7 +47,7 @@ class EvaluationSettings:
     Attributes:
         metrics: Of ``METRICS``.
         max_new_tokens: Longest generated answer.
-        batch_size: Examples at a time; for ``accuracy``, options.
+        batch_size: Examples at a time; for ``accuracy``, each with all its options.
         length_normalization: Of ``accuracy``, see ``multiple_choice.choose``.
     """
 

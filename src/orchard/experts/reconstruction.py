@@ -3,10 +3,17 @@
 For every MoE layer, by one forward pass of the intact model over the client's calibration tokens:
 
 1. take what the block reads, X, and the output of its routed experts, F(X);
-2. run every routed expert e alone, with weight 1: that is F(X; {e}), since a softmax over one
-   surviving logit is 1, and shared experts cancel in the difference;
+2. run every routed expert e alone, with weight 1, and call that F(X; {e}); shared experts cancel
+   in the difference;
 3. add the Frobenius norm of F(X) - F(X; {e}), in float64, over the batches;
 4. choose the expert with the smallest sum; of equals, the first.
+
+Weight 1 is what the model would give a lone expert where the weights of the chosen are a softmax
+that sums to 1. Where a family scales them, F(X) has the scale and F(X; {e}) has not, and the choice
+depends on it: DeepSeek-V2 and V3 multiply by ``routed_scaling_factor``, V3 after a sigmoid instead
+of a softmax. With a factor above 1 experts with large outputs then look closer to the layer than
+they are; where weights add up to less than 1 (``norm_topk_prob = false``) those with small outputs
+do. ``fitted`` in ``graft_search`` forgives the scale of a whole set.
 
 Nothing is cached: each batch is reduced to one number per layer and expert while it passes
 through the model, so memory does not grow with the number of tokens or layers.

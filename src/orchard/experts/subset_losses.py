@@ -15,7 +15,9 @@ notice, and no large terms cancel, as they would in |F|^2 - 2 <F, F(C)> + |F(C)|
 
 All experts of a set have a weight, also where a set is larger than the model's top-k. Logits are
 the products of router rows and token states, plus the router's bias, whatever the family makes of
-them afterwards: that is what a graft's own router computes.
+them afterwards (a sigmoid, groups, ``routed_scaling_factor``): that is what a graft's own router
+computes. F(x) is the model's own, with all of that, so on DeepSeek-V2 and V3 a set's answer and the
+layer's are on two scales under ``norm``; ``fitted`` takes the best common factor.
 
 Source: F(x; C) and the loss: Lu et al., 2024, arXiv:2402.14800 (Expert_Sparsity), as FLEx (Liu et
 al., 2025, arXiv:2506.00965) uses it. The inner products are ours.

@@ -151,8 +151,9 @@ class ServerOptions:
     )
     aggregation: str = option(
         "mean",
-        "How updates become one; all but the mean bear a minority of hostile clients, need three "
-        "that sent a name, and hold all updates in memory.",
+        "How updates become one; all but the mean bear a minority of hostile clients (clipped_mean "
+        "only updates that are too long), need three that sent a name, and hold all updates in "
+        "memory.",
         choices=("mean", "median", "trimmed_mean", "clipped_mean", "krum"),
     )
     trim: float = option(

@@ -142,7 +142,7 @@ def _krum(updates: Iterable[Update], shared: Tree, *, share: float) -> dict[str,
     with other experts can be compared. A client's score is the sum over its closest neighbors, all
     but the share that may be hostile and two; the best ones are averaged.
 
-    Source: Blanchard et al., 2017 (multi-Krum); theirs compares whole vectors.
+    Source: Blanchard et al., 2017, arXiv:1703.02757 (multi-Krum); theirs compares whole vectors.
     """
     held = list(updates)
     number = len(held)
