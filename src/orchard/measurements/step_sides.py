@@ -81,6 +81,7 @@ class StepCase:
         alpha: Their scale times the rank.
         batch_size: Examples per optimizer step.
         max_tokens: Longest example.
+        min_tokens: Shortest random example; 0 = half of the longest.
         steps: Optimizer steps of each repeat.
         learning_rate: Of AdamW.
         num_threads: CPU threads of both sides.
@@ -95,6 +96,7 @@ class StepCase:
     alpha: float = 64.0
     batch_size: int = 4
     max_tokens: int = 512
+    min_tokens: int = 0
     steps: int = 20
     learning_rate: float = 1e-3
     num_threads: int = 2
@@ -142,7 +144,8 @@ def read_examples(case: StepCase, tokenizer: Any) -> list[Encoded]:
         vocabulary = load_config(case.path).get_text_config().vocab_size
         examples = []
         for _ in range(needed):
-            length = int(generator.integers(case.max_tokens // 2, case.max_tokens))
+            shortest = case.min_tokens or case.max_tokens // 2
+            length = int(generator.integers(shortest, case.max_tokens))
             ids = [int(i) for i in generator.integers(2, vocabulary, length)]
             half = length // 2
             examples.append(Encoded(ids, [-100] * half + ids[half:], half))
