@@ -64,8 +64,8 @@ def _origin(record: Mapping[str, Any]) -> str:
         name, _, changes = str(commit).partition("+")
         parts.append(f"commit {name[:12]}{' with changes' if changes else ''}")
     hardware = record.get("hardware") or {}
-    if cpu := hardware.get("cpu"):
-        parts.append(f"{cpu}, {cores(hardware)}{instruction_sets(hardware)}")
+    if hardware:
+        parts.append(machine(hardware))
     if torch := (record.get("versions") or {}).get("torch"):
         parts.append(f"torch {torch}")
     if mark := record.get("provenance"):
@@ -73,13 +73,14 @@ def _origin(record: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def cores(hardware: Mapping[str, Any]) -> str:
-    """Return how many CPUs a machine has, in words."""
+def machine(hardware: Mapping[str, Any]) -> str:
+    """Return a machine in words: its CPU, how many there are, and the instruction sets known of."""
     number = hardware.get("num_cpus")
-    return f"{number} CPU{'' if number == 1 else 's'}"
-
-
-def instruction_sets(hardware: Mapping[str, Any]) -> str:
-    """Return the instruction sets that matter in brackets; "" where they are not known."""
     features: Sequence[str] | None = hardware.get("cpu_features")
-    return "" if features is None else f" ({', '.join(features) or 'none of those that matter'})"
+    parts = [
+        str(hardware.get("cpu") or f"{hardware.get('machine', 'a machine')}, name unknown"),
+        f"{number} CPU{'' if number == 1 else 's'}" if number else "",
+        "" if features is None else ", ".join(features) or "none of the instruction sets listed",
+        str(hardware.get("note", "")),
+    ]
+    return ", ".join(part for part in parts if part)
