@@ -65,7 +65,7 @@ def _network(record: Record) -> list[Finding]:
         Finding(
             f"{record['rounds']} rounds in {record['seconds']:.0f} s, with one site unplugged for "
             f"{record['unplugged_seconds']:.0f} s after round {record['unplugged_after_round']}; "
-            f"{sum(record['packets_lost'])} packets were lost and "
+            f"{sum(record['packets_lost'])} packets were lost, those of that time among them, and "
             f"{sum(record['packets_carried']):,} carried. The run ended with the tensors of the "
             "undisturbed one.",
             record["is_equal"] and record["exit_code"] == 0 and not record["refused"],

@@ -3,7 +3,8 @@
     python tests/faults/kills.py --kills 30 --model MODEL --data FOLDER --out FOLDER
 
 runs the same recipe undisturbed in the simulator and killed between processes, and writes what
-happened at each kill; ``python -m benchmarks.pages faults`` makes the page of it. FOLDER of --data has one .jsonl file for each site.
+happened at each kill; ``python -m benchmarks.pages faults`` makes the page of it. FOLDER of --data
+has one .jsonl file for each site.
 """
 
 from __future__ import annotations

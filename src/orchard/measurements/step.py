@@ -55,8 +55,8 @@ _CHECKED_STEPS = 10
 _MOST_DIFFERENT = 1e-3
 
 
-# Lengths so different that about a third of the peer's rows is padding, as with Dolly; and few enough
-# steps that three repeats of all sides end within two minutes on two idle cores.
+# Lengths so different that more than a third of the peer's rows is padding, as with Dolly; and few
+# enough steps that three repeats of all sides end within some two minutes on two idle cores.
 _MIDDLE_CASE = StepCase("", "random", min_tokens=16, max_tokens=384, steps=5)
 
 
