@@ -43,8 +43,11 @@ PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
 def main() -> None:
     """Write the pages that were asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[*PAGES, []], default=[])
-    for name in parser.parse_args().names or PAGES:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(PAGES))
+    names = parser.parse_args().names or list(PAGES)
+    if unknown := sorted(set(names) - PAGES.keys()):
+        parser.error(f"NAME must be of {', '.join(PAGES)}, got {', '.join(unknown)}")
+    for name in names:
         PAGES[name]().write()
 
 

@@ -52,9 +52,10 @@ def origins(records: Iterable[Mapping[str, Any]]) -> str:
     """Return a sentence for each origin that records have, and how many have it."""
     found = Counter(_origin(record) for record in records)
     total = sum(found.values())
+    if len(found) == 1:
+        return f"Origin of the results: {next(iter(found))}."
     return "\n".join(
-        f"Origin of {'the' if count == total else f'{count} of {total}'} results: {text}."
-        for text, count in found.items()
+        f"- Origin of {count} of {total} results: {text}." for text, count in found.items()
     )
 
 

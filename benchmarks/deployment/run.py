@@ -26,7 +26,6 @@ from typing import Any
 
 from benchmarks.deployment.report import HERE, page
 from benchmarks.records import keep, origin
-
 from orchard.communication.audit import AUDIT_FILE, read_audit
 from orchard.data import world
 from orchard.deployment.localhost import Processes, running

@@ -24,7 +24,6 @@ from typing import Any
 from benchmarks.hfedmoe_ablation.grid import Cell, distinct
 from benchmarks.hfedmoe_ablation.report import HERE, page
 from benchmarks.running import arguments_of
-
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import simulate
 from orchard.experiment.budgets import expert_budgets

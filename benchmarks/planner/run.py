@@ -18,7 +18,6 @@ from pathlib import Path
 from benchmarks.planner.report import RESULTS, page
 from benchmarks.records import Record, keep
 from benchmarks.running import arguments_of
-
 from orchard.measurements.client_memory import Case, measure, predict
 from orchard.models.stored.loading import check_model
 from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from benchmarks.records import keep, origin
 from benchmarks.robustness.report import (
     ATTACKS,
@@ -30,7 +31,6 @@ from benchmarks.robustness.report import (
     records,
 )
 from benchmarks.running import arguments_of
-
 from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
