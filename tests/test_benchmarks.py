@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from benchmarks.blocks import Finding, Page, findings
+from benchmarks.flex_hfedmoe import run as joined
+from benchmarks.flex_table1 import run as table1
+from benchmarks.hfedmoe_fig10 import run as fig10
 from benchmarks.pages import PAGES
-from benchmarks.records import is_marked, lacks, origin, origins
+from benchmarks.records import is_marked, lacks, origin, origins, read
+from benchmarks.running import run_recipe
+from benchmarks.wire import run as wire
 from orchard.results import environment
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -115,3 +121,65 @@ def test_a_sentence_that_no_longer_holds_is_refused() -> None:
     assert findings([holds]) == "- **Ahead** by 2 points."
     with pytest.raises(ValueError, match=r"^a finding must hold in the results, got: Ahead; "):
         findings([holds, Finding("Ahead", holds=False)])
+
+
+TINY = ("client.steps=1", "server.rounds=2", "evaluation.max_examples=8")
+
+
+@pytest.fixture
+def dolly(tmp_path: Path) -> Path:
+    kinds = ("closed_qa", "information_extraction", "classification", "summarization")
+    rows = [
+        {
+            "instruction": f"word {n}",
+            "context": "",
+            "response": f"fig {n}",
+            "category": kinds[n % 4],
+        }
+        for n in range(440)
+    ]
+    path = tmp_path / "dolly.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def news(tmp_path: Path) -> Path:
+    topics = ("World", "Sports", "Business", "Sci/Tech")
+    rows = [{"text": f"word {n} fig", "label": topics[n % 4]} for n in range(600)]
+    path = tmp_path / "news.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Let scripts run few steps, below a folder of their own, and keep results in it."""
+    (tmp_path / "recipes").symlink_to(BENCHMARKS.parent / "recipes")
+    monkeypatch.chdir(tmp_path)
+
+    def run_quickly(name: str, overrides: Sequence[str], *, out: Path) -> None:
+        run_recipe(name, [*overrides, *TINY], out=out)
+
+    for module in (wire, fig10, joined, table1):
+        monkeypatch.setattr(module, "HERE", tmp_path / "kept" / module.__name__)
+        monkeypatch.setattr(module, "run_recipe", run_quickly)
+    return tmp_path / "kept"
+
+
+@pytest.mark.long
+def test_scripts_keep_what_their_pages_need_and_where_it_comes_from(
+    dolly: Path, news: Path, kept: Path
+) -> None:
+    given = {"model": "orchard:tiny", "data": str(dolly)}
+    wire.run("int8", 0, **given)
+    joined.run("fedavg", 0, **given)
+    table1.run("fedavg", **given)
+    fig10.run("fedavg", 0, model="orchard:tiny", data=str(news))
+    records = read(kept, "**/*.json")
+    assert len(records) == 4
+    for record in records:
+        # Outside a checkout there is no commit to keep.
+        assert set(lacks(record, has_recipe=True)) <= {"commit"}
+    losses = [record["loss"] for record in records if record.get("encoding") == "int8"]
+    assert len(losses) == 1

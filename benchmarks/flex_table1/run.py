@@ -4,15 +4,16 @@
     python -m benchmarks.flex_table1.run --table
 
 Each run goes to runs/flex_table1/<recipe> (a finished or interrupted one is continued); its
-result.json is copied to results/ here, and page and table.md are written from those copies alone.
+result.json is kept in results/ here, and page and table.md are written from those alone.
 """
 
 from __future__ import annotations
 
-import shutil
+import json
 from pathlib import Path
 
 from benchmarks.flex_table1.report import HERE, RECIPES, page
+from benchmarks.records import keep
 from benchmarks.running import arguments_of, run_recipe
 
 
@@ -22,8 +23,7 @@ def run(recipe: str, *, model: str, data: str) -> None:
     # The base is the same for all: it is evaluated once, with the first recipe.
     models = [] if recipe == RECIPES[0] else ["evaluation.models=global,local,personal"]
     run_recipe(f"dolly/{recipe}", [f"model.path={model}", f"data.path={data}", *models], out=out)
-    (HERE / "results").mkdir(exist_ok=True)
-    shutil.copy(out / "result.json", HERE / "results" / f"{recipe}.json")
+    keep(HERE / "results" / f"{recipe}.json", json.loads((out / "result.json").read_text()))
 
 
 def main() -> None:
