@@ -105,23 +105,19 @@ def findings(found: Iterable[Finding]) -> str:
                 f"a finding must hold in the results, got: {own.text}; look at the results, and "
                 "write what they say"
             )
-        lines.append(
-            textwrap.fill(
-                f"- {own.text}",
-                WIDTH,
-                subsequent_indent="  ",
-                break_long_words=False,
-                break_on_hyphens=False,
-            )
-        )
+        lines.append(_fill(f"- {own.text}"))
     return "\n".join(lines)
 
 
 def paragraph(text: str) -> str:
     """Return text in lines of a page's width."""
-    return "\n".join(
-        textwrap.fill(line, WIDTH, break_long_words=False, break_on_hyphens=False)
-        for line in text.split("\n")
+    return "\n".join(map(_fill, text.split("\n")))
+
+
+def _fill(line: str) -> str:
+    indent = "  " if line.startswith("- ") else ""
+    return textwrap.fill(
+        line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 

@@ -63,7 +63,7 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
             all(order == ["flex", "local", "fedavg", "base"] for order in orders),
         ),
         Finding(
-            f"FLEx retains fewer facts than FedAvg by {shown} (points).",
+            f"FLEx retains as many facts as FedAvg or fewer, by {shown} (points).",
             min(fewer) >= 0,
         ),
         Finding(

@@ -291,7 +291,7 @@ def bench_random(
     """Compare both sides on a random model that is written for it, on random tokens.
 
     What ``orchard bench step`` does without a model: nothing is downloaded, and the model is large
-    enough that products take most of a step.
+    enough that training is timed, not calls.
 
     Args:
         repeats: Runs of each side.

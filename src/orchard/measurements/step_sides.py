@@ -49,7 +49,7 @@ QWEN_SHAPE = Shape(
 
 
 # Between the packaged base, whose step is mostly calls, and Qwen1.5-MoE's: a token meets 13 of 60
-# million parameters beside the output layer, so that products decide.
+# million parameters beside the output layer.
 MIDDLE_SHAPE = Shape(
     layers=4,
     width=384,
