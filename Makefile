@@ -22,13 +22,13 @@ test-deployment: $(INSTALLED)
 
 # All measurements of this machine, and their charts; give MODEL and DATA for a real base.
 bench: $(INSTALLED)
-	$(BIN)/python benchmarks/kernels/run.py --model "$(MODEL)" --data "$(DATA)"
-	$(BIN)/python benchmarks/kernels/charts.py
+	$(BIN)/python -m benchmarks.kernels.run --model "$(MODEL)" --data "$(DATA)"
 
 # Every kind of process killed at random, 30 times in one run: make kill-test MODEL=... DATA=FOLDER
 kill-test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/kills.py --kills 30 --model "$(MODEL)" \
 		--data "$(DATA)" --recipe tests/faults/recipe.toml --out benchmarks/faults
+	$(BIN)/python -m benchmarks.pages faults
 
 # Also builds the documentation as a site, in site/.
 check: $(INSTALLED)

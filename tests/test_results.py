@@ -6,10 +6,12 @@ import gc
 import json
 import math
 import os
+import platform
 from pathlib import Path
 
 import pytest
 
+from orchard import results
 from orchard.process_memory import (
     loading_to_stay,
     peak_memory_bytes,
@@ -123,6 +125,37 @@ def test_the_environment_says_what_a_run_ran_on(tmp_path: Path) -> None:
     write_json(tmp_path / "environment.json", found)
     commit = found["commit"]
     assert commit is None or len(commit.removesuffix("+changes")) in (40, 64)
+
+
+CPU_INFO = """processor	: 0
+model name	: Some Processor: 3
+flags		: fpu avx512_bf16 avx2 avx512f amx_bf16_not
+processor	: 1
+model name	: Another
+flags		: fpu
+"""
+
+
+@pytest.mark.parametrize(
+    ("info", "features"),
+    [
+        (CPU_INFO, ["avx2", "avx512f", "avx512_bf16"]),
+        ("processor : 0\nFeatures : fp asimd bf16 aes\n", ["asimd", "bf16"]),
+        ("processor : 0\n", None),
+        (None, None),
+    ],
+)
+def test_the_environment_has_the_instruction_sets_that_matter(
+    info: str | None, features: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if info is not None:
+        path.write_text(info)
+    monkeypatch.setattr(results, "_CPU_INFO", path)
+    hardware = environment()["hardware"]
+    assert hardware["cpu_features"] == features
+    expected = "Some Processor: 3" if info == CPU_INFO else platform.processor()
+    assert hardware["cpu"] == expected
 
 
 def test_peak_memory_is_in_bytes_and_never_falls() -> None:

@@ -1,17 +1,19 @@
 """What leaving one machine costs: seconds per round outside training, base loads, a large update.
 
-    python benchmarks/deployment/run.py [--sites 1 4 16] [--rounds 3]
-    python benchmarks/deployment/run.py --large
+    python -m benchmarks.deployment.run [--sites 1 4 16] [--rounds 3]
+    python -m benchmarks.deployment.run --large
+    python -m benchmarks.deployment.run --table
 
 Real processes with TLS and keys on this machine: a SuperLink, and a SuperNode and a worker for each
 site. FedAvg on the packaged tiny model, one optimizer step a round, so that a round is what lies
 around its training; --large instead trains all of a random model of 100 MB, at one site. Records go
-to results/.
+to results/, and the page is written from them.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import threading
@@ -22,6 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks.deployment.report import HERE, page
+from benchmarks.records import keep, origin
 from orchard.communication.audit import AUDIT_FILE, read_audit
 from orchard.data import world
 from orchard.deployment.localhost import Processes, running
@@ -29,7 +33,6 @@ from orchard.models.stored.loading import load_tokenizer
 from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
 from orchard.results import MetricsLog
 
-HERE = Path(__file__).parent
 RECIPE = """
 [model]
 path = "orchard:tiny"
@@ -82,6 +85,14 @@ def write_data(folder: Path, num_sites: int) -> Path:
         ]
         (folder / f"site{number:02d}.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def files_digest(folder: Path) -> str:
+    """Return the SHA-256 of the files of a folder, by name."""
+    found = hashlib.sha256()
+    for path in sorted(folder.glob("*.jsonl")):
+        found.update(path.name.encode() + b"\n" + path.read_bytes())
+    return found.hexdigest()
 
 
 @contextmanager
@@ -147,6 +158,7 @@ def run(num_sites: int, *, rounds: int, is_large: bool = False) -> dict[str, Any
             assert code == 0, federation.tail()
             seconds = time.monotonic() - started
             lines = list(MetricsLog(run_folder / "metrics.jsonl").read())
+            result = json.loads((run_folder / "result.json").read_text())
             loads = [
                 sum(e["event"] == "loaded" for e in read_audit(federation.store(site) / AUDIT_FILE))
                 for site in federation.names
@@ -159,6 +171,9 @@ def run(num_sites: int, *, rounds: int, is_large: bool = False) -> dict[str, Any
             for path in sorted((run_folder / "checkpoints").glob("*/shared.safetensors"))[-1:]
         )
         return {
+            **origin(result),
+            # Of the files that the sites were given here; the coordinator does not know it.
+            "data_digest": files_digest(data),
             "sites": num_sites,
             "rounds": rounds,
             "seconds_in_all": seconds,
@@ -175,19 +190,20 @@ def run(num_sites: int, *, rounds: int, is_large: bool = False) -> dict[str, Any
 
 
 def main() -> None:
-    """Measure, and keep the records."""
+    """Measure, keep the records, and write the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--sites", nargs="*", type=int, default=[1, 4, 16])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--large", action="store_true")
+    parser.add_argument("--table", action="store_true", help="only write the page")
     given = parser.parse_args()
-    (HERE / "results").mkdir(exist_ok=True)
     cases = [(1, True)] if given.large else [(number, False) for number in given.sites]
-    for num_sites, is_large in cases:
+    for num_sites, is_large in () if given.table else cases:
         found = run(num_sites, rounds=given.rounds, is_large=is_large)
         name = "large" if is_large else f"sites-{num_sites}"
-        (HERE / "results" / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+        keep(HERE / "results" / f"{name}.json", found)
         print(json.dumps(found, indent=1), flush=True)
+    page().write()
 
 
 if __name__ == "__main__":

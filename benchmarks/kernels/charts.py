@@ -1,19 +1,19 @@
 """Draw a chart of each measurement from results/: what was measured, its target, and the limit.
 
-python benchmarks/kernels/charts.py
+``python -m benchmarks.kernels.run --table`` draws them.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-HERE = Path(__file__).parent
+from benchmarks.kernels.report import HERE
+
 OURS, PEER, LIMIT = "#2a6f97", "#c08552", "#9aa5b1"
 Bar: TypeAlias = tuple[str, float, str]
 """What it is, how much, and its color."""
@@ -210,7 +210,7 @@ DRAW: Mapping[str, Callable[[Mapping[str, Any], Sequence[Axes]], None]] = {
 }
 
 
-def main() -> None:
+def draw_all() -> None:
     """Draw what has a result."""
     for name, draw in DRAW.items():
         path = HERE / "results" / f"{name}.json"
@@ -221,7 +221,3 @@ def main() -> None:
         figure.tight_layout()
         figure.savefig(HERE / f"{name}.png", dpi=130)
         pyplot.close(figure)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,12 @@
 """Measure what scoring the experts costs, relative to a training step.
 
-    python benchmarks/kernels/importance.py [--repeats 60] [--level sample] [--softmax top_k]
+    python -m benchmarks.kernels.importance [--repeats 60] [--level sample] [--softmax top_k]
 
 The model has random weights: Qwen2-MoE, 4 layers of 16 experts, top-2, width 256, expert width
 128, 9 million parameters, float32, one thread. A step is forward, backward and AdamW on all
-parameters, for 8 samples of 128 tokens. Prints JSON; ``*_percent`` is of a step. The parts are
-timed in turn, so that a slow moment of the machine meets all of them; every figure is the median
-over the repeats, and a difference is the median of the differences within a repeat.
+parameters, for 8 samples of 128 tokens. Keeps JSON in results/; ``*_percent`` is of a step. The
+parts are timed in turn, so that a slow moment of the machine meets all of them; every figure is the
+median over the repeats, and a difference is the median of the differences within a repeat.
 """
 
 from __future__ import annotations
@@ -21,9 +21,12 @@ import torch
 from torch import Tensor
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from benchmarks.kernels.report import HERE, page
+from benchmarks.records import keep
 from orchard.experts.importance import ImportanceSettings, UsageMeter, layer_importance
 from orchard.models.view.detection import view_moe
 from orchard.models.view.routing import RoutingRecord, record_routing
+from orchard.results import environment
 
 BATCH, LENGTH, VOCABULARY = 8, 128, 4096
 
@@ -134,7 +137,7 @@ def measure(settings: ImportanceSettings, *, repeats: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, keep what was found, and write the page."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--level", default="token")
@@ -142,7 +145,11 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     settings = ImportanceSettings(level=arguments.level, softmax=arguments.softmax)
-    print(json.dumps(measure(settings, repeats=arguments.repeats), indent=2))
+    found = {**environment(), **measure(settings, repeats=arguments.repeats)}
+    name = f"importance-{arguments.level}-{arguments.softmax}.json"
+    keep(HERE / "results" / name, found)
+    print(json.dumps(found, indent=1))
+    page().write()
 
 
 if __name__ == "__main__":

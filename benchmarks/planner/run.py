@@ -1,30 +1,29 @@
 """Compare the peak memory that the planner predicts with that of a process of its own.
 
-    python benchmarks/planner/run.py [--model MODEL]
+    python -m benchmarks.planner.run [--model MODEL]
+    python -m benchmarks.planner.run --table
 
 Trains a few steps on random tokens in each way that a client can train, on a random model of 420
-million parameters (written to a temporary folder) and, where --model is given, on that one. Writes
-table.md.
+million parameters (written to a temporary folder) and, where --model is given, on that one. Keeps
+results/cases.json, and writes page and table.md from it.
 """
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from benchmarks.planner.report import RESULTS, page
+from benchmarks.records import Record, keep
+from benchmarks.running import arguments_of
 from orchard.measurements.client_memory import Case, measure, predict
 from orchard.models.stored.loading import check_model
 from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
+from orchard.results import environment
 
-HERE = Path(__file__).parent
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-COLUMNS = (
-    *("model", "trains", "clients hold", "experts trained a layer", "base"),
-    *("measured, GB", "predicted, GB", "predicted / measured"),
-)
 # What is trained itself, and what gets adapters.
 TRAINED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "everything": (("all",), ()),
@@ -47,40 +46,39 @@ def cases(case: Case) -> Iterator[tuple[str, Case]]:
     yield name, replace(own, dtype="bfloat16")
 
 
-def row(cells: list[str]) -> str:
-    """Return a line of a table."""
-    return f"| {' | '.join(cells)} |"
-
-
 def main() -> None:
-    """Measure every case and write the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model")
-    arguments = parser.parse_args()
-    lines = [row(list(COLUMNS)), row(["---"] * 5 + ["---:"] * 3)]
-    ratios = []
+    """Measure every case, keep what was found, and write the page."""
+    given = arguments_of(__doc__).parse_args()
+    if not given.table:
+        keep(RESULTS, {**environment(), "cases": list(_measure(given.model))})
+    page().write()
+
+
+def _measure(own_model: str | None) -> Iterator[Record]:
+    """Yield every case with its measured and predicted peak."""
     with tempfile.TemporaryDirectory() as folder:
         write_random_checkpoint(Path(folder), Shape(), dtype="bfloat16", seed=0)
         models = {"random, 420 M": Case(folder, steps=2, num_threads=1)}
-        if arguments.model:
-            own = Case(arguments.model, steps=2, num_threads=1, num_tokens=256)
-            models[Path(arguments.model).name] = own
+        if own_model:
+            own = Case(own_model, steps=2, num_threads=1, num_tokens=256)
+            models[Path(own_model).name] = own
         for model, base in models.items():
             for trained, case in cases(base):
-                found = measure(case)["peak_memory_bytes"]
+                measured = measure(case)["peak_memory_bytes"]
                 predicted = predict(case).total
-                ratios.append(predicted / found)
                 experts = str(case.experts) if case.experts else "all"
-                held = experts if case.mode == "carve" else "all"
-                cells = [model, trained, held, experts, case.dtype]
-                cells += [f"{found / 1e9:.2f}", f"{predicted / 1e9:.2f}", f"{ratios[-1]:.3f}"]
-                lines.append(row(cells))
-                print(lines[-1], flush=True)
-    note = (
-        f"Predicted over measured is between {min(ratios):.3f} and {max(ratios):.3f}. Batches of 8 "
-        "rows, 128 tokens each for the random model and 256 for the other."
-    )
-    (HERE / "table.md").write_text("\n".join([*lines, "", note]) + "\n")
+                found = {
+                    "model": model,
+                    "trains": trained,
+                    "held": experts if case.mode == "carve" else "all",
+                    "trained_per_layer": experts,
+                    "dtype": case.dtype,
+                    "measured_bytes": measured,
+                    "predicted_bytes": predicted,
+                    "ratio": predicted / measured,
+                }
+                print(found, flush=True)
+                yield found
 
 
 if __name__ == "__main__":

@@ -1,25 +1,36 @@
 """Let 4 of 20 clients send scaled or sign-flipped updates, and aggregate in five ways.
 
-    python benchmarks/robustness/run.py --model MODEL --data AG_NEWS.jsonl [--seeds 0 1 2]
-    python benchmarks/robustness/run.py --table
+    python -m benchmarks.robustness.run --model MODEL --data AG_NEWS.jsonl [--seeds 0 1 2]
+    python -m benchmarks.robustness.run --table
 
 Each run is FedAvg on AG News, 20 clients of equal shares, and its record is kept in results/; a
-run whose record is there is not run again. table.md and figure.png are written from the records.
+run whose record is there is not run again. Page, table.md and figure.png are written from the
+records.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import itertools
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import torch
 
+from benchmarks.records import keep, origin
+from benchmarks.robustness.report import (
+    ATTACKS,
+    HERE,
+    KERNELS,
+    NUM_CLIENTS,
+    NUM_HOSTILE,
+    draw,
+    page,
+    records,
+)
+from benchmarks.running import arguments_of
 from orchard.client.client import Client
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
@@ -32,9 +43,7 @@ from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog
 from orchard.strategies.strategy import Contribution, Strategy, Trained
 
-HERE = Path(__file__).parent
 RECIPE = HERE.parents[1] / "recipes" / "ag_news" / "fedavg.toml"
-NUM_CLIENTS, NUM_HOSTILE = 20, 4
 OPTIONS = (
     "data.partition=iid",
     f"data.num_clients={NUM_CLIENTS}",
@@ -46,9 +55,8 @@ OPTIONS = (
     "evaluation.models=global",
     "evaluation.metrics=loss,accuracy",
 )
-KERNELS = ("mean", "median", "trimmed_mean", "clipped_mean", "krum")
 Attack = Callable[[torch.Tensor], torch.Tensor]
-ATTACKS: dict[str, Attack | None] = {
+CHANGES: dict[str, Attack | None] = {
     "none": None,
     "scaled": lambda tensor: 20.0 * tensor,
     "flipped": lambda tensor: -5.0 * tensor,
@@ -69,13 +77,13 @@ def hostile(strategy: Strategy, attack: Attack | None) -> Strategy:
 
 
 def run(recipe: Recipe, attack: str, model: AdaptedModel | None) -> dict[str, Any]:
-    """Run one recipe under one attack, and return its curves."""
+    """Run one recipe under one attack, and return its curves and their origin."""
     experiment = prepare_experiment(recipe)
     ids = sorted(int(name.rpartition("_")[2]) for name in experiment.train)
     assert ids == list(range(NUM_CLIENTS)), ids
-    strategy = hostile(build_strategy(recipe, num_clients=NUM_CLIENTS), ATTACKS[attack])
+    strategy = hostile(build_strategy(recipe, num_clients=NUM_CLIENTS), CHANGES[attack])
     with tempfile.TemporaryDirectory() as folder:
-        run_experiment(
+        result = run_experiment(
             experiment, folder=Path(folder), reporter=Silent(), model=model, strategy=strategy
         )
         lines = MetricsLog(Path(folder) / "metrics.jsonl").read()
@@ -85,101 +93,38 @@ def run(recipe: Recipe, attack: str, model: AdaptedModel | None) -> dict[str, An
             values = next(iter(line["clients"].values()))
             for metric, curve in curves.items():
                 curve.append(values[f"global/{metric}"])
-    return curves
-
-
-def records() -> dict[tuple[str, str, int], dict[str, Any]]:
-    """Return the records that are here, by kernel, attack and seed."""
-    found = {}
-    for path in sorted((HERE / "results").glob("*.json")):
-        record = json.loads(path.read_text())
-        found[record["kernel"], record["attack"], record["seed"]] = record
-    return found
-
-
-def write_table() -> None:
-    """Write table.md and figure.png."""
-    found = records()
-    lines = [
-        "| attack | kernel | seeds | final accuracy, % | final loss (spread) | loss by seed |",
-        "| --- | --- | ---: | ---: | ---: | --- |",
-    ]
-    for attack in ATTACKS:
-        for kernel in KERNELS:
-            runs = [r for (k, a, _), r in found.items() if (k, a) == (kernel, attack)]
-            if not runs:
-                continue
-            finals = {m: [r[m][-1] for r in runs] for m in ("accuracy", "loss")}
-            accuracy = _spread([100 * value for value in finals["accuracy"]], 1)
-            each = " ".join(f"{value:.3f}" for value in finals["loss"])
-            row = (attack, kernel, len(runs), accuracy, _spread(finals["loss"], 3), each)
-            lines.append(f"| {' | '.join(map(str, row))} |")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
-    _draw(found)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{fmean(values):.{digits}f}{spread}"
-
-
-def _draw(found: dict[tuple[str, str, int], dict[str, Any]]) -> None:
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(ATTACKS), figsize=(11, 3.4), sharey=True)
-    for panel, attack in zip(panels, ATTACKS, strict=True):
-        for color, kernel in enumerate(KERNELS):
-            runs = [r["accuracy"] for (k, a, _), r in found.items() if (k, a) == (kernel, attack)]
-            for number, curve in enumerate(runs):
-                rounds = [2 * (index + 1) for index in range(len(curve))]
-                panel.plot(
-                    rounds,
-                    [100 * value for value in curve],
-                    color=f"C{color}",
-                    label=kernel.replace("_", " ") if number == 0 else None,
-                    linewidth=1.3,
-                )
-        hostile_clients = f"{NUM_HOSTILE} of {NUM_CLIENTS} clients {attack}"
-        panel.set_title("no attack" if attack == "none" else hostile_clients)
-        panel.set_xlabel("round")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("accuracy, %")
-    panels[-1].legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.tight_layout()
-    figure.savefig(HERE / "figure.png", dpi=130)
+    return {**origin(result), **curves}
 
 
 def main() -> None:
-    """Run what is missing, then write table and figure."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model")
-    parser.add_argument("--data")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
-    parser.add_argument("--table", action="store_true", help="only write the table")
-    given = parser.parse_args()
-    (HERE / "results").mkdir(exist_ok=True)
+    """Run what is missing, then write page and figure."""
+    given = arguments_of(__doc__, seeds=(0, 1, 2)).parse_args()
     for seed in () if given.table else given.seeds:
-        model = None
-        for attack in ATTACKS:
-            for kernel in KERNELS:
-                if (kernel, attack, seed) in records():
-                    continue
-                options = [
-                    *OPTIONS,
-                    f"model.path={given.model}",
-                    f"data.path={given.data}",
-                    f"seed={seed}",
-                    f"server.aggregation={kernel}",
-                ]
-                recipe = read_recipe(RECIPE, options).recipe
-                if model is None:
-                    model = load_model(recipe, prepare_experiment(recipe).tokenizer)
-                curves = run(recipe, attack, model)
-                record = {"kernel": kernel, "attack": attack, "seed": seed, **curves}
-                path = HERE / "results" / f"{attack}-{kernel}-{seed}.json"
-                path.write_text(json.dumps(record, indent=1) + "\n")
-                print(f"{attack} {kernel} {seed}: {curves['accuracy'][-1]:.3f}", flush=True)
-    write_table()
+        _run_seed(seed, model_path=given.model, data_path=given.data)
+    page().write()
+    draw()
+
+
+def _run_seed(seed: int, *, model_path: str, data_path: str) -> None:
+    """Run what has no record of one seed; the model is loaded once."""
+    model = None
+    for attack, kernel in itertools.product(ATTACKS, KERNELS):
+        if (kernel, attack, seed) in records():
+            continue
+        options = [
+            *OPTIONS,
+            f"model.path={model_path}",
+            f"data.path={data_path}",
+            f"seed={seed}",
+            f"server.aggregation={kernel}",
+        ]
+        recipe = read_recipe(RECIPE, options).recipe
+        if model is None:
+            model = load_model(recipe, prepare_experiment(recipe).tokenizer)
+        found = run(recipe, attack, model)
+        record = {"kernel": kernel, "attack": attack, "seed": seed, **found}
+        keep(HERE / "results" / f"{attack}-{kernel}-{seed}.json", record)
+        print(f"{attack} {kernel} {seed}: {found['accuracy'][-1]:.3f}", flush=True)
 
 
 if __name__ == "__main__":

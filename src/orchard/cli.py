@@ -173,8 +173,8 @@ def bench(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
-    model: Annotated[str, typer.Option(help="Base of step; empty = orchard:tiny.")] = "",
-    data: Annotated[str, typer.Option(help="Examples of step; empty = packaged ones.")] = "",
+    model: Annotated[str, typer.Option(help="Base of step; empty = a random one.")] = "",
+    data: Annotated[str, typer.Option(help="Examples of step, for that base.")] = "",
     traceback: Traceback = False,
 ) -> None:
     """Measure this machine: always two things in one run, medians and ratios."""

@@ -37,7 +37,8 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
         seed: Of the whole demo.
 
     Returns:
-        The content of ``summary.json``: ``seed``, ``seconds``, and ``methods``, each with
+        The content of ``summary.json``: what it ran on and on what, as in ``result.json``, with a
+        ``recipe_digest`` for each method; ``seed``, ``seconds``, and ``methods``, each with
         ``exact_match`` (mean over offices, in [0, 1]), ``exact_match_per_client``,
         ``facts_retained`` (share of what the base was taught about the country that is still
         answered right, mean over offices) and ``uplink_bytes_per_round`` (per client).
@@ -65,7 +66,14 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
             experiment, folder=folder / method, reporter=choose_reporter(console)
         )
     methods = summarize_methods(results)
-    summary = {"seed": seed, "seconds": time.monotonic() - started, "methods": methods}
+    last = next(reversed(results.values()))
+    summary = {
+        **{key: last[key] for key in ("versions", "commit", "hardware", "data_digest")},
+        "recipe_digest": {method: result["recipe_digest"] for method, result in results.items()},
+        "seed": seed,
+        "seconds": time.monotonic() - started,
+        "methods": methods,
+    }
     write_json(folder / "summary.json", summary)
     console.print()
     console.print(_table(methods))

@@ -18,6 +18,13 @@ from typing import Any, TypeAlias
 Metrics: TypeAlias = Mapping[str, float]
 
 _PACKAGES = ("orchard-moe", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+# Of all that a CPU can do, what decides how fast products are and which kernels torch takes.
+_CPU_FEATURES = (
+    *("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+    *("asimd", "sve", "sve2", "i8mm", "bf16"),  # Arm
+)
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -85,6 +92,8 @@ def environment() -> dict[str, Any]:
     """Describe what a run ran on: versions, source commit, hardware.
 
     ``commit`` is None outside a checkout, and ends in ``+changes`` where the tree differs from it.
+    ``hardware`` names the CPU, and in ``cpu_features`` the instruction sets that decide how fast it
+    multiplies; None where the system does not list them.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -99,18 +108,33 @@ def environment() -> dict[str, Any]:
             "machine": platform.machine(),
             "system": platform.system(),
             "cpu": _processor_name(),
+            "cpu_features": _processor_features(),
             "num_cpus": os.cpu_count(),
         },
     }
 
 
 def _processor_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+    return _cpu_info("model name") or platform.processor()
+
+
+def _processor_features() -> list[str] | None:
+    """Return the instruction sets of ``_CPU_FEATURES`` that the CPU has, in that order."""
+    listed = _cpu_info("flags", "Features")
+    if not listed:
+        return None
+    flags = set(listed.split())
+    return [name for name in _CPU_FEATURES if name in flags]
+
+
+def _cpu_info(*keys: str) -> str:
+    """Return the value of the first line of ``/proc/cpuinfo`` under one of ``keys``; "" = none."""
+    if _CPU_INFO.exists():
+        for line in _CPU_INFO.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in keys:
+                return value.strip()
+    return ""
 
 
 def _source_commit() -> str | None:

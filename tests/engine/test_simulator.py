@@ -17,7 +17,9 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
+from orchard.experiment.holdings import build_federation, data_digest, read_retention
 from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.run_folder import recipe_digest
 from orchard.experiment.running import build_schedule, run_experiment
 from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog
@@ -214,6 +216,12 @@ def test_the_record_of_a_run_is_complete(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "result.json").read_text()) == json.loads(json.dumps(result))
     assert read_recipe(tmp_path / "recipe.toml").recipe == recipe
     assert result["base_is_unchanged"]
+    assert result["recipe_digest"] == recipe_digest(recipe)
+    digests = data_digest(build_federation(recipe), retention=read_retention(recipe))
+    assert result["data_digest"] == digests.overall
+    assert {
+        client: own["data_digest"] for client, own in result["clients"].items()
+    } == digests.clients
     clients = ["harbor", "hill", "marsh", "forest"]
     for model in ("base", "global", "local", "personal"):
         assert list(result["metrics"][model]["loss"]) == clients

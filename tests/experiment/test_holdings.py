@@ -8,11 +8,19 @@ from pathlib import Path
 import pytest
 
 from federations import RECIPES
+from orchard.data.examples import Example
+from orchard.data.partition import DuplicateReport
 from orchard.evaluation.quality import TestExample
-from orchard.experiment.holdings import build_federation
+from orchard.experiment.holdings import (
+    Federation,
+    build_federation,
+    build_site,
+    data_digest,
+)
 from orchard.experiment.preparation import prepare_experiment
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
+from sites import site_recipe, write_sites
 
 TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 
@@ -97,3 +105,62 @@ def test_accuracy_needs_labels_or_options_before_anything_is_read(tmp_path: Path
 
 def test_generated_answers_can_be_measured_on_options(news: Path) -> None:
     assert prepare_experiment(recipe_for(news, "evaluation.metrics=rouge_l"))
+
+
+A, B = Example("a", "b"), Example("c", "d", "e", "f", ("d", "g"))
+
+
+def federated(**held: tuple[list[Example], list[Example]]) -> Federation:
+    train = {client: own for client, (own, _) in held.items()}
+    test = {client: own for client, (_, own) in held.items()}
+    return Federation(train, test, DuplicateReport(0, 0), 0)
+
+
+def test_the_digest_of_equal_data_is_equal() -> None:
+    one, other = (data_digest(federated(x=([A, B], [A]), y=([B], [A]))) for _ in range(2))
+    assert one == other
+    twin = Example("c", "d", "e", "f", ("d", "g"))
+    assert data_digest(federated(x=([A, twin], [A]), y=([twin], [A]))) == one
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Example("A", "d", "e", "f", ("d", "g")),
+        Example("c", "g", "e", "f", ("d", "g")),
+        Example("c", "d", "", "f", ("d", "g")),
+        Example("c", "d", "e", "", ("d", "g")),
+        Example("c", "d", "e", "f", ("g", "d")),
+        # The same letters, divided otherwise over the fields.
+        Example("c", "de", "", "f", ("d", "g")),
+    ],
+)
+def test_every_field_of_an_example_counts_for_its_client_alone(other: Example) -> None:
+    before = data_digest(federated(x=([A, B], [A]), y=([B], [A])))
+    after = data_digest(federated(x=([A, other], [A]), y=([B], [A])))
+    assert after.overall != before.overall
+    assert after.clients["x"] != before.clients["x"]
+    assert after.clients["y"] == before.clients["y"]
+
+
+def test_order_splits_clients_and_what_all_hold_count() -> None:
+    whole = federated(x=([A, B], [A]), y=([B], [A]))
+    digests = [
+        data_digest(whole),
+        data_digest(federated(x=([B, A], [A]), y=([B], [A]))),
+        data_digest(federated(x=([A], [B, A]), y=([B], [A]))),
+        data_digest(federated(y=([B], [A]), x=([A, B], [A]))),
+        data_digest(federated(x=([A, B], [A]), z=([B], [A]))),
+        data_digest(whole, retention=[A]),
+        data_digest(whole, calibration=[A]),
+    ]
+    assert len({found.overall for found in digests}) == len(digests)
+
+
+def test_a_site_has_the_digest_that_the_simulator_gives_its_client(tmp_path: Path) -> None:
+    folder = write_sites(tmp_path / "sites")
+    whole = data_digest(build_federation(site_recipe("fedavg", folder)))
+    assert len(set(whole.clients.values())) == 2
+    for site, digest in whole.clients.items():
+        alone = build_site(site_recipe("fedavg", folder / f"{site}.jsonl"), site)
+        assert data_digest(alone).clients == {site: digest}

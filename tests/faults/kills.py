@@ -3,7 +3,8 @@
     python tests/faults/kills.py --kills 30 --model MODEL --data FOLDER --out FOLDER
 
 runs the same recipe undisturbed in the simulator and killed between processes, and writes what
-happened at each kill. FOLDER of --data has one .jsonl file for each site.
+happened at each kill; ``python -m benchmarks.pages faults`` makes the page of it. FOLDER of --data
+has one .jsonl file for each site.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from orchard.deployment.localhost import ORCHARD, Processes, running
-from orchard.results import MetricsLog
+from orchard.results import MetricsLog, environment
 from sites import same, shared_tensors
 
 TARGETS = ("coordinator", "superlink", "rounds", "site", "supernode", "worker")
@@ -176,7 +177,11 @@ def main() -> None:
             started = time.monotonic()
             saboteur.go(random_targets(given.kills, given.seed), pause=(1.0, 20.0), seconds=3600.0)
             seconds = time.monotonic() - started
+        result = json.loads((simulated / "result.json").read_text())
         record = {
+            **environment(),
+            "recipe_digest": result["recipe_digest"],
+            "data_digest": result["data_digest"],
             "rounds": given.rounds,
             "seconds": seconds,
             "is_equal": same(shared_tensors(folder / "run"), shared_tensors(simulated)),
@@ -184,13 +189,6 @@ def main() -> None:
         }
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "kills.json").write_text(json.dumps(record, indent=1) + "\n")
-    lines = ["| # | killed | after round | at, s | next round complete after, s |"]
-    lines.append("| ---: | --- | ---: | ---: | ---: |")
-    for number, own in enumerate(saboteur.kills, start=1):
-        who = f"{own.target} of {own.site}" if own.site else own.target
-        late = f"{own.recovered_seconds:.1f}" if own.recovered_seconds else "the run had ended"
-        lines.append(f"| {number} | {who} | {own.after_round} | {own.at_seconds:.0f} | {late} |")
-    (given.out / "kills.md").write_text("\n".join(lines) + "\n")
     print(f"{len(saboteur.kills)} kills in {seconds:.0f} s; equal: {record['is_equal']}")
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from orchard.communication.audit import read_audit
 from orchard.deployment.localhost import ORCHARD
 from orchard.recipe.reading import to_toml
-from orchard.results import MetricsLog
+from orchard.results import MetricsLog, environment
 from sites import same, shared_tensors, site_recipe, write_sites
 
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000
@@ -218,7 +218,11 @@ def run(folder: Path, *, rounds: int, unplug_seconds: float) -> dict[str, object
                 process.wait(30)
         seconds = time.monotonic() - started
     events = read_audit(folder / "run" / "audit.jsonl")
+    result = json.loads((simulated / "result.json").read_text())
     return {
+        **environment(),
+        "recipe_digest": result["recipe_digest"],
+        "data_digest": result["data_digest"],
         "exit_code": code,
         "rounds": rounds,
         "seconds": seconds,

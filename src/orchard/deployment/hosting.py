@@ -376,6 +376,9 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             **environment(),
             "seed": recipe.seed,
             "strategy": recipe.strategy.name,
+            "recipe_digest": recipe_digest(recipe),
+            # The data is at the sites, and of what it is nothing leaves them.
+            "data_digest": None,
             "base_digest": base_digest,
             "shared_digest": digest(state.shared),
             "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from orchard.data import partition, world
@@ -121,6 +123,58 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
     examples = read_jsonl(data.path, _fields(data))
     train, test = _split_each({client_id: examples}, data, seeds)
     return _finish(recipe, train, test)
+
+
+@dataclass(frozen=True)
+class DataDigest:
+    """What the data of a run was, without the data.
+
+    Attributes:
+        overall: SHA-256 over all clients, in their order.
+        clients: Client id to SHA-256 over what that client holds.
+    """
+
+    overall: str
+    clients: Mapping[str, str]
+
+
+def data_digest(
+    federation: Federation,
+    *,
+    retention: Sequence[Example] = (),
+    calibration: Sequence[Example] = (),
+) -> DataDigest:
+    """Return the digest of what every client holds: the same one means the same data.
+
+    A client's is over its training examples, its test examples, and the examples of retention and
+    calibration that all clients hold: every field of every example, as text, in order. How they are
+    encoded for a model is the recipe's, and not in it.
+
+    Args:
+        federation: Who holds which examples.
+        retention: See ``read_retention``.
+        calibration: See ``read_calibration``.
+    """
+    known: dict[int, str] = {}
+
+    def of(examples: Sequence[Example]) -> str:
+        # A central test set is one list for all clients, and is read once.
+        if id(examples) not in known:
+            found = hashlib.sha256()
+            for example in examples:
+                found.update(json.dumps(astuple(example)).encode() + b"\n")
+            known[id(examples)] = found.hexdigest()
+        return known[id(examples)]
+
+    clients = {}
+    for client, train in federation.train.items():
+        held = (train, federation.test[client], retention, calibration)
+        clients[client] = _sha256(*map(of, held))
+    return DataDigest(_sha256(*(part for item in clients.items() for part in item)), clients)
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def read_retention(recipe: Recipe) -> list[Example]:

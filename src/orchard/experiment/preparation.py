@@ -16,9 +16,11 @@ from orchard.data.templates import (
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
 from orchard.experiment.holdings import (
+    DataDigest,
     Federation,
     build_federation,
     build_site,
+    data_digest,
     read_calibration,
     read_retention,
 )
@@ -53,6 +55,7 @@ class Experiment:
         calibration: Encoded calibration corpus.
         tokenizer: The model's.
         budgets: Client id to the experts that it can afford, over all MoE layers; None = all.
+        digest: Of everything that the clients hold, before it was encoded.
     """
 
     recipe: Recipe
@@ -63,6 +66,7 @@ class Experiment:
     calibration: list[Encoded]
     tokenizer: Any
     budgets: Mapping[str, int | None]
+    digest: DataDigest
 
 
 @dataclass(frozen=True)
@@ -152,6 +156,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         calibration=encode_all(calibration),
         tokenizer=tokenizer,
         budgets=dict(zip(federation.train, budgets, strict=True)),
+        digest=data_digest(federation, retention=retention, calibration=calibration),
     )
 
 

@@ -171,11 +171,17 @@ def run_experiment(
         **environment(),
         "seed": recipe.seed,
         "strategy": recipe.strategy.name,
+        "recipe_digest": recipe_digest(recipe),
+        "data_digest": experiment.digest.overall,
         "base_digest": model.base_digest,
         "base_is_unchanged": digest(model.base_state) == model.base_digest,
         "shared_digest": digest(state.shared),
         "clients": {
-            client.client_id: {"num_train": len(client.train), "num_test": len(client.test)}
+            client.client_id: {
+                "num_train": len(client.train),
+                "num_test": len(client.test),
+                "data_digest": experiment.digest.clients[client.client_id],
+            }
             for client in clients
         },
         "data": {

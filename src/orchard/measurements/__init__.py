@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from orchard.results import environment
+
 
 def _memory(repeats: int) -> dict[str, Any]:
     from orchard.measurements.client_memory import bench_memory
@@ -50,14 +52,14 @@ def _wire(repeats: int) -> dict[str, Any]:
 
 
 def _step(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
-    from orchard.measurements.step import bench_steps
+    from orchard.measurements.step import bench_random, bench_steps
 
-    return bench_steps(
-        repeats=repeats,
-        model=model or "orchard:tiny",
-        data=data,
-        say=lambda line: print(line, file=sys.stderr),
-    )
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if not (model or data):
+        return bench_random(repeats=repeats, say=say)
+    return bench_steps(repeats=repeats, model=model or "orchard:tiny", data=data, say=say)
 
 
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
@@ -80,12 +82,16 @@ TAKE_A_MODEL = MappingProxyType({"step": _step})
 def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: str = "") -> str:
     """Run one measurement and return what it found, as JSON or as one line for each figure.
 
+    What it ran on comes first, as in a run's ``result.json``: a speed is that of a machine.
+
     Args:
         name: Of the measurement.
         as_json: Whether to return JSON.
         repeats: Runs of each side.
-        model: A base, for measurements that take one; "" = the packaged one.
-        data: Examples, for measurements that take some; "" = packaged ones.
+        model: A base, for measurements that take one; "" = a random one, or with ``data`` the
+            packaged one.
+        data: Examples, for measurements that take some; "" = random ones, or with ``model``
+            packaged ones.
 
     Raises:
         ValueError: There is no measurement of this name, or it takes no model and no data.
@@ -101,6 +107,7 @@ def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: 
         found = TAKE_A_MODEL[name](repeats, model=model, data=data)
     else:
         found = BENCHES[name](repeats)
+    found = {**environment(), **found}
     if as_json:
         return json.dumps(found, indent=1)
     return "\n".join(_lines(found, ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -27,6 +27,7 @@ from orchard.measurements.plain_loop import (
 )
 from orchard.measurements.step_memory import measure_alone
 from orchard.measurements.step_sides import (
+    MIDDLE_SHAPE,
     QWEN_SHAPE,
     OurSide,
     StepCase,
@@ -39,7 +40,7 @@ from orchard.measurements.step_sides import (
 from orchard.models.stored.loading import (
     threads,
 )
-from orchard.models.stored.random_checkpoint import write_random_checkpoint
+from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
 from orchard.models.view.unbinding import unbound_experts
 from orchard.process_memory import release_freed_memory
 from orchard.trees import Tree
@@ -52,6 +53,11 @@ _CHECKED_STEPS = 10
 
 
 _MOST_DIFFERENT = 1e-3
+
+
+# Lengths so different that more than a third of the peer's rows is padding, as with Dolly; and few
+# enough steps that three repeats of all sides end within some two minutes on two idle cores.
+_MIDDLE_CASE = StepCase("", "random", min_tokens=16, max_tokens=384, steps=5)
 
 
 def bench_step(
@@ -256,7 +262,7 @@ def _device_peak(device: str) -> int:
 def bench_steps(
     *, repeats: int, model: str, data: str, say: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Compare both sides on a small base, and on Qwen1.5-MoE's shape cut to four layers."""
+    """Compare both sides on a base, and on Qwen1.5-MoE's shape cut to four layers."""
     small = StepCase(model, data)
     result = {"small": bench_step(small, repeats=repeats, experts=_CPU_EXPERTS, say=say)}
     result["evaluation"] = bench_answers(small, repeats=repeats, say=say)
@@ -272,3 +278,40 @@ def bench_steps(
             say=say,
         )
     return result
+
+
+def bench_random(
+    *,
+    repeats: int,
+    shape: Shape = MIDDLE_SHAPE,
+    case: StepCase = _MIDDLE_CASE,
+    num_prompts: int = 16,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Compare both sides on a random model that is written for it, on random tokens.
+
+    What ``orchard bench step`` does without a model: nothing is downloaded, and the model is large
+    enough that training is timed, not calls.
+
+    Args:
+        repeats: Runs of each side.
+        shape: Of the model, in float32.
+        case: What both train; its path is the model's.
+        num_prompts: Prompts of the comparison of answers.
+        say: Hears of every run that ended.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(Path(folder), shape, dtype="float32", seed=0)
+        middle = replace(case, path=folder)
+        return {
+            "shape": asdict(shape),
+            "middle": bench_step(middle, repeats=repeats, experts=_CPU_EXPERTS, say=say),
+            "evaluation": bench_answers(
+                middle,
+                num_prompts=num_prompts,
+                batch_size=num_prompts,
+                max_new_tokens=32,
+                repeats=repeats,
+                say=say,
+            ),
+        }
