@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from orchard.recipe.describing import Scalar
     from orchard.recipe.options import Recipe
     from orchard.strategies.strategy import Strategy
+    from orchard.tracking.trackers import Tracker
 
 
 def load_recipe(
@@ -65,10 +66,12 @@ def run(
     resume: bool = False,
     progress: bool | Reporter = True,
     strategy: Strategy | None = None,
+    track: str | Sequence[str] = (),
 ) -> Result:
     """Run a recipe, or go on running it, and return what it found.
 
-    What a person should know about the data before trusting the result is a warning.
+    What a person should know about the data before trusting the result is a warning, and so is a
+    tracker that fails.
 
     Args:
         recipe: Every choice, from ``load_recipe``.
@@ -77,13 +80,15 @@ def run(
         progress: Show a bar in a terminal and a line per round elsewhere; False shows nothing, and
             a reporter of your own is told of everything that takes time.
         strategy: A method of your own, instead of the recipe's.
+        track: Trackers that get the metrics: ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``.
 
     Raises:
         FileNotFoundError: Data or model are not there.
-        ValueError: Something does not fit, or ``out`` holds another run.
+        ValueError: Something does not fit, or ``out`` holds another run, or a tracker's library is
+            not installed.
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
-    prepared = prepare(recipe, out=out, resume=resume)
+    prepared = prepare(recipe, out=out, resume=resume, track=track)
     for note in prepared.notes:
         warnings.warn(note, stacklevel=2)
     return execute(prepared, progress=progress, strategy=strategy)
@@ -97,36 +102,49 @@ class Prepared:
         experiment: The recipe with its data.
         folder: The run's folder.
         notes: What a person should know about the data before trusting the result.
+        trackers: That will get the metrics, by name.
     """
 
     experiment: Experiment
     folder: Path
     notes: tuple[str, ...]
+    trackers: Mapping[str, Tracker]
 
 
-def prepare(recipe: Recipe, *, out: str | Path, resume: bool = False) -> Prepared:
+def prepare(
+    recipe: Recipe, *, out: str | Path, resume: bool = False, track: str | Sequence[str] = ()
+) -> Prepared:
     """Check what ``run`` will do, and read its data.
 
     Args:
         recipe: Every choice.
         out: The run's folder, which holds no run yet.
         resume: Continue the run in ``out`` where there is one.
+        track: Names of trackers.
 
     Raises:
         FileNotFoundError: Data or model are not there.
-        ValueError: Something does not fit, or ``out`` holds another run.
+        ValueError: Something does not fit, or ``out`` holds another run, or a tracker's library is
+            not installed.
     """
+    from orchard.tracking.trackers import make_trackers
+
+    trackers = make_trackers([track] if isinstance(track, str) else track)
     from orchard.experiment.preparation import data_notes, prepare_experiment
     from orchard.experiment.run_folder import check_folder
 
     folder = Path(out)
     check_folder(folder, recipe, resume=resume)
     experiment = prepare_experiment(recipe)
-    return Prepared(experiment, folder, tuple(data_notes(experiment)))
+    return Prepared(experiment, folder, tuple(data_notes(experiment)), trackers)
 
 
 def execute(
-    prepared: Prepared, *, progress: bool | Reporter = True, strategy: Strategy | None = None
+    prepared: Prepared,
+    *,
+    progress: bool | Reporter = True,
+    strategy: Strategy | None = None,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> Result:
     """Run what ``prepare`` has checked, and return what it found.
 
@@ -134,19 +152,21 @@ def execute(
         prepared: Recipe, data and folder.
         progress: See ``run``.
         strategy: A method of your own, instead of the recipe's.
+        warn: Told why a tracker stopped, if one does.
 
     Raises:
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
     from orchard.experiment.running import run_experiment
+    from orchard.tracking.following import Following
 
-    record = run_experiment(
-        prepared.experiment,
-        folder=prepared.folder,
-        reporter=_reporter(progress),
-        strategy=strategy,
-    )
-    return Result(prepared.folder, record)
+    experiment, folder, reporter = prepared.experiment, prepared.folder, _reporter(progress)
+    if prepared.trackers:
+        reporter = Following(
+            reporter, prepared.trackers, folder=folder, recipe=experiment.recipe, warn=warn
+        )
+    record = run_experiment(experiment, folder=folder, reporter=reporter, strategy=strategy)
+    return Result(folder, record)
 
 
 def _reporter(progress: bool | Reporter) -> Reporter:

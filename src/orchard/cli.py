@@ -104,6 +104,10 @@ def run(
     overrides: Overrides = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Send metrics to tensorboard, wandb, mlflow or trackio; repeatable."),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe."""
@@ -116,12 +120,16 @@ def run(
         from orchard.engine.progress import choose_reporter, make_console
         from orchard.reports import run_sentence
 
-        prepared = prepare(resolved.recipe, out=folder, resume=resume)
+        prepared = prepare(resolved.recipe, out=folder, resume=resume, track=track or ())
     console = make_console()
-    for note in prepared.notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
+
+    def note(text: str) -> None:
+        console.print(f"note: {text}", style="yellow", highlight=False)
+
+    for text in prepared.notes:
+        note(text)
     with _clear_errors(code=FAILED, traceback=traceback):
-        result = execute(prepared, progress=choose_reporter(console))
+        result = execute(prepared, progress=choose_reporter(console), warn=note)
     console.print(result.table())
     console.print(run_sentence(result.record, folder), highlight=False)
 
