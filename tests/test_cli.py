@@ -192,6 +192,10 @@ def test_other_bad_values_are_refused(override: str, words: tuple[str, ...]) -> 
     check_refused(call("run", "recipes/tiny/flex.toml", override), *words)
 
 
+def test_an_unknown_tracker_is_refused() -> None:
+    check_refused(call("run", "tiny/flex", "--track", "tensorbord"), "did you mean tensorboard")
+
+
 def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("seed = 0\n")
     result = call("run", "recipes/tiny/flex.toml", "--out", tmp_path)

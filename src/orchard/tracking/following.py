@@ -129,10 +129,11 @@ class Following:
         except Exception as error:  # whatever a library raises, the run is more important
             del self._trackers[name]
             text = " ".join(f"{type(error).__name__}: {error}".split())
+            last = self._last_round(name)
+            when = "before any round" if last is None else f"after round {last}"
             self._warn(
-                f"tracker {name} stopped after round {self._last_round(name)} ({text}); the run "
-                f"goes on and metrics.jsonl has everything; run --resume --track {name} again "
-                "to send what it lacks"
+                f"tracker {name} stopped {when} ({text}); the run goes on and metrics.jsonl has "
+                f"everything; resume it with {name} tracked again to send what it lacks"
             )
             return False
         return True

@@ -215,18 +215,20 @@ class Library:
     Attributes:
         tracker: What talks to it.
         module: What must be importable.
+        packages: What brings it, as the extra of the tracker's name does.
     """
 
     tracker: type[Tracker]
     module: str
+    packages: str
 
 
 LIBRARIES: Mapping[str, Library] = MappingProxyType(
     {
-        "tensorboard": Library(TensorBoard, "tensorboard"),
-        "wandb": Library(WeightsAndBiases, "wandb"),
-        "mlflow": Library(MLflow, "mlflow"),
-        "trackio": Library(Trackio, "trackio"),
+        "tensorboard": Library(TensorBoard, "tensorboard", "tensorboard"),
+        "wandb": Library(WeightsAndBiases, "wandb", "wandb"),
+        "mlflow": Library(MLflow, "mlflow", "mlflow-skinny alembic sqlalchemy"),
+        "trackio": Library(Trackio, "trackio", "trackio"),
     }
 )
 """Name, which is that of the extra too, to the library."""
@@ -248,7 +250,7 @@ def make_trackers(names: Iterable[str]) -> dict[str, Tracker]:
         if importlib.util.find_spec(library.module) is None:
             raise ValueError(
                 f"{library.module} must be installed to track with it, got no such package; "
-                f"install the extra {name} (pip install {library.module})"
+                f"install the extra {name} (pip install {library.packages})"
             )
         trackers[name] = library.tracker()
     return trackers
