@@ -47,7 +47,8 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,docs,report,flower]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable \
+		".[dev,docs,report,flower,tensorboard,mlflow]"
 	touch $(INSTALLED)
 
 clean:

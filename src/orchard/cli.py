@@ -17,9 +17,8 @@ BAD_INPUT, FAILED = 2, 1
 
 app = typer.Typer(
     name="orchard",
-    help="Federated fine-tuning of Mixture-of-Experts language models.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -31,6 +30,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Override values of the recipe."),
 ]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
 
 
@@ -55,6 +60,30 @@ def _resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
     return read_recipe(find_recipe(recipe), overrides or [])
 
 
+def _default_folder(recipe: Path) -> Path:
+    return Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        import orchard
+
+        print(f"orchard {orchard.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def orchard_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Federated fine-tuning of Mixture-of-Experts language models."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and summary.json.")] = Path(
@@ -74,11 +103,12 @@ def demo(
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
+    out: OutOption = None,
+    resume: ResumeOption = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Send metrics to tensorboard, wandb, mlflow or trackio; repeatable."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe."""
@@ -86,22 +116,23 @@ def run(
 
     with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
         resolved = _resolve(recipe, overrides)
-        folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
+        folder = out or _default_folder(recipe)
+        from orchard.api import execute, prepare
         from orchard.engine.progress import choose_reporter, make_console
-        from orchard.experiment.preparation import data_notes, prepare_experiment
-        from orchard.experiment.run_folder import check_folder
-        from orchard.experiment.running import run_experiment
-        from orchard.reports import result_table, run_sentence
+        from orchard.reports import run_sentence
 
-        check_folder(folder, resolved.recipe, resume=resume)
-        experiment = prepare_experiment(resolved.recipe)
+        prepared = prepare(resolved.recipe, out=folder, resume=resume, track=track or ())
     console = make_console()
-    for note in data_notes(experiment):
-        console.print(f"note: {note}", style="yellow", highlight=False)
+
+    def note(text: str) -> None:
+        console.print(f"note: {text}", style="yellow", highlight=False)
+
+    for text in prepared.notes:
+        note(text)
     with _clear_errors(code=FAILED, traceback=traceback):
-        result = run_experiment(experiment, folder=folder, reporter=choose_reporter(console))
-    console.print(result_table(result))
-    console.print(run_sentence(result, folder), highlight=False)
+        result = execute(prepared, progress=choose_reporter(console), warn=note)
+    console.print(result.table())
+    console.print(run_sentence(result.record, folder), highlight=False)
 
 
 @app.command()
@@ -113,12 +144,24 @@ def ls() -> None:
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: Overrides = None, traceback: Traceback = False) -> None:
-    """Show a recipe with every value and where it comes from."""
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show what is as by default, too.")
+    ] = False,
+    as_json: JsonOption = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what of a recipe differs from the defaults, where it comes from and what it means."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        from orchard.catalog import print_recipe
+        from orchard.catalog import print_recipe, recipe_as_json
 
-        print_recipe(_resolve(recipe, overrides))
+        resolved = _resolve(recipe, overrides)
+        if as_json:
+            print(recipe_as_json(resolved, show_all=show_all))
+        else:
+            print_recipe(resolved, show_all=show_all)
 
 
 @app.command()
@@ -142,18 +185,14 @@ def partition(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     traceback: Traceback = False,
 ) -> None:
     """Show what a recipe asks of each client, before any weight is loaded."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.api import plan as make_plan
         from orchard.engine.progress import make_console
-        from orchard.experiment.planning import (
-            make_plan,
-            plan_as_json,
-            plan_sentences,
-            plan_table,
-        )
+        from orchard.experiment.planning import plan_as_json, plan_sentences, plan_table
 
         made = make_plan(_resolve(recipe, overrides).recipe)
         if as_json:
@@ -171,7 +210,7 @@ def bench(
         str,
         typer.Argument(help="What to measure, such as memory.", show_default=False),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
     model: Annotated[str, typer.Option(help="Base of step; empty = a random one.")] = "",
     data: Annotated[str, typer.Option(help="Examples of step, for that base.")] = "",
@@ -199,20 +238,17 @@ def coordinate(
     address: Annotated[
         str, typer.Option(help="host:port to listen at; 0.0.0.0 for all of this machine's.")
     ] = "127.0.0.1:8443",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
-    ] = None,
+    out: OutOption = None,
     keys: KeysOption = None,
     insecure: InsecureOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume: ResumeOption = False,
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe with sites on other machines, over Flower."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
         _log_to_stderr()
         resolved = _resolve(recipe, overrides)
-        folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
+        folder = out or _default_folder(recipe)
         from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
         from orchard.deployment.hosting import coordinate as run_coordinator
 
@@ -322,14 +358,32 @@ def _log_to_stderr() -> None:
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX table.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Show several runs in one table."""
+    """Show several runs in one table; those that differ in their seed alone are one row."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard import comparison as comparisons
         from orchard.engine.progress import make_console
-        from orchard.reports import comparison_table, read_result
 
-        make_console().print(comparison_table({str(run): read_result(run) for run in runs}))
+        if as_json + as_csv + as_latex > 1:
+            raise ValueError("one of --json, --csv and --latex must be given, got several")
+        found = comparisons.compare_runs(runs)
+        if as_json:
+            print(comparisons.comparison_as_json(found))
+        elif as_csv:
+            print(comparisons.comparison_as_csv(found), end="")
+        elif as_latex:
+            print(comparisons.comparison_as_latex(found), end="")
+        else:
+            console = make_console()
+            console.print(comparisons.comparison_table(found, console))
+            if found.differing:
+                print(f"runs differ in {', '.join(found.differing)}")
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def main() -> None:
