@@ -38,11 +38,12 @@ from orchard.engine.processes import (
 from orchard.engine.progress import Lines, make_console
 from orchard.experiment.methods import (
     build_strategy,
-    check_aggregation,
     check_strategy,
+    own_names,
     require_path,
 )
-from orchard.experiment.run_folder import RECIPE_FILE, check_folder, recipe_digest
+from orchard.experiment.own_methods import import_from, own_digests
+from orchard.experiment.run_folder import RECIPE_FILE, begin_folder, check_folder, recipe_digest
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel, check_communication
@@ -108,8 +109,8 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
     """
     require_flower()
     check_security(options.address, keys=options.keys, is_insecure=options.is_insecure)
-    check_folder(options.folder, recipe, resume=resume)
     check_strategy(recipe.strategy.name)
+    check_folder(options.folder, recipe, resume=resume)
     check_communication(recipe)
     require_path(recipe)
     check_device(recipe.model.device)
@@ -139,7 +140,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
             "deployment.sites must say how many sites take part, got 0; for example "
             "deployment.sites=3"
         )
-    check_aggregation(recipe, num_clients=num_sites)
+    build_strategy(recipe, num_clients=num_sites)  # what cannot be put on is refused here
     for name, value in (
         ("deployment.quorum", recipe.deployment.quorum),
         ("server.clients_per_round", recipe.server.clients_per_round),
@@ -167,12 +168,18 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder / _LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
-        write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
+        begin_folder(folder, recipe, digests=_digests(recipe))
         if not (folder / _RUN_FILE).exists():
             write_json(folder / _RUN_FILE, {"run": secrets.token_hex(8)})
         facts = json.loads((folder / _RUN_FILE).read_text())
-        write_json(folder / _RUN_FILE, {**facts, "num_sites": num_sites})
+        # Flower starts the rounds elsewhere; modules of own methods are found from here.
+        facts |= {"num_sites": num_sites, "directory": str(Path.cwd())}
+        write_json(folder / _RUN_FILE, facts)
         return _supervise(options, folder)
+
+
+def _digests(recipe: Recipe) -> dict[str, str]:
+    return own_digests(own_names(recipe.strategy.name))
 
 
 def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
@@ -356,6 +363,8 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
     """Run the rounds of ``folder`` over any post, and write its result."""
     recipe = read_recipe(folder / RECIPE_FILE).recipe
     facts = json.loads((folder / _RUN_FILE).read_text())
+    import_from(Path(facts["directory"]))
+    check_folder(folder, recipe, resume=True)
     tokenizer = load_tokenizer(recipe.model.path)
     with threads(recipe.model.num_threads):
         model = load_model(recipe, tokenizer)
@@ -370,12 +379,14 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             return strategy, start_server(strategy, fresh)
 
         state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
+    digests = _digests(recipe)
     result = build_result(
         folder,
         {
             **environment(),
             "seed": recipe.seed,
             "strategy": recipe.strategy.name,
+            **({"own_methods": digests} if digests else {}),
             "base_digest": base_digest,
             "shared_digest": digest(state.shared),
             "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
@@ -411,4 +422,5 @@ def build_coordinator(
         ),
         admission=Admission(options.max_update_norm, options.max_weight),
         reporter=Lines(make_console()),
+        methods=_digests(recipe),
     )

@@ -22,6 +22,7 @@ from orchard.engine.processes import (
     free_port,
     only_one,
 )
+from orchard.recipe.method_options import BUILT_IN
 from orchard.results import write_atomically
 
 log = logging.getLogger(__name__)
@@ -86,12 +87,17 @@ def check_site(options: SiteOptions) -> None:
 
     Raises:
         FileNotFoundError: Data or keys are not there.
-        ValueError: The name, the address or the keys do not fit.
+        ValueError: The name, the address, the keys or a method do not fit.
     """
     require_flower()
     check_site_name(options.name)
     check_security(options.superlink, keys=options.keys, is_insecure=options.is_insecure)
     consent = options.consent
+    if set(consent.methods) - set(BUILT_IN):
+        from orchard.experiment.methods import find_method
+
+        for name in consent.methods:
+            find_method(name)
     for option, given in (
         ("--data", consent.data),
         ("--calibration", consent.calibration),
