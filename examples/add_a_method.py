@@ -3,25 +3,18 @@
 A method changes one of the five answers of ``Strategy``, here ``weigh``: what a client sends. The
 server needs no change: a name that nobody sent keeps its value. A recipe names it where this file
 can be imported, ``strategy.name = "add_a_method:send_most_moved"``; run with python, without
-arguments, the file passes it to ``run_experiment`` itself.
+arguments, the file passes it to ``orchard.run`` itself.
 """
 
 import tempfile
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
+import orchard
 from orchard.client.client import Client
 from orchard.communication.messages import Task
-from orchard.engine.progress import Silent
-from orchard.experiment.preparation import prepare_experiment
-from orchard.experiment.running import run_experiment
-from orchard.recipe.reading import read_recipe
 from orchard.strategies.strategy import Contribution, Strategy, Trained
 from orchard.trees import select, squared_norm
-
-RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "fedavg.toml"
-QUICK = ("server.rounds=2", "evaluation.models=global", "evaluation.metrics=loss")
 
 
 def send_most_moved(strategy: Strategy, *, num_layers: int = 1) -> Strategy:
@@ -41,11 +34,12 @@ def send_most_moved(strategy: Strategy, *, num_layers: int = 1) -> Strategy:
 
 
 if __name__ == "__main__":
-    experiment = prepare_experiment(read_recipe(RECIPE, QUICK).recipe)
+    quick = {"models": "global", "metrics": "loss"}
+    recipe = orchard.load_recipe("tiny/fedavg", server={"rounds": 2}, evaluation=quick)
     for count in (4, 1):
         mine = partial(send_most_moved, num_layers=count)
-        with tempfile.TemporaryDirectory() as name:
-            result = run_experiment(experiment, folder=Path(name), reporter=Silent(), strategy=mine)
-        uplink = result["uplink_bytes_per_round"][-1]
-        loss = result["summary"]["global"]["loss"]["mean"]
-        print(f"{result['strategy']}: {uplink:,} bytes a round, loss {loss:.3f}")
+        with tempfile.TemporaryDirectory() as folder:
+            result = orchard.run(recipe, out=folder, progress=False, strategy=mine)
+        uplink = result.record["uplink_bytes_per_round"][-1]
+        loss = result.summary["global"]["loss"]["mean"]
+        print(f"{result.strategy}: {uplink:,} bytes a round, loss {loss:.3f}")

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner, Result
 
 from federations import QUICK
@@ -304,6 +307,34 @@ def test_import_loads_neither_torch_nor_transformers_and_help_is_quick() -> None
         seconds.append(time.monotonic() - started)
     # Half a second is the promise; the best of three on a machine that runs other tests.
     assert min(seconds) < 0.5
+
+
+def test_the_version_is_that_of_the_package_also_by_python_m() -> None:
+    said = call("--version")
+    assert (said.exit_code, said.output) == (0, f"orchard {metadata.version('orchard-moe')}\n")
+    module = subprocess.run(
+        [sys.executable, "-m", "orchard", "--version"], check=True, capture_output=True, text=True
+    )
+    assert module.stdout == said.output
+
+
+def test_h_is_help_everywhere() -> None:
+    for command in ((), *((name,) for name in typer.main.get_command(app).commands)):  # type: ignore[attr-defined]
+        short, long = call(*command, "-h"), call(*command, "--help")
+        assert short.exit_code == 0
+        assert short.output == long.output
+
+
+def test_a_shell_completes_commands() -> None:
+    asked = {"_ORCHARD_COMPLETE": "complete_bash", "COMP_WORDS": "orchard co", "COMP_CWORD": "1"}
+    answer = subprocess.run(
+        [Path(sys.executable).parent / "orchard"],
+        env=os.environ | asked,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.stdout.split() == ["coordinate", "compare"]
 
 
 def test_traceback_is_shown_when_asked_for() -> None:

@@ -2,8 +2,12 @@
 
 import sys
 
+from orchard.api import load_recipe, plan, run
 from orchard.moved import MovedFinder
+from orchard.recipe.options import Recipe
+from orchard.runs import Result, Run, load
 
 __version__ = "0.1.0"
+__all__ = ["Recipe", "Result", "Run", "load", "load_recipe", "plan", "run"]
 
 sys.meta_path.append(MovedFinder())

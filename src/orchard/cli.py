@@ -17,9 +17,8 @@ BAD_INPUT, FAILED = 2, 1
 
 app = typer.Typer(
     name="orchard",
-    help="Federated fine-tuning of Mixture-of-Experts language models.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -31,6 +30,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[key=value ...]", help="Override values of the recipe."),
 ]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
+]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
 
 
@@ -60,6 +64,30 @@ def _resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
     return resolved
 
 
+def _default_folder(recipe: Path) -> Path:
+    return Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        import orchard
+
+        print(f"orchard {orchard.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def orchard_command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Federated fine-tuning of Mixture-of-Experts language models."""
+
+
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the runs and summary.json.")] = Path(
@@ -79,11 +107,8 @@ def demo(
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    out: OutOption = None,
+    resume: ResumeOption = False,
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe."""
@@ -91,22 +116,19 @@ def run(
 
     with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
         resolved = _resolve(recipe, overrides)
-        folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
+        folder = out or _default_folder(recipe)
+        from orchard.api import execute, prepare
         from orchard.engine.progress import choose_reporter, make_console
-        from orchard.experiment.preparation import data_notes, prepare_experiment
-        from orchard.experiment.run_folder import check_folder
-        from orchard.experiment.running import run_experiment
-        from orchard.reports import result_table, run_sentence
+        from orchard.reports import run_sentence
 
-        check_folder(folder, resolved.recipe, resume=resume)
-        experiment = prepare_experiment(resolved.recipe)
+        prepared = prepare(resolved.recipe, out=folder, resume=resume)
     console = make_console()
-    for note in data_notes(experiment):
+    for note in prepared.notes:
         console.print(f"note: {note}", style="yellow", highlight=False)
     with _clear_errors(code=FAILED, traceback=traceback):
-        result = run_experiment(experiment, folder=folder, reporter=choose_reporter(console))
-    console.print(result_table(result))
-    console.print(run_sentence(result, folder), highlight=False)
+        result = execute(prepared, progress=choose_reporter(console))
+    console.print(result.table())
+    console.print(run_sentence(result.record, folder), highlight=False)
 
 
 @app.command()
@@ -152,13 +174,9 @@ def plan(
 ) -> None:
     """Show what a recipe asks of each client, before any weight is loaded."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.api import plan as make_plan
         from orchard.engine.progress import make_console
-        from orchard.experiment.planning import (
-            make_plan,
-            plan_as_json,
-            plan_sentences,
-            plan_table,
-        )
+        from orchard.experiment.planning import plan_as_json, plan_sentences, plan_table
 
         made = make_plan(_resolve(recipe, overrides).recipe)
         if as_json:
@@ -204,20 +222,17 @@ def coordinate(
     address: Annotated[
         str, typer.Option(help="host:port to listen at; 0.0.0.0 for all of this machine's.")
     ] = "127.0.0.1:8443",
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
-    ] = None,
+    out: OutOption = None,
     keys: KeysOption = None,
     insecure: InsecureOption = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume: ResumeOption = False,
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe with sites on other machines, over Flower."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
         _log_to_stderr()
         resolved = _resolve(recipe, overrides)
-        folder = out or Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
+        folder = out or _default_folder(recipe)
         from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
         from orchard.deployment.hosting import coordinate as run_coordinator
 

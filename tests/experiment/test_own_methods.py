@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+import orchard
 from federations import quick_recipe, run_quickly
 from orchard.cli import app
 from orchard.engine.progress import Silent
 from orchard.experiment.methods import METHODS, build_strategy, check_strategy
 from orchard.experiment.own_methods import own_digests, passed_name
 from orchard.experiment.preparation import prepare_experiment
-from orchard.experiment.run_folder import begin_folder, check_folder
+from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
 from orchard.experiment.running import run_experiment
 from orchard.recipe.method_options import BUILT_IN
 from orchard.recipe.reading import read_recipe
@@ -84,6 +85,10 @@ def test_a_run_with_a_passed_function_goes_on_with_it_alone(own: Path, tmp_path:
             ValueError, match=r"strategy\.name must be .*mine:pulled_hard.* to resum"
         ):
             run(strategy=other)
+    with pytest.raises(ValueError, match=r"strategy\.name must be .*mine:pulled_hard"):
+        orchard.run(recipe, out=folder, resume=True, progress=False)
+    with pytest.raises(Interrupted):
+        orchard.run(recipe, out=folder, resume=True, progress=StopsAfterOne(), strategy=mine)
     result = run_quickly(folder, named)
     assert result["shared_digest"] == whole["shared_digest"]
     assert result["strategy"] == whole["strategy"] == "fedavg+mine:pulled_hard"
@@ -92,7 +97,7 @@ def test_a_run_with_a_passed_function_goes_on_with_it_alone(own: Path, tmp_path:
 
 def test_a_method_whose_source_changed_does_not_go_on(own: Path, tmp_path: Path) -> None:
     recipe = quick_recipe("mine:pulled")
-    begin_folder(tmp_path / "run", recipe, digests=own_digests(["mine:pulled"]))
+    begin_folder(tmp_path / "run", recorded_as(recipe))
     check_folder(tmp_path / "run", recipe, resume=True)
     (own / "mine.py").write_text(f"{PULLED}\n# and more\n")
     check_folder(tmp_path / "run", recipe, resume=True)  # what runs is what was imported

@@ -39,11 +39,16 @@ from orchard.engine.progress import Lines, make_console
 from orchard.experiment.methods import (
     build_strategy,
     check_strategy,
-    own_names,
     require_path,
 )
-from orchard.experiment.own_methods import import_from, own_digests
-from orchard.experiment.run_folder import RECIPE_FILE, begin_folder, check_folder, recipe_digest
+from orchard.experiment.own_methods import import_from
+from orchard.experiment.run_folder import (
+    RECIPE_FILE,
+    begin_folder,
+    check_folder,
+    recipe_digest,
+    recorded_as,
+)
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel, check_communication
@@ -168,7 +173,7 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder / _LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
-        begin_folder(folder, recipe, digests=_digests(recipe))
+        begin_folder(folder, recorded_as(recipe))
         if not (folder / _RUN_FILE).exists():
             write_json(folder / _RUN_FILE, {"run": secrets.token_hex(8)})
         facts = json.loads((folder / _RUN_FILE).read_text())
@@ -176,10 +181,6 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -
         facts |= {"num_sites": num_sites, "directory": str(Path.cwd())}
         write_json(folder / _RUN_FILE, facts)
         return _supervise(options, folder)
-
-
-def _digests(recipe: Recipe) -> dict[str, str]:
-    return own_digests(own_names(recipe.strategy.name))
 
 
 def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
@@ -379,14 +380,14 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             return strategy, start_server(strategy, fresh)
 
         state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
-    digests = _digests(recipe)
+    digests = recorded_as(recipe).digests
     result = build_result(
         folder,
         {
             **environment(),
             "seed": recipe.seed,
             "strategy": recipe.strategy.name,
-            **({"own_methods": digests} if digests else {}),
+            **({"own_methods": dict(digests)} if digests else {}),
             "base_digest": base_digest,
             "shared_digest": digest(state.shared),
             "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
@@ -422,5 +423,5 @@ def build_coordinator(
         ),
         admission=Admission(options.max_update_norm, options.max_weight),
         reporter=Lines(make_console()),
-        methods=_digests(recipe),
+        methods=recorded_as(recipe).digests,
     )

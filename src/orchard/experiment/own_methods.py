@@ -131,7 +131,7 @@ def _place(name: str) -> tuple[str, str]:
     if ":" in name:
         raise ValueError(
             f"strategy.name must name methods as module:attribute, got {name}; "
-            "what was passed to run_experiment as an object is resumed by passing it again"
+            "what was passed to run as an object is resumed by passing it again"
         )
     points = {(point.module, point.attr) for point in entry_points(group=GROUP, name=name)}
     if len(points) != 1:

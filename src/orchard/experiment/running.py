@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,16 @@ from orchard.client.training import TrainingSettings
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings
-from orchard.experiment.methods import build_strategy, own_names
-from orchard.experiment.own_methods import (
-    Transform,
-    own_digests,
-    passed_digest,
-    passed_name,
-)
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.own_methods import Transform, passed_name
 from orchard.experiment.preparation import Experiment, count_truncated
-from orchard.experiment.run_folder import begin_folder, check_folder, folder_name, recipe_digest
+from orchard.experiment.run_folder import (
+    begin_folder,
+    check_folder,
+    folder_name,
+    recipe_digest,
+    recorded_as,
+)
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
@@ -151,9 +151,14 @@ def run_experiment(
         ValueError: The folder holds another run, or the method cannot be put on.
     """
     recipe = experiment.recipe
-    method, recorded, digests = _choose(recipe, strategy, num_clients=len(experiment.train))
-    check_folder(folder, recorded, resume=True, digests=digests)
-    begin_folder(folder, recorded, digests=digests)
+    check_folder(folder, recipe, resume=True, passed=strategy)
+    recorded = recorded_as(recipe, strategy)
+    if isinstance(strategy, Strategy):
+        method = strategy
+    else:
+        own = {passed_name(strategy): strategy} if strategy else {}
+        method = build_strategy(recipe, num_clients=len(experiment.train), own=own)
+    begin_folder(folder, recorded)
     with threads(recipe.model.num_threads):
         model = model or load_model(recipe, experiment.tokenizer)
         clients = build_clients(experiment, model, folder / "clients")
@@ -166,16 +171,19 @@ def run_experiment(
             channel=build_channel(recipe),
             seeds=seeds,
             folder=folder,
-            about={"base_digest": model.base_digest, "recipe_digest": recipe_digest(recorded)},
+            about={
+                "base_digest": model.base_digest,
+                "recipe_digest": recipe_digest(recorded.recipe),
+            },
             reporter=reporter,
-            title=recorded.strategy.name,
+            title=recorded.recipe.strategy.name,
         )
     federation = experiment.federation
     facts: dict[str, Any] = {
         **environment(),
         "seed": recipe.seed,
-        "strategy": recorded.strategy.name,
-        **({"own_methods": digests} if digests else {}),
+        "strategy": recorded.recipe.strategy.name,
+        **({"own_methods": recorded.digests} if recorded.digests else {}),
         "base_digest": model.base_digest,
         "base_is_unchanged": digest(model.base_state) == model.base_digest,
         "shared_digest": digest(state.shared),
@@ -194,18 +202,3 @@ def run_experiment(
     result = build_result(folder, facts)
     write_json(folder / "result.json", result)
     return result
-
-
-def _choose(
-    recipe: Recipe, passed: Strategy | Transform | None, *, num_clients: int
-) -> tuple[Strategy, Recipe, dict[str, str]]:
-    """Return a run's method, the recipe it is recorded under, and own methods' digests."""
-    if isinstance(passed, Strategy):
-        method, name, digests = passed, passed_name(passed), {}
-    else:
-        name, digests = recipe.strategy.name, own_digests(own_names(recipe.strategy.name))
-        own = {passed_name(passed): passed} if passed else {}
-        method = build_strategy(recipe, num_clients=num_clients, own=own)
-        name = "+".join([name, *own])
-        digests |= {own_name: passed_digest(function) for own_name, function in own.items()}
-    return method, replace(recipe, strategy=replace(recipe.strategy, name=name)), digests

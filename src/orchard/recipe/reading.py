@@ -1,8 +1,8 @@
 """Reading, checking and writing recipes.
 
-A value comes from the command line, else from the recipe, else from the recipe that it extends,
-else it is the default; ``sources`` remembers which. Whatever can be checked without reading data
-or a model is checked here.
+A value comes from the command line or a call, else from the recipe, else from the recipe that it
+extends, else it is the default; ``sources`` remembers which. Whatever can be checked without
+reading data or a model is checked here.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import operator
+import os
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from orchard.recipe.describing import Scalar
 from orchard.recipe.effects import check_is_used
 from orchard.recipe.options import Recipe
 
+_COMMAND_LINE, _ARGUMENT = "command line", "argument"
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -29,7 +32,7 @@ class Resolved:
 
     Attributes:
         recipe: The values.
-        sources: Dotted key to ``default``, a file, or ``command line``.
+        sources: Dotted key to ``default``, a file, ``command line`` or ``argument``.
     """
 
     recipe: Recipe
@@ -61,12 +64,18 @@ def option_value(recipe: Recipe, key: str) -> Scalar:
     return value
 
 
-def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
+def read_recipe(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    changes: Mapping[str, Any] | None = None,
+) -> Resolved:
     """Read, merge and check a recipe.
 
     Args:
         path: TOML file. Its ``extends`` names another, relative to it, that it builds on.
         overrides: ``key=value`` from the command line.
+        changes: Dotted key to value, or section to its keys and values, from a call.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -76,6 +85,8 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Resolved:
     for file in reversed(_chain(Path(path))):
         values |= {key: (value, str(file)) for key, value in _flatten(_parse(file)).items()}
     values.pop("extends", None)
+    for key, value in _flatten(changes or {}).items():
+        values[key] = os.fspath(value) if isinstance(value, os.PathLike) else value, _ARGUMENT
     return resolve(values, overrides)
 
 
@@ -101,7 +112,7 @@ def resolve(values: Mapping[str, tuple[Any, str]], overrides: Sequence[str] = ()
             )
         _check_key(key, known)
         merged[key] = _check(key, _from_text(text, kind=known[key][0]), known)
-        sources[key] = "command line"
+        sources[key] = _COMMAND_LINE
     hints = get_type_hints(Recipe)
     sections: dict[str, Any] = {}
     for name, kind in hints.items():
@@ -113,7 +124,8 @@ def resolve(values: Mapping[str, tuple[Any, str]], overrides: Sequence[str] = ()
             sections[name] = merged[name]
     recipe = Recipe(**sections)
     _check_combinations(recipe)
-    check_is_used(recipe, [key for key, source in sources.items() if source == "command line"])
+    asked_for = [key for key, source in sources.items() if source in (_COMMAND_LINE, _ARGUMENT)]
+    check_is_used(recipe, asked_for)
     return Resolved(recipe, sources)
 
 

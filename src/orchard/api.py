@@ -1,0 +1,165 @@
+"""The Python way in: what the command does, as functions that return typed values.
+
+``load_recipe``, ``plan`` and ``run`` here, and ``load`` for a run's folder, are what ``import
+orchard`` offers, and what the command calls. Torch is imported inside them, never before.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchard.runs import Result
+
+if TYPE_CHECKING:
+    from orchard.engine.progress import Reporter
+    from orchard.experiment.own_methods import Transform
+    from orchard.experiment.planning import Plan
+    from orchard.experiment.preparation import Experiment
+    from orchard.recipe.describing import Scalar
+    from orchard.recipe.options import Recipe
+    from orchard.strategies.strategy import Strategy
+
+
+def load_recipe(
+    path: str | Path,
+    /,
+    **changes: Scalar | os.PathLike[str] | Mapping[str, Scalar | os.PathLike[str]],
+) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: TOML file, or the name of a packaged recipe, such as ``tiny/flex``.
+        changes: Values that win over the file's: ``seed=1``; a section is a mapping,
+            ``server={"rounds": 3}``; a dotted key goes by ``**{"server.rounds": 3}``.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no recipe, or a key or value is wrong, or a change has no effect.
+    """
+    from orchard.catalog import find_recipe
+    from orchard.recipe.reading import read_recipe
+
+    return read_recipe(find_recipe(Path(path)), changes=changes).recipe
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Compute what a recipe asks of each client, before any weight is loaded.
+
+    Raises:
+        FileNotFoundError: Data or model are not there.
+        ValueError: Something does not fit.
+    """
+    from orchard.experiment.planning import make_plan
+
+    return make_plan(recipe)
+
+
+def run(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    progress: bool | Reporter = True,
+    strategy: Strategy | Transform | None = None,
+) -> Result:
+    """Run a recipe, or go on running it, and return what it found.
+
+    What a person should know about the data before trusting the result is a warning.
+
+    Args:
+        recipe: Every choice, from ``load_recipe``.
+        out: The run's folder, which holds no run yet.
+        resume: Continue the run in ``out`` where there is one.
+        progress: Show a bar in a terminal and a line per round elsewhere; False shows nothing, and
+            a reporter of your own is told of everything that takes time.
+        strategy: A method of your own: a function from a strategy to a strategy, which joins the
+            recipe's methods, or a ``Strategy`` in the place of them.
+
+    Raises:
+        FileNotFoundError: Data or model are not there.
+        ValueError: Something does not fit, or ``out`` holds another run.
+        Exception: Whatever a client raises, with a note of round, client and stage.
+    """
+    prepared = prepare(recipe, out=out, resume=resume, strategy=strategy)
+    for note in prepared.notes:
+        warnings.warn(note, stacklevel=2)
+    return execute(prepared, progress=progress)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin: everything that can be checked without its weights is checked.
+
+    Attributes:
+        experiment: The recipe with its data.
+        folder: The run's folder.
+        notes: What a person should know about the data before trusting the result.
+        strategy: A method that was passed as an object.
+    """
+
+    experiment: Experiment
+    folder: Path
+    notes: tuple[str, ...]
+    strategy: Strategy | Transform | None = None
+
+
+def prepare(
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    strategy: Strategy | Transform | None = None,
+) -> Prepared:
+    """Check what ``run`` will do, and read its data.
+
+    Args:
+        recipe: Every choice.
+        out: The run's folder, which holds no run yet.
+        resume: Continue the run in ``out`` where there is one.
+        strategy: See ``run``.
+
+    Raises:
+        FileNotFoundError: Data or model are not there.
+        ValueError: Something does not fit, or ``out`` holds another run.
+    """
+    from orchard.experiment.preparation import data_notes, prepare_experiment
+    from orchard.experiment.run_folder import check_folder
+
+    folder = Path(out)
+    check_folder(folder, recipe, resume=resume, passed=strategy)
+    experiment = prepare_experiment(recipe)
+    return Prepared(experiment, folder, tuple(data_notes(experiment)), strategy)
+
+
+def execute(prepared: Prepared, *, progress: bool | Reporter = True) -> Result:
+    """Run what ``prepare`` has checked, and return what it found.
+
+    Args:
+        prepared: Recipe, data, folder and method.
+        progress: See ``run``.
+
+    Raises:
+        Exception: Whatever a client raises, with a note of round, client and stage.
+    """
+    from orchard.experiment.running import run_experiment
+
+    record = run_experiment(
+        prepared.experiment,
+        folder=prepared.folder,
+        reporter=_reporter(progress),
+        strategy=prepared.strategy,
+    )
+    return Result(prepared.folder, record)
+
+
+def _reporter(progress: bool | Reporter) -> Reporter:
+    from orchard.engine.progress import Silent, choose_reporter, make_console
+
+    if isinstance(progress, bool):
+        return choose_reporter(make_console()) if progress else Silent()
+    return progress
