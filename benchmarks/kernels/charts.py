@@ -6,12 +6,15 @@ python benchmarks/kernels/charts.py
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from matplotlib import pyplot
-from matplotlib.axes import Axes
+from orchard.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
 OURS, PEER, LIMIT = "#2a6f97", "#c08552", "#9aa5b1"
@@ -212,6 +215,12 @@ DRAW: Mapping[str, Callable[[Mapping[str, Any], Sequence[Axes]], None]] = {
 
 def main() -> None:
     """Draw what has a result."""
+    try:
+        require("report", to="draw charts")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    from matplotlib import pyplot
+
     for name, draw in DRAW.items():
         path = HERE / "results" / f"{name}.json"
         if not path.exists():

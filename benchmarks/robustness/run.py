@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from orchard.engine.progress import Silent
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import load_model, run_experiment
+from orchard.extras import require
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
@@ -157,6 +159,10 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--table", action="store_true", help="only write the table")
     given = parser.parse_args()
+    try:
+        require("report", to="draw curves")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     (HERE / "results").mkdir(exist_ok=True)
     for seed in () if given.table else given.seeds:
         model = None

@@ -303,9 +303,9 @@ def make_keys(
 ) -> None:
     """Make the coordinator's certificate, or the key pair of a site."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        from orchard.deployment.addresses import require_flower
+        from orchard.extras import require
 
-        require_flower()
+        require("flower", to="make keys")
         from orchard.deployment.keys import make_coordinator_keys, make_site_keys
 
         if not host and not site_name:

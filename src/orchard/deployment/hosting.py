@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from orchard.deployment.addresses import (
     check_security,
     own_address,
-    require_flower,
     split_address,
 )
-from orchard.deployment.keys import (
+from orchard.deployment.key_files import (
     AUTHORITY,
     CERTIFICATE,
     PRIVATE,
@@ -52,6 +51,7 @@ from orchard.experiment.run_folder import (
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel, check_communication
+from orchard.extras import require
 from orchard.models.stored.loading import (
     check_device,
     check_model,
@@ -112,7 +112,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
         FileNotFoundError: Keys are not there.
         ValueError: Recipe, folder, address or keys do not fit.
     """
-    require_flower()
+    require("flower", to="leave one machine")
     check_security(options.address, keys=options.keys, is_insecure=options.is_insecure)
     check_strategy(recipe.strategy.name)
     check_folder(options.folder, recipe, resume=resume)
