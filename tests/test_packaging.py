@@ -100,7 +100,8 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
     result = json.loads((here / "run" / "result.json").read_text())
     assert result["commit"] is None
     assert result["base_is_unchanged"]
-    assert "personal" in call(orchard, "demo").stdout
+    assert "everything is in runs/demo" in call(orchard, "demo").stdout
+    assert (here / "runs" / "demo" / "summary.json").is_file()
     for command in (
         ("keys", "new", "--site", "north"),
         ("coordinate", "tiny/fedavg", "deployment.sites=2"),
