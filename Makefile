@@ -45,7 +45,7 @@ format: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,report,flower]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,report,flower,tensorboard,mlflow]"
 	touch $(INSTALLED)
 
 clean:

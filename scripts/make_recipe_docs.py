@@ -24,8 +24,8 @@ _INTRODUCTION = """\
 
 A recipe is a TOML file with scalars only. A value comes from the command line, else from the
 recipe, else from the recipe that its `extends` names (a path relative to the file), else it is the
-default below. `orchard show RECIPE` prints each value and where it came from; an unknown key, a
-value of another type and a value out of range are errors before any model is loaded. Values that
+default below. `orchard show RECIPE --all` prints each value and where it came from; an unknown key,
+a value of another type and a value out of range are errors before any model is loaded. Values that
 are lists in spirit are written as one text with commas: `lora_targets = "q_proj,k_proj,v_proj"`.
 """
 

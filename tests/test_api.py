@@ -17,6 +17,7 @@ import orchard
 from federations import QUICK
 from orchard.cli import app
 from orchard.recipe.reading import option_value, read_recipe
+from orchard.tracking.trackers import Library
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "fedavg.toml"
 CHANGES: dict[str, Any] = {
@@ -137,6 +138,22 @@ def test_a_folder_with_a_run_is_refused_and_resumed_when_asked(finished: orchard
     with pytest.raises(ValueError, match="must be a new folder"):
         orchard.run(recipe, out=finished.folder, progress=False)
     again = orchard.run(recipe, out=finished.folder, resume=True, progress=False)
+    assert again.shared_digest == finished.shared_digest
+
+
+def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(
+    finished: orchard.Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken:
+        def begin(self, run: object) -> None:
+            raise OSError("no space")
+
+    broken = Library(Broken, "json", "json")  # type: ignore[arg-type]
+    monkeypatch.setattr("orchard.tracking.trackers.LIBRARIES", {"mine": broken})
+    recipe = orchard.load_recipe(RECIPE, **CHANGES)
+    with pytest.warns(UserWarning, match="tracker mine stopped before any round .*no space"):
+        again = orchard.run(recipe, out=finished.folder, resume=True, progress=False, track="mine")
+    assert again.metrics == finished.metrics
     assert again.shared_digest == finished.shared_digest
 
 

@@ -13,7 +13,9 @@ import typer
 from typer.testing import CliRunner, Result
 
 from federations import QUICK
+from orchard.catalog import find_recipe
 from orchard.cli import app
+from orchard.recipe.reading import known_options, option_value, read_recipe
 
 ROWS = [
     {"instruction": f"Repeat word{i}", "response": f"word{i}", "category": "ab"[i % 2]}
@@ -190,6 +192,10 @@ def test_other_bad_values_are_refused(override: str, words: tuple[str, ...]) -> 
     check_refused(call("run", "recipes/tiny/flex.toml", override), *words)
 
 
+def test_an_unknown_tracker_is_refused() -> None:
+    check_refused(call("run", "tiny/flex", "--track", "tensorbord"), "did you mean tensorboard")
+
+
 def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> None:
     (tmp_path / "recipe.toml").write_text("seed = 0\n")
     result = call("run", "recipes/tiny/flex.toml", "--out", tmp_path)
@@ -253,16 +259,41 @@ def test_run_on_json_lines_and_on_a_folder_of_clients(data: Path, tmp_path: Path
         assert result.exit_code == 0, result.output
 
 
+def show(*words: str, columns: int = 250) -> str:
+    result = CliRunner().invoke(app, ["show", *words], env={"COLUMNS": str(columns)})
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
 def test_show_tells_where_each_value_comes_from() -> None:
-    result = CliRunner().invoke(
-        app, ["show", "recipes/tiny/flex.toml", "server.rounds=3"], env={"COLUMNS": "250"}
-    )
-    assert result.exit_code == 0
-    lines = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "│" in line}
+    shown = show("recipes/tiny/flex.toml", "server.rounds=3", "--all")
+    lines = {line.split("│")[1].strip(): line for line in shown.splitlines() if "│" in line}
+    assert set(lines) - {""} == set(known_options())
     assert "command line" in lines["server.rounds"]
     assert "_base.toml" in lines["model.path"]
     assert "flex.toml" in lines["strategy.name"]
     assert "default" in lines["server.tau"]
+
+
+def test_show_has_what_differs_from_the_defaults_alone_or_with_all_the_rest() -> None:
+    words = ("recipes/tiny/flex.toml", "server.rounds=3", "--json")
+    some, every = json.loads(show(*words)), json.loads(show(*words, "--all"))
+    assert list(every) == list(known_options())
+    assert some == {key: one for key, one in every.items() if one["value"] != one["default"]}
+    assert some["server.rounds"]["from"] == "command line"
+    recipe = read_recipe(find_recipe(Path("tiny/flex")), ["server.rounds=3"]).recipe
+    assert {key: one["value"] for key, one in every.items()} == {
+        key: option_value(recipe, key) for key in every
+    }
+
+
+@pytest.mark.parametrize("columns", [60, 120])
+def test_show_fits_its_terminal_and_says_what_it_leaves_out(columns: int) -> None:
+    shown = show("recipes/tiny/flex.toml", columns=columns)
+    assert max(map(len, shown.splitlines())) <= columns
+    for key in ("strategy.graft_experts", "server.tau"):
+        assert (key in shown) == (key in json.loads(show("recipes/tiny/flex.toml", "--json")))
+    assert "more are as by default; --all shows them" in shown
 
 
 def test_partition_shows_sizes_and_label_mix(data: Path) -> None:

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from orchard.reports import (
     build_result,
-    comparison_table,
     mean_stderr,
     result_table,
 )
@@ -89,6 +88,3 @@ def test_tables_show_accuracy_with_its_standard_error(tmp_path: Path) -> None:
     assert "80.0 ± 3.0" in table
     assert "70.0 ± 3.5" in table
     assert "stderr" not in table
-    compared = text(comparison_table({"run": found}))
-    assert "70.0 ± 3.5 (60.0)" in compared
-    assert "stderr" not in compared

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchard.recipe.describing import Scalar
     from orchard.recipe.options import Recipe
     from orchard.strategies.strategy import Strategy
+    from orchard.tracking.trackers import Tracker
 
 
 def load_recipe(
@@ -66,10 +67,12 @@ def run(
     resume: bool = False,
     progress: bool | Reporter = True,
     strategy: Strategy | Transform | None = None,
+    track: str | Sequence[str] = (),
 ) -> Result:
     """Run a recipe, or go on running it, and return what it found.
 
-    What a person should know about the data before trusting the result is a warning.
+    What a person should know about the data before trusting the result is a warning, and so is a
+    tracker that fails.
 
     Args:
         recipe: Every choice, from ``load_recipe``.
@@ -79,13 +82,15 @@ def run(
             a reporter of your own is told of everything that takes time.
         strategy: A method of your own: a function from a strategy to a strategy, which joins the
             recipe's methods, or a ``Strategy`` in the place of them.
+        track: Trackers that get the metrics: ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``.
 
     Raises:
         FileNotFoundError: Data or model are not there.
-        ValueError: Something does not fit, or ``out`` holds another run.
+        ValueError: Something does not fit, or ``out`` holds another run, or a tracker's library is
+            not installed.
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
-    prepared = prepare(recipe, out=out, resume=resume, strategy=strategy)
+    prepared = prepare(recipe, out=out, resume=resume, strategy=strategy, track=track)
     for note in prepared.notes:
         warnings.warn(note, stacklevel=2)
     return execute(prepared, progress=progress)
@@ -99,12 +104,14 @@ class Prepared:
         experiment: The recipe with its data.
         folder: The run's folder.
         notes: What a person should know about the data before trusting the result.
+        trackers: That will get the metrics, by name.
         strategy: A method that was passed as an object.
     """
 
     experiment: Experiment
     folder: Path
     notes: tuple[str, ...]
+    trackers: Mapping[str, Tracker]
     strategy: Strategy | Transform | None = None
 
 
@@ -114,6 +121,7 @@ def prepare(
     out: str | Path,
     resume: bool = False,
     strategy: Strategy | Transform | None = None,
+    track: str | Sequence[str] = (),
 ) -> Prepared:
     """Check what ``run`` will do, and read its data.
 
@@ -122,39 +130,54 @@ def prepare(
         out: The run's folder, which holds no run yet.
         resume: Continue the run in ``out`` where there is one.
         strategy: See ``run``.
+        track: Names of trackers.
 
     Raises:
         FileNotFoundError: Data or model are not there.
-        ValueError: Something does not fit, or ``out`` holds another run.
+        ValueError: Something does not fit, or ``out`` holds another run, or a tracker's library is
+            not installed.
     """
+    from orchard.tracking.trackers import make_trackers
+
+    trackers = make_trackers([track] if isinstance(track, str) else track)
     from orchard.experiment.preparation import data_notes, prepare_experiment
     from orchard.experiment.run_folder import check_folder
 
     folder = Path(out)
     check_folder(folder, recipe, resume=resume, passed=strategy)
     experiment = prepare_experiment(recipe)
-    return Prepared(experiment, folder, tuple(data_notes(experiment)), strategy)
+    notes = tuple(data_notes(experiment))
+    return Prepared(experiment, folder, notes, trackers, strategy)
 
 
-def execute(prepared: Prepared, *, progress: bool | Reporter = True) -> Result:
+def execute(
+    prepared: Prepared,
+    *,
+    progress: bool | Reporter = True,
+    warn: Callable[[str], None] = warnings.warn,
+) -> Result:
     """Run what ``prepare`` has checked, and return what it found.
 
     Args:
         prepared: Recipe, data, folder and method.
         progress: See ``run``.
+        warn: Told why a tracker stopped, if one does.
 
     Raises:
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
+    from orchard.experiment.run_folder import recorded_as
     from orchard.experiment.running import run_experiment
+    from orchard.tracking.following import Following
 
+    experiment, folder, reporter = prepared.experiment, prepared.folder, _reporter(progress)
+    if prepared.trackers:
+        recipe = recorded_as(experiment.recipe, prepared.strategy).recipe
+        reporter = Following(reporter, prepared.trackers, folder=folder, recipe=recipe, warn=warn)
     record = run_experiment(
-        prepared.experiment,
-        folder=prepared.folder,
-        reporter=_reporter(progress),
-        strategy=prepared.strategy,
+        experiment, folder=folder, reporter=reporter, strategy=prepared.strategy
     )
-    return Result(prepared.folder, record)
+    return Result(folder, record)
 
 
 def _reporter(progress: bool | Reporter) -> Reporter:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from orchard.engine.progress import make_console
+from orchard.recipe.describing import Scalar
 from orchard.recipe.reading import (
     Resolved,
     format_value,
@@ -14,6 +21,8 @@ from orchard.recipe.reading import (
     option_value,
     read_recipe,
 )
+
+_TABLE_WIDTH = 100  # below it five columns are too narrow to read
 
 # Detection goes by interface, so this is what the parity tests cover, not what is allowed.
 FAMILIES = (
@@ -107,17 +116,82 @@ def _about_own(name: str) -> tuple[str, str]:
     return method.about, method.source
 
 
-def print_recipe(resolved: Resolved) -> None:
-    """Print every value of a recipe, where it comes from, and what it means."""
-    table = Table("key", "value", "from", "meaning")
-    section = ""
+@dataclass(frozen=True)
+class Setting:
+    """One value of a recipe, explained.
+
+    Attributes:
+        key: Its dotted key.
+        value: What it is.
+        default: What it would be.
+        source: Where it comes from: ``default``, a file, ``command line`` or ``argument``.
+        meaning: What it does.
+    """
+
+    key: str
+    value: Scalar
+    default: Scalar
+    source: str
+    meaning: str
+
+
+def settings(resolved: Resolved, *, show_all: bool) -> list[Setting]:
+    """Return what of a recipe differs from the defaults, or everything."""
+    found: list[Setting] = []
     for key, (_, entry) in known_options().items():
-        head = key.rpartition(".")[0]
+        value, default = option_value(resolved.recipe, key), cast(Scalar, entry.default)
+        if show_all or value != default:
+            source = resolved.sources[key]
+            found.append(Setting(key, value, default, source, entry.metadata["about"]))
+    return found
+
+
+def recipe_as_json(resolved: Resolved, *, show_all: bool) -> str:
+    """Return a recipe for programs: key to value, default, source and meaning."""
+    about = {
+        setting.key: {
+            "value": setting.value,
+            "default": setting.default,
+            "from": setting.source,
+            "meaning": setting.meaning,
+        }
+        for setting in settings(resolved, show_all=show_all)
+    }
+    return json.dumps(about, indent=1, ensure_ascii=False)
+
+
+def print_recipe(resolved: Resolved, *, show_all: bool) -> None:
+    """Print what of a recipe differs from the defaults, or everything, and what it means."""
+    console, shown = make_console(), settings(resolved, show_all=show_all)
+    if console.width >= _TABLE_WIDTH:
+        console.print(_recipe_table(shown))
+    else:
+        for setting in shown:
+            source = _short(setting.source)
+            default = "" if source == "default" else f", default {format_value(setting.default)}"
+            console.print(Text(f"{setting.key} = {format_value(setting.value)}", style="bold"))
+            console.print(Padding(Text(f"{source}{default}. {setting.meaning}"), (0, 0, 0, 2)))
+    rest = len(known_options()) - len(shown)
+    if rest:
+        console.print(f"{rest} more are as by default; --all shows them", highlight=False)
+
+
+def _recipe_table(shown: Sequence[Setting]) -> Table:
+    table = Table("key", "value", "default", "from", "meaning")
+    section = ""
+    for setting in shown:
+        head = setting.key.rpartition(".")[0]
         if head != section:
             table.add_section()
             section = head
-        value = option_value(resolved.recipe, key)
-        source = resolved.sources[key]
-        style = "dim" if source == "default" else ""
-        table.add_row(key, format_value(value), source, entry.metadata["about"], style=style)
-    make_console().print(table)
+        style = "dim" if setting.source == "default" else ""
+        value, default = format_value(setting.value), format_value(setting.default)
+        table.add_row(
+            setting.key, value, default, _short(setting.source), setting.meaning, style=style
+        )
+    return table
+
+
+def _short(source: str) -> str:
+    """Return the last two parts of a file's path, enough to tell recipes apart."""
+    return "/".join(Path(source).parts[-2:])

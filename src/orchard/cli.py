@@ -34,6 +34,7 @@ OutOption = Annotated[
     Path | None,
     typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
 ]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
 
@@ -109,6 +110,10 @@ def run(
     overrides: Overrides = None,
     out: OutOption = None,
     resume: ResumeOption = False,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Send metrics to tensorboard, wandb, mlflow or trackio; repeatable."),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe."""
@@ -121,12 +126,16 @@ def run(
         from orchard.engine.progress import choose_reporter, make_console
         from orchard.reports import run_sentence
 
-        prepared = prepare(resolved.recipe, out=folder, resume=resume)
+        prepared = prepare(resolved.recipe, out=folder, resume=resume, track=track or ())
     console = make_console()
-    for note in prepared.notes:
-        console.print(f"note: {note}", style="yellow", highlight=False)
+
+    def note(text: str) -> None:
+        console.print(f"note: {text}", style="yellow", highlight=False)
+
+    for text in prepared.notes:
+        note(text)
     with _clear_errors(code=FAILED, traceback=traceback):
-        result = execute(prepared, progress=choose_reporter(console))
+        result = execute(prepared, progress=choose_reporter(console), warn=note)
     console.print(result.table())
     console.print(run_sentence(result.record, folder), highlight=False)
 
@@ -140,12 +149,24 @@ def ls() -> None:
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: Overrides = None, traceback: Traceback = False) -> None:
-    """Show a recipe with every value and where it comes from."""
+def show(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    show_all: Annotated[
+        bool, typer.Option("--all", help="Show what is as by default, too.")
+    ] = False,
+    as_json: JsonOption = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what of a recipe differs from the defaults, where it comes from and what it means."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        from orchard.catalog import print_recipe
+        from orchard.catalog import print_recipe, recipe_as_json
 
-        print_recipe(_resolve(recipe, overrides))
+        resolved = _resolve(recipe, overrides)
+        if as_json:
+            print(recipe_as_json(resolved, show_all=show_all))
+        else:
+            print_recipe(resolved, show_all=show_all)
 
 
 @app.command()
@@ -169,7 +190,7 @@ def partition(
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     traceback: Traceback = False,
 ) -> None:
     """Show what a recipe asks of each client, before any weight is loaded."""
@@ -194,7 +215,7 @@ def bench(
         str,
         typer.Argument(help="What to measure, such as memory.", show_default=False),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
     model: Annotated[str, typer.Option(help="Base of step; empty = orchard:tiny.")] = "",
     data: Annotated[str, typer.Option(help="Examples of step; empty = packaged ones.")] = "",
@@ -348,14 +369,32 @@ def _log_to_stderr() -> None:
 @app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    as_json: JsonOption = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX table.")] = False,
     traceback: Traceback = False,
 ) -> None:
-    """Show several runs in one table."""
+    """Show several runs in one table; those that differ in their seed alone are one row."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard import comparison as comparisons
         from orchard.engine.progress import make_console
-        from orchard.reports import comparison_table, read_result
 
-        make_console().print(comparison_table({str(run): read_result(run) for run in runs}))
+        if as_json + as_csv + as_latex > 1:
+            raise ValueError("one of --json, --csv and --latex must be given, got several")
+        found = comparisons.compare_runs(runs)
+        if as_json:
+            print(comparisons.comparison_as_json(found))
+        elif as_csv:
+            print(comparisons.comparison_as_csv(found), end="")
+        elif as_latex:
+            print(comparisons.comparison_as_latex(found), end="")
+        else:
+            console = make_console()
+            console.print(comparisons.comparison_table(found, console))
+            if found.differing:
+                print(f"runs differ in {', '.join(found.differing)}")
+        for note in found.notes:
+            print(f"note: {note}", file=sys.stderr)
 
 
 def main() -> None:

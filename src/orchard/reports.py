@@ -159,11 +159,13 @@ def result_table(result: Mapping[str, Any]) -> Table:
                 metric if position == 0 else "",
                 model,
                 *(
-                    _format(values[client], metric, errors.get(client)) if client in values else ""
+                    format_score(values[client], metric, errors.get(client))
+                    if client in values
+                    else ""
                     for client in clients
                 ),
-                _format(summary["mean"], metric, summary.get("mean_stderr")),
-                *(_format(summary[name], metric) for name in ("worst", "spread")),
+                format_score(summary["mean"], metric, summary.get("mean_stderr")),
+                *(format_score(summary[name], metric) for name in ("worst", "spread")),
             )
         table.add_section()
     return table
@@ -195,40 +197,8 @@ def partition_table(
     return table
 
 
-def comparison_table(results: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return several runs as a table: a row per run and model, means over clients."""
-    table = Table(title="mean over clients (worst client)", title_justify="left")
-    table.add_column("run")
-    table.add_column("method")
-    table.add_column("model")
-    names = list(
-        dict.fromkeys(m for r in results.values() for by in r["summary"].values() for m in by)
-    )
-    for name in names:
-        table.add_column(name, justify="right")
-    table.add_column("uplink per round", justify="right")
-    for run, result in results.items():
-        uplink = result["uplink_bytes_per_round"]
-        for position, (model, by_metric) in enumerate(result["summary"].items()):
-            cells = [
-                f"{_format(by_metric[n]['mean'], n, by_metric[n].get('mean_stderr'))} "
-                f"({_format(by_metric[n]['worst'], n)})"
-                if n in by_metric
-                else ""
-                for n in names
-            ]
-            table.add_row(
-                run if position == 0 else "",
-                f"{result['strategy']}, seed {result['seed']}" if position == 0 else "",
-                model,
-                *cells,
-                f"{sum(uplink) / len(uplink):,.0f} B" if position == 0 and uplink else "",
-            )
-        table.add_section()
-    return table
-
-
-def _format(value: float, metric: str, stderr: float | None = None) -> str:
+def format_score(value: float, metric: str, stderr: float | None = None) -> str:
+    """Return a loss with three digits, anything else in percent, with its standard error if any."""
     if metric.endswith("loss"):
         return f"{value:.3f}"
     return f"{100 * value:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")

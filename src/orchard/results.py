@@ -81,6 +81,13 @@ class MetricsLog:
         write_atomically(self.path, text.encode())
 
 
+def metrics_of(line: Mapping[str, Any]) -> dict[str, int | float]:
+    """Return what of a line, or of a client's part of one, is a number under a metric's key."""
+    return {
+        key: value for key, value in line.items() if "/" in key and isinstance(value, int | float)
+    }
+
+
 def environment() -> dict[str, Any]:
     """Describe what a run ran on: versions, source commit, hardware.
 

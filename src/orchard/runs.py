@@ -125,7 +125,7 @@ class Run:
         A line of kind ``client`` or ``round`` is a row, an evaluation a row for each client. Values
         that are no numbers, such as the rounds that each expert was not sent in, are left out.
         """
-        from orchard.results import MetricsLog
+        from orchard.results import MetricsLog, metrics_of
 
         rows: list[Row] = []
         for line in MetricsLog(self.folder / "metrics.jsonl"):
@@ -134,13 +134,8 @@ class Run:
                 row: Row = {"kind": line["kind"], "round": line["round"]}
                 if client or "client" in line:
                     row["client"] = client or line["client"]
-                rows.append(row | {k: v for k, v in values.items() if is_metric(k, v)})
+                rows.append({**row, **metrics_of(values)})
         return rows
-
-
-def is_metric(key: str, value: object) -> bool:
-    """Say whether an entry of a line of ``metrics.jsonl`` is a number under a metric's key."""
-    return "/" in key and isinstance(value, int | float)
 
 
 def load(folder: str | Path) -> Run:
