@@ -1,28 +1,23 @@
 """A new federated method in one file: clients send only the layers that moved most.
 
 A method changes one of the five answers of ``Strategy``, here ``weigh``: what a client sends. The
-server needs no change: a name that nobody sent keeps its value. Run with python, no arguments.
+server needs no change: a name that nobody sent keeps its value. A recipe names it where this file
+can be imported, ``strategy.name = "add_a_method:send_most_moved"``; run with python, without
+arguments, the file passes it to ``orchard.run`` itself.
 """
 
 import tempfile
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 
+import orchard
 from orchard.client.client import Client
 from orchard.communication.messages import Task
-from orchard.engine.progress import Silent
-from orchard.experiment.methods import build_strategy
-from orchard.experiment.preparation import prepare_experiment
-from orchard.experiment.running import run_experiment
-from orchard.recipe.reading import read_recipe
 from orchard.strategies.strategy import Contribution, Strategy, Trained
 from orchard.trees import select, squared_norm
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "fedavg.toml"
-QUICK = ("server.rounds=2", "evaluation.models=global", "evaluation.metrics=loss")
 
-
-def send_most_moved(strategy: Strategy, *, num_layers: int) -> Strategy:
+def send_most_moved(strategy: Strategy, *, num_layers: int = 1) -> Strategy:
     """Let each client of ``strategy`` send the ``num_layers`` layers with the longest deltas."""
 
     def weigh(client: Client, task: Task, trained: Trained) -> Contribution:
@@ -38,11 +33,13 @@ def send_most_moved(strategy: Strategy, *, num_layers: int) -> Strategy:
     return replace(strategy, weigh=weigh)
 
 
-experiment = prepare_experiment(read_recipe(RECIPE, QUICK).recipe)
-fedavg = build_strategy(experiment.recipe, num_clients=len(experiment.train))
-for count in (4, 1):
-    with tempfile.TemporaryDirectory() as folder:
-        mine = send_most_moved(fedavg, num_layers=count)
-        result = run_experiment(experiment, folder=Path(folder), reporter=Silent(), strategy=mine)
-    uplink, loss = result["uplink_bytes_per_round"][-1], result["summary"]["global"]["loss"]["mean"]
-    print(f"{count} of 4 layers: {uplink:,} bytes a round, loss {loss:.3f}")
+if __name__ == "__main__":
+    quick = {"models": "global", "metrics": "loss"}
+    recipe = orchard.load_recipe("tiny/fedavg", server={"rounds": 2}, evaluation=quick)
+    for count in (4, 1):
+        mine = partial(send_most_moved, num_layers=count)
+        with tempfile.TemporaryDirectory() as folder:
+            result = orchard.run(recipe, out=folder, progress=False, strategy=mine)
+        uplink = result.record["uplink_bytes_per_round"][-1]
+        loss = result.summary["global"]["loss"]["mean"]
+        print(f"{result.strategy}: {uplink:,} bytes a round, loss {loss:.3f}")

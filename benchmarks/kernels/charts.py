@@ -6,11 +6,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from matplotlib import pyplot
-from matplotlib.axes import Axes
+from orchard.extras import require
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 from benchmarks.kernels.report import HERE
 
@@ -212,6 +215,12 @@ DRAW: Mapping[str, Callable[[Mapping[str, Any], Sequence[Axes]], None]] = {
 
 def draw_all() -> None:
     """Draw what has a result."""
+    try:
+        require("report", to="draw charts")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    from matplotlib import pyplot
+
     for name, draw in DRAW.items():
         path = HERE / "results" / f"{name}.json"
         if not path.exists():

@@ -11,6 +11,7 @@ records.
 from __future__ import annotations
 
 import itertools
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -37,6 +38,7 @@ from orchard.engine.progress import Silent
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import load_model, run_experiment
+from orchard.extras import require
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
@@ -99,6 +101,10 @@ def run(recipe: Recipe, attack: str, model: AdaptedModel | None) -> dict[str, An
 def main() -> None:
     """Run what is missing, then write page and figure."""
     given = arguments_of(__doc__, seeds=(0, 1, 2)).parse_args()
+    try:
+        require("report", to="draw curves")
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     for seed in () if given.table else given.seeds:
         _run_seed(seed, model_path=given.model, data_path=given.data)
     page().write()

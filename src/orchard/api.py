@@ -17,6 +17,7 @@ from orchard.runs import Result
 
 if TYPE_CHECKING:
     from orchard.engine.progress import Reporter
+    from orchard.experiment.own_methods import Transform
     from orchard.experiment.planning import Plan
     from orchard.experiment.preparation import Experiment
     from orchard.recipe.describing import Scalar
@@ -65,7 +66,7 @@ def run(
     out: str | Path,
     resume: bool = False,
     progress: bool | Reporter = True,
-    strategy: Strategy | None = None,
+    strategy: Strategy | Transform | None = None,
     track: str | Sequence[str] = (),
 ) -> Result:
     """Run a recipe, or go on running it, and return what it found.
@@ -79,7 +80,8 @@ def run(
         resume: Continue the run in ``out`` where there is one.
         progress: Show a bar in a terminal and a line per round elsewhere; False shows nothing, and
             a reporter of your own is told of everything that takes time.
-        strategy: A method of your own, instead of the recipe's.
+        strategy: A method of your own: a function from a strategy to a strategy, which joins the
+            recipe's methods, or a ``Strategy`` in the place of them.
         track: Trackers that get the metrics: ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``.
 
     Raises:
@@ -88,10 +90,10 @@ def run(
             not installed.
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
-    prepared = prepare(recipe, out=out, resume=resume, track=track)
+    prepared = prepare(recipe, out=out, resume=resume, strategy=strategy, track=track)
     for note in prepared.notes:
         warnings.warn(note, stacklevel=2)
-    return execute(prepared, progress=progress, strategy=strategy)
+    return execute(prepared, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -103,16 +105,23 @@ class Prepared:
         folder: The run's folder.
         notes: What a person should know about the data before trusting the result.
         trackers: That will get the metrics, by name.
+        strategy: A method that was passed as an object.
     """
 
     experiment: Experiment
     folder: Path
     notes: tuple[str, ...]
     trackers: Mapping[str, Tracker]
+    strategy: Strategy | Transform | None = None
 
 
 def prepare(
-    recipe: Recipe, *, out: str | Path, resume: bool = False, track: str | Sequence[str] = ()
+    recipe: Recipe,
+    *,
+    out: str | Path,
+    resume: bool = False,
+    strategy: Strategy | Transform | None = None,
+    track: str | Sequence[str] = (),
 ) -> Prepared:
     """Check what ``run`` will do, and read its data.
 
@@ -120,6 +129,7 @@ def prepare(
         recipe: Every choice.
         out: The run's folder, which holds no run yet.
         resume: Continue the run in ``out`` where there is one.
+        strategy: See ``run``.
         track: Names of trackers.
 
     Raises:
@@ -134,38 +144,39 @@ def prepare(
     from orchard.experiment.run_folder import check_folder
 
     folder = Path(out)
-    check_folder(folder, recipe, resume=resume)
+    check_folder(folder, recipe, resume=resume, passed=strategy)
     experiment = prepare_experiment(recipe)
-    return Prepared(experiment, folder, tuple(data_notes(experiment)), trackers)
+    notes = tuple(data_notes(experiment))
+    return Prepared(experiment, folder, notes, trackers, strategy)
 
 
 def execute(
     prepared: Prepared,
     *,
     progress: bool | Reporter = True,
-    strategy: Strategy | None = None,
     warn: Callable[[str], None] = warnings.warn,
 ) -> Result:
     """Run what ``prepare`` has checked, and return what it found.
 
     Args:
-        prepared: Recipe, data and folder.
+        prepared: Recipe, data, folder and method.
         progress: See ``run``.
-        strategy: A method of your own, instead of the recipe's.
         warn: Told why a tracker stopped, if one does.
 
     Raises:
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
+    from orchard.experiment.run_folder import recorded_as
     from orchard.experiment.running import run_experiment
     from orchard.tracking.following import Following
 
     experiment, folder, reporter = prepared.experiment, prepared.folder, _reporter(progress)
     if prepared.trackers:
-        reporter = Following(
-            reporter, prepared.trackers, folder=folder, recipe=experiment.recipe, warn=warn
-        )
-    record = run_experiment(experiment, folder=folder, reporter=reporter, strategy=strategy)
+        recipe = recorded_as(experiment.recipe, prepared.strategy).recipe
+        reporter = Following(reporter, prepared.trackers, folder=folder, recipe=recipe, warn=warn)
+    record = run_experiment(
+        experiment, folder=folder, reporter=reporter, strategy=prepared.strategy
+    )
     return Result(folder, record)
 
 

@@ -79,15 +79,18 @@ def list_recipes() -> list[Path]:
 def print_catalog() -> None:
     """Print methods, families and recipes."""
     from orchard.experiment.methods import METHODS
+    from orchard.experiment.own_methods import offered
 
     console = make_console()
     methods = Table("method", "what it is", "source", title="Methods", title_justify="left")
     for name, method in METHODS.items():
         methods.add_row(name, method.about, method.source)
+    for name in offered():
+        methods.add_row(name, *_about_own(name))
     console.print(methods)
     console.print(
         "Methods join by +, such as flex+fedadam: at most one server optimizer and one way to fit "
-        "a budget, any of the others.\n",
+        "a budget, any of the others. One of your own is module:attribute.\n",
         highlight=False,
     )
     console.print("[bold]Model families[/bold] that the parity tests cover:", highlight=False)
@@ -97,6 +100,20 @@ def print_catalog() -> None:
         recipe = read_recipe(path).recipe
         recipes.add_row(str(path), recipe.strategy.name, recipe.data.partition)
     console.print(recipes)
+
+
+def _about_own(name: str) -> tuple[str, str]:
+    """Return what an installed package says of its method, or why it cannot be used."""
+    from orchard.experiment.methods import METHODS
+    from orchard.experiment.own_methods import find_own
+
+    try:
+        if name in METHODS:
+            raise ValueError(f"{name} comes with Orchard")
+        method = find_own(name)
+    except ValueError as error:
+        return f"cannot be used: {error}", ""
+    return method.about, method.source
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,12 @@ def _resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
     from orchard.catalog import find_recipe
     from orchard.recipe.reading import read_recipe
 
-    return read_recipe(find_recipe(recipe), overrides or [])
+    resolved = read_recipe(find_recipe(recipe), overrides or [])
+    if ":" in resolved.recipe.strategy.name:
+        from orchard.experiment.own_methods import import_from
+
+        import_from(Path.cwd())
+    return resolved
 
 
 def _default_folder(recipe: Path) -> Path:
@@ -272,7 +277,9 @@ def site(
     superlink: Annotated[str, typer.Option(help="host:port of the coordinator.")],
     name: Annotated[str, typer.Option(help="Of the site; by default that of its data file.")] = "",
     model: Annotated[str, typer.Option(help="The base model on this machine.")] = "",
-    methods: Annotated[str, typer.Option(help="Methods to take part in; empty = all.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Methods to take part in; empty = all built-in.")
+    ] = "",
     budget: Annotated[str, typer.Option(help="Experts to train: a number or a share.")] = "",
     memory: Annotated[str, typer.Option(help="Bytes that training may take, such as 8GB.")] = "",
     calibration: Annotated[str, typer.Option(help="This site's calibration corpus.")] = "",
@@ -288,6 +295,10 @@ def site(
         from orchard.deployment.site import SiteOptions, check_site, run_site
 
         chosen = tuple(method.strip() for method in methods.split(",") if method.strip())
+        if ":" in methods:
+            from orchard.experiment.own_methods import import_from
+
+            import_from(Path.cwd())
         consent = Consent(
             str(data.resolve()), model, chosen, budget, memory, calibration, retention
         )
@@ -313,9 +324,9 @@ def make_keys(
 ) -> None:
     """Make the coordinator's certificate, or the key pair of a site."""
     with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        from orchard.deployment.addresses import require_flower
+        from orchard.extras import require
 
-        require_flower()
+        require("flower", to="make keys")
         from orchard.deployment.keys import make_coordinator_keys, make_site_keys
 
         if not host and not site_name:

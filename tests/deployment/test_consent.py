@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ import pytest
 
 from orchard.communication.audit import read_audit
 from orchard.deployment.consent import Consent, Refusal
+from orchard.deployment.site import SiteOptions, check_site
 from orchard.deployment.site_recipe import own_recipe
 from orchard.deployment.site_worker import SiteWorker
+from orchard.experiment.own_methods import own_digests
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import parse_recipe, to_toml
+from own_module import PULLED, offer, written
 from sites import make_workers, site_recipe, write_sites
 
 
@@ -108,3 +112,68 @@ def test_a_task_for_another_site_is_refused(worker: SiteWorker) -> None:
     reply, body = worker.handle(json.loads(json.dumps(header)), b"")
     assert "site must be" in reply["refused"]
     assert body == b""
+
+
+@pytest.mark.parametrize("allowed", [(), ("flex", "fedavg", "mine:pulled")])
+@pytest.mark.parametrize(
+    "asked",
+    [
+        "theirs:run",
+        "flex+theirs:run",
+        "mine:pulled+theirs:run",
+        "theirs:other",
+        "mine:pulled + theirs :run",
+        "theirs",
+        "offered",
+        "mine.theirs:run",
+    ],
+)
+def test_nothing_is_imported_that_the_owner_did_not_name(
+    asked: str, allowed: tuple[str, ...], tmp_path: Path
+) -> None:
+    trace = tmp_path / "was_imported"
+    theirs = f"open({str(trace)!r}, 'w').close()\ndef run(strategy):\n    return strategy\n"
+    (worker,) = make_workers(
+        write_sites(tmp_path / "data", num_sites=1),
+        tmp_path / "stores",
+        consent=lambda own: replace(own, methods=allowed),
+    ).values()
+    whole = recipe()
+    text = to_toml(replace(whole, strategy=replace(whole.strategy, name=asked)))
+    with written(tmp_path / "installed", theirs=theirs, mine=PULLED):
+        offer(tmp_path / "installed", offered="theirs:run")
+        for kind in ("join", "round"):
+            header = {"kind": kind, "run": "r", "recipe": text, "methods": {asked: ""}}
+            header |= {"round": 1, "site": "harbor", "index": 0, "num_clients": 1}
+            reply, _ = worker.handle({**header, "evaluate": [], "train": True}, b"")
+            assert "its owner names others with --methods" in reply["refused"]
+        assert not trace.exists()
+        assert not {"theirs", "mine"} & sys.modules.keys()
+
+
+def test_a_site_runs_an_own_method_that_its_owner_named_from_the_same_source(
+    tmp_path: Path,
+) -> None:
+    (worker,) = make_workers(
+        write_sites(tmp_path / "data", num_sites=1),
+        tmp_path / "stores",
+        consent=lambda own: replace(own, methods=("fedavg", "mine:pulled")),
+    ).values()
+    with written(tmp_path / "installed", mine=PULLED):
+        asked = join(recipe("fedavg+mine:pulled"))
+        for theirs in ({}, {"methods": {"mine:pulled": "0" * 64}}):
+            reply, _ = worker.handle({**asked, **theirs}, b"")
+            assert "mine:pulled must have the coordinator's source" in reply["refused"]
+        reply, _ = worker.handle({**asked, "methods": own_digests(["mine:pulled"])}, b"")
+        assert reply["num_examples"] == 18
+
+
+def test_an_owner_is_told_at_once_of_a_method_that_is_not_there(tmp_path: Path) -> None:
+    data = write_sites(tmp_path / "data", num_sites=1) / "harbor.jsonl"
+    consent = Consent(str(data), methods=("fedavg", "nowhere_to_be_found:x"))
+    options = SiteOptions("harbor", "127.0.0.1:1", tmp_path / "store", consent)
+    with pytest.raises(ValueError, match="a module that can be found"):
+        check_site(options)
+    with pytest.raises(ValueError, match="got flx"):
+        check_site(replace(options, consent=replace(consent, methods=("flx",))))
+    check_site(replace(options, consent=replace(consent, methods=("fedavg",))))

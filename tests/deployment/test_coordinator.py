@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from orchard.communication.audit import read_audit
 from orchard.engine.exchange import Reply
 from orchard.results import MetricsLog
 from orchard.server.checkpoint import ServerState, load_checkpoint
+from own_module import PULLED, written
 from sites import (
     LATER,
     PATIENT,
@@ -65,6 +67,17 @@ def test_sites_end_with_the_simulators_tensors(method: str, data: Path, tmp_path
     # A checkpoint may leave the server; who took part does not go with it.
     for path in (tmp_path / "run" / "checkpoints").rglob("*.*"):
         assert not [name for name in ("harbor", "hill") if name.encode() in path.read_bytes()]
+
+
+def test_sites_run_an_own_method_with_the_simulators_tensors(data: Path, tmp_path: Path) -> None:
+    name, options = "fedavg+mine:pulled", ("server.rounds=1", "strategy.prox_mu=5.0")
+    with written(tmp_path / "own", mine=PULLED):
+        recipe = site_recipe(name, data, *options)
+        run_quickly(tmp_path / "simulated", recipe)
+        allow = partial(replace, methods=("fedavg", "mine:pulled"))
+        workers = make_workers(data, tmp_path / "sites", consent=allow)
+        state = run(data, tmp_path, *options, method=name, post=LocalPost(workers))
+    assert same(state.shared, simulated(tmp_path / "simulated"))
 
 
 def evaluations(folder: Path) -> dict[int, dict[str, dict[str, float]]]:

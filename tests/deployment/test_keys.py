@@ -15,7 +15,8 @@ from orchard.deployment.addresses import (
     own_address,
     split_address,
 )
-from orchard.deployment.keys import make_coordinator_keys, make_site_keys, site_keys
+from orchard.deployment.key_files import site_keys
+from orchard.deployment.keys import make_coordinator_keys, make_site_keys
 
 
 def test_a_certificate_names_its_hosts_and_is_signed_by_its_authority(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from orchard.deployment.keys import make_coordinator_keys, make_site_keys, site_keys
+from orchard.deployment.key_files import site_keys
+from orchard.deployment.keys import make_coordinator_keys, make_site_keys
 from orchard.engine.control import register_nodes
 from orchard.engine.processes import Child, child_environment, free_port
 

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import ipaddress
 import logging
 from pathlib import Path
 
 log = logging.getLogger(__name__)
-
-
-def require_flower() -> None:
-    """Refuse to go on without Flower.
-
-    Raises:
-        ValueError: It is not installed.
-    """
-    if importlib.util.find_spec("flwr") is None:
-        raise ValueError(
-            "flwr must be installed to leave one machine, got no such package; "
-            "pip install flwr, or install orchard with its extra flower (docs/how-to/install.md)"
-        )
 
 
 def split_address(address: str) -> tuple[str, int]:

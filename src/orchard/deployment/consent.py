@@ -18,7 +18,8 @@ class Consent:
     Attributes:
         data: The site's examples, JSON Lines.
         model: The base model on this machine; empty = only one that ships with the package.
-        methods: Methods that it takes part in; empty = all.
+        methods: Methods that it takes part in, those of one's own by name; empty = all that come
+            with Orchard.
         budget: Experts that it trains, as ``client.budget``; empty = as the recipe says.
         memory: Bytes that training may take, as ``client.memory_bytes``; empty = not limited.
         calibration: Its own file for ``strategy.calibration = corpus``.

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING, Any
 from orchard.deployment.addresses import (
     check_security,
     own_address,
-    require_flower,
     split_address,
 )
-from orchard.deployment.keys import (
+from orchard.deployment.key_files import (
     AUTHORITY,
     CERTIFICATE,
     PRIVATE,
@@ -38,14 +37,21 @@ from orchard.engine.processes import (
 from orchard.engine.progress import Lines, make_console
 from orchard.experiment.methods import (
     build_strategy,
-    check_aggregation,
     check_strategy,
     require_path,
 )
-from orchard.experiment.run_folder import RECIPE_FILE, check_folder, recipe_digest
+from orchard.experiment.own_methods import import_from
+from orchard.experiment.run_folder import (
+    RECIPE_FILE,
+    begin_folder,
+    check_folder,
+    recipe_digest,
+    recorded_as,
+)
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel, check_communication
+from orchard.extras import require
 from orchard.models.stored.loading import (
     check_device,
     check_model,
@@ -106,10 +112,10 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
         FileNotFoundError: Keys are not there.
         ValueError: Recipe, folder, address or keys do not fit.
     """
-    require_flower()
+    require("flower", to="leave one machine")
     check_security(options.address, keys=options.keys, is_insecure=options.is_insecure)
-    check_folder(options.folder, recipe, resume=resume)
     check_strategy(recipe.strategy.name)
+    check_folder(options.folder, recipe, resume=resume)
     check_communication(recipe)
     require_path(recipe)
     check_device(recipe.model.device)
@@ -139,7 +145,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
             "deployment.sites must say how many sites take part, got 0; for example "
             "deployment.sites=3"
         )
-    check_aggregation(recipe, num_clients=num_sites)
+    build_strategy(recipe, num_clients=num_sites)  # what cannot be put on is refused here
     for name, value in (
         ("deployment.quorum", recipe.deployment.quorum),
         ("server.clients_per_round", recipe.server.clients_per_round),
@@ -167,11 +173,13 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder / _LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
-        write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
+        begin_folder(folder, recorded_as(recipe))
         if not (folder / _RUN_FILE).exists():
             write_json(folder / _RUN_FILE, {"run": secrets.token_hex(8)})
         facts = json.loads((folder / _RUN_FILE).read_text())
-        write_json(folder / _RUN_FILE, {**facts, "num_sites": num_sites})
+        # Flower starts the rounds elsewhere; modules of own methods are found from here.
+        facts |= {"num_sites": num_sites, "directory": str(Path.cwd())}
+        write_json(folder / _RUN_FILE, facts)
         return _supervise(options, folder)
 
 
@@ -356,6 +364,8 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
     """Run the rounds of ``folder`` over any post, and write its result."""
     recipe = read_recipe(folder / RECIPE_FILE).recipe
     facts = json.loads((folder / _RUN_FILE).read_text())
+    import_from(Path(facts["directory"]))
+    check_folder(folder, recipe, resume=True)
     tokenizer = load_tokenizer(recipe.model.path)
     with threads(recipe.model.num_threads):
         model = load_model(recipe, tokenizer)
@@ -370,6 +380,7 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             return strategy, start_server(strategy, fresh)
 
         state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
+    digests = recorded_as(recipe).digests
     result = build_result(
         folder,
         {
@@ -379,6 +390,7 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             "recipe_digest": recipe_digest(recipe),
             # The data is at the sites, and of what it is nothing leaves them.
             "data_digest": None,
+            **({"own_methods": dict(digests)} if digests else {}),
             "base_digest": base_digest,
             "shared_digest": digest(state.shared),
             "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
@@ -414,4 +426,5 @@ def build_coordinator(
         ),
         admission=Admission(options.max_update_norm, options.max_weight),
         reporter=Lines(make_console()),
+        methods=recorded_as(recipe).digests,
     )

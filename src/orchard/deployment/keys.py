@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,9 +19,13 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-AUTHORITY, CERTIFICATE, PRIVATE = "authority.crt", "coordinator.crt", "coordinator.key"
-SITES = "sites"
-SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+from orchard.deployment.key_files import (
+    AUTHORITY,
+    CERTIFICATE,
+    PRIVATE,
+    SITES,
+    check_site_name,
+)
 
 
 def make_coordinator_keys(folder: Path, hosts: Sequence[str], *, days: int) -> list[Path]:
@@ -104,24 +107,6 @@ def make_site_keys(folder: Path, name: str) -> list[Path]:
         _write_private(folder / SITES / f"{name}.key", key, serialization.PrivateFormat.OpenSSH),
         _write(folder / SITES / f"{name}.pub", public + b"\n"),
     ]
-
-
-def check_site_name(name: str) -> None:
-    """Refuse a name that could not be a file's.
-
-    Raises:
-        ValueError: It is none.
-    """
-    if not SITE_NAME.fullmatch(name):
-        raise ValueError(
-            f"name of a site must be up to 64 letters, digits, _ and -, got {name!r}; "
-            "choose another"
-        )
-
-
-def site_keys(folder: Path) -> dict[str, Path]:
-    """Return the public keys of the sites that a coordinator lets in, by name."""
-    return {path.stem: path for path in sorted((folder / SITES).glob("*.pub"))}
 
 
 def _refuse_to_replace(path: Path) -> None:

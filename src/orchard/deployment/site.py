@@ -13,15 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchard.deployment.addresses import check_security, require_flower
+from orchard.deployment.addresses import check_security
 from orchard.deployment.consent import Consent, SiteSettings
-from orchard.deployment.keys import AUTHORITY, SITES, check_site_name
+from orchard.deployment.key_files import AUTHORITY, SITES, check_site_name
 from orchard.engine.processes import (
     Child,
     child_environment,
     free_port,
     only_one,
 )
+from orchard.extras import require
+from orchard.recipe.method_options import BUILT_IN
 from orchard.results import write_atomically
 
 log = logging.getLogger(__name__)
@@ -86,12 +88,17 @@ def check_site(options: SiteOptions) -> None:
 
     Raises:
         FileNotFoundError: Data or keys are not there.
-        ValueError: The name, the address or the keys do not fit.
+        ValueError: The name, the address, the keys or a method do not fit.
     """
-    require_flower()
+    require("flower", to="leave one machine")
     check_site_name(options.name)
     check_security(options.superlink, keys=options.keys, is_insecure=options.is_insecure)
     consent = options.consent
+    if set(consent.methods) - set(BUILT_IN):
+        from orchard.experiment.methods import find_method
+
+        for name in consent.methods:
+            find_method(name)
     for option, given in (
         ("--data", consent.data),
         ("--calibration", consent.calibration),

@@ -10,6 +10,7 @@ from orchard.experiment.methods import check_strategy, has_part
 from orchard.experiment.settings import lora_settings
 from orchard.models.stored.loading import check_model
 from orchard.recipe.amounts import parse_amounts
+from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.recipe.options import Recipe
 from orchard.seeding import Seeds
 
@@ -19,17 +20,20 @@ PACKAGED = "orchard:"
 def own_recipe(consent: Consent, recipe: Recipe) -> Recipe:
     """Return a recipe as a site does it: with its own files, model and limits.
 
-    No path of the coordinator's is ever opened here.
+    No path of the coordinator's is ever opened here, and nothing is imported that the site's owner
+    did not name.
 
     Raises:
         Refusal: The site does not do what the recipe asks.
     """
-    methods = check_strategy(recipe.strategy.name)
-    if consent.methods and not set(methods) <= set(consent.methods):
+    allowed = consent.methods or BUILT_IN
+    # Before any of them is looked up: that would import what the coordinator names.
+    if not set(method_names(recipe.strategy.name)) <= set(allowed):
         raise Refusal(
-            f"strategy.name must be of {', '.join(consent.methods)} at this site, got "
-            f"{recipe.strategy.name}"
+            f"strategy.name must be of {', '.join(allowed)} at this site, got "
+            f"{recipe.strategy.name}; its owner names others with --methods"
         )
+    methods = check_strategy(recipe.strategy.name)
     model = consent.model or recipe.model.path
     if not consent.model and not model.startswith(PACKAGED):
         raise Refusal(

@@ -27,7 +27,8 @@ from orchard.deployment.consent import Refusal, SiteSettings
 from orchard.deployment.site_recipe import own_recipe
 from orchard.engine.processes import only_one
 from orchard.engine.worker import serve, watches_parent
-from orchard.experiment.methods import build_strategy
+from orchard.experiment.methods import build_strategy, own_names
+from orchard.experiment.own_methods import import_from, own_digests
 from orchard.experiment.preparation import Seat, prepare_experiment
 from orchard.experiment.run_folder import folder_name
 from orchard.experiment.running import build_clients, load_model
@@ -106,11 +107,19 @@ class SiteWorker:
 
     def _own_recipe(self, header: Mapping[str, Any]) -> Recipe:
         try:
-            return own_recipe(self._settings.consent, parse_recipe(str(header["recipe"])))
+            recipe = own_recipe(self._settings.consent, parse_recipe(str(header["recipe"])))
+            theirs = dict(header.get("methods", {}))
+            for name, digest in own_digests(own_names(recipe.strategy.name)).items():
+                if theirs.get(name) != digest:
+                    raise Refusal(
+                        f"{name} must have the coordinator's source at this site, got SHA-256 "
+                        f"{digest} for {theirs.get(name)}; install the same version"
+                    )
         except Refusal:
             raise
         except (ValueError, OSError) as error:
             raise Refusal(str(error)) from error
+        return recipe
 
     def _round(self, header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
         """Evaluate what came, train from it, or both."""
@@ -179,12 +188,12 @@ class SiteWorker:
             experiment = prepare_experiment(
                 recipe, seat=Seat(self._settings.name, index, num_clients)
             )
+            strategy = build_strategy(recipe, num_clients=num_clients)
         except (ValueError, OSError) as error:
             raise Refusal(f"the recipe must fit this site: {error}") from error
         model = self._model(recipe, experiment.tokenizer)
         folder = self._settings.store / "personal" / folder_name(str(header["run"]))
         (client,) = build_clients(experiment, model, folder)
-        strategy = build_strategy(recipe, num_clients=num_clients)
         self._sessions = {key: _Session(recipe, client, strategy, build_channel(recipe))}
         return self._sessions[key]
 
@@ -220,6 +229,7 @@ def main() -> None:
     """Serve until the process that started this one ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     settings = SiteSettings.from_json(Path(sys.argv[1]).read_text())
+    import_from(Path.cwd())  # as where the site was started; its owner says what may be imported
     with ExitStack() as stack:
         stack.enter_context(
             only_one(settings.store / "worker.lock", seconds=30.0, what="worker of a site")

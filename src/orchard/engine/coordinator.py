@@ -15,7 +15,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,6 +65,8 @@ class Coordinator:
         patience: How long is waited for what.
         admission: Which updates are let in.
         reporter: Shows progress.
+        methods: Methods that do not come with Orchard to the digests of their sources, which every
+            site must have too.
     """
 
     schedule: Schedule
@@ -78,6 +80,7 @@ class Coordinator:
     patience: Patience
     admission: Admission
     reporter: Reporter
+    methods: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Open the logs."""
@@ -106,7 +109,7 @@ class Coordinator:
         """
         path = self.folder / SITES_FILE
         known = tuple(json.loads(path.read_text())) if path.exists() else ()
-        request = Request({"kind": "join", "run": self.run, "recipe": self.recipe})
+        request = Request({"kind": "join", **self._what_runs()})
         joined = wait_for_sites(
             post,
             request,
@@ -121,6 +124,11 @@ class Coordinator:
         sites = tuple(sorted(joined))
         write_json(path, list(sites))
         return sites
+
+    def _what_runs(self) -> dict[str, Any]:
+        """Return what every request names the run by."""
+        own = {"methods": dict(self.methods)} if self.methods else {}
+        return {"run": self.run, "recipe": self.recipe, **own}
 
     def run_rounds(self, post: Post, begin: Begin, *, num_sites: int) -> ServerState:
         """Run all rounds that are not yet checkpointed, and the last evaluation.
@@ -301,8 +309,7 @@ class Coordinator:
         )
         header = {
             "kind": "round",
-            "run": self.run,
-            "recipe": self.recipe,
+            **self._what_runs(),
             "site": site,
             "index": sites.index(site),
             "num_clients": len(sites),

@@ -1,17 +1,19 @@
 """Names of methods become strategies.
 
-The table below is all there is to look up: the command line, the documentation and the tests read
-the same one.
+The table below has all that come with Orchard: the command line, the documentation and the tests
+read the same one. A name that is not in it is that of a method of one's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from orchard.experiment.own_methods import Transform, as_method, find_own, offered
+from orchard.experiment.parts import PARTS, Method
 from orchard.experiment.settings import graft_settings, subset_settings
 from orchard.experts.graft_search import SearchSettings
+from orchard.recipe.method_options import method_names
 from orchard.recipe.options import Recipe
 from orchard.server.optimizers import SGD
 from orchard.server.robust import MIN_CONTRIBUTORS, RobustSettings, robust_aggregate
@@ -36,29 +38,6 @@ from orchard.strategies.strategy import (
 )
 
 ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
-
-
-@dataclass(frozen=True)
-class Method:
-    """One entry of ``METHODS``.
-
-    Attributes:
-        about: One line for people.
-        source: The paper.
-        part: What it decides: ``server`` (one at most), ``objective``, ``budget`` (one at most),
-            ``experts``, ``control`` or ``sharing``. Parts are put together in this order, whatever
-            the order of names.
-        apply: Makes a strategy into one with the method in it, given the recipe and the number of
-            clients.
-    """
-
-    about: str
-    source: str
-    part: str
-    apply: Callable[[Strategy, Recipe, int], Strategy]
-
-
-_PARTS = ("server", "objective", "budget", "experts", "control", "sharing")
 
 
 def _adaptive(rule: str) -> Callable[[Strategy, Recipe, int], Strategy]:
@@ -211,9 +190,23 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         ),
     }
 )
-
-
 """Name of a method to what it is; ``strategy.name`` joins several by ``+``."""
+
+
+def find_method(name: str) -> Method:
+    """Return the method of one name: of the table, or one's own, which is imported.
+
+    Raises:
+        ValueError: There is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    if ":" not in name and name not in (others := offered()):
+        raise ValueError(
+            f"strategy.name must be of {', '.join([*METHODS, *others])} or module:attribute, got "
+            f"{name}; join several by +, such as flex+fedadam"
+        )
+    return find_own(name)
 
 
 def check_strategy(name: str) -> tuple[str, ...]:
@@ -222,16 +215,25 @@ def check_strategy(name: str) -> tuple[str, ...]:
     Raises:
         ValueError: A name is unknown, stands twice, or does not go with another.
     """
-    names = [part.strip() for part in name.split("+")]
-    for part in names:
-        if part not in METHODS:
-            raise ValueError(
-                f"strategy.name must be of {', '.join(METHODS)}, got {part}; "
-                "join several by +, such as flex+fedadam"
-            )
+    names = method_names(name)
+    return _in_order({part: find_method(part) for part in names}, names)
+
+
+def own_names(name: str) -> tuple[str, ...]:
+    """Return the methods of ``strategy.name`` that do not come with Orchard."""
+    return tuple(part for part in method_names(name) if part not in METHODS)
+
+
+def _in_order(methods: Mapping[str, Method], names: Sequence[str]) -> tuple[str, ...]:
+    """Return names in the order in which they are put together.
+
+    Raises:
+        ValueError: A name stands twice, or does not go with another.
+    """
+    name = "+".join(names)
     if len(set(names)) < len(names):
         raise ValueError(f"strategy.name must name a method once, got {name}")
-    of_part = {part: [n for n in names if METHODS[n].part == part] for part in _PARTS}
+    of_part = {part: [n for n in names if methods[n].part == part] for part in PARTS}
     for part, what in (("server", "server optimizer"), ("budget", "way to fit a budget")):
         if len(of_part[part]) > 1:
             raise ValueError(
@@ -242,13 +244,13 @@ def check_strategy(name: str) -> tuple[str, ...]:
             f"strategy.name must not join {of_part['budget'][0]} with {of_part['control'][0]}, "
             "got both; a control variate needs every gradient of every round"
         )
-    others = of_part["server"] + of_part["objective"] + of_part["control"] + of_part["budget"]
+    others = [n for part in PARTS if part not in ("experts", "sharing") for n in of_part[part]]
     if of_part["sharing"] and others:
         raise ValueError(
-            f"strategy.name must not join local with {others[0]}, got {name}; "
+            f"strategy.name must not join {of_part['sharing'][0]} with {others[0]}, got {name}; "
             "nothing is shared that it could act on"
         )
-    return tuple(name for part in _PARTS for name in of_part[part])
+    return tuple(name for part in PARTS for name in of_part[part])
 
 
 def require_path(recipe: Recipe) -> None:
@@ -266,7 +268,7 @@ def require_path(recipe: Recipe) -> None:
 
 def has_part(names: Iterable[str], part: str) -> bool:
     """Say whether one of these methods decides ``part``; see ``Method``."""
-    return any(METHODS[name].part == part for name in names)
+    return any(find_method(name).part == part for name in names)
 
 
 def check_aggregation(recipe: Recipe, *, num_clients: int) -> None:
@@ -296,11 +298,18 @@ def check_aggregation(recipe: Recipe, *, num_clients: int) -> None:
         )
 
 
-def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:
+def build_strategy(
+    recipe: Recipe, *, num_clients: int, own: Mapping[str, Transform] | None = None
+) -> Strategy:
     """Return the federated method of a recipe.
 
+    Args:
+        recipe: Names its methods.
+        num_clients: Of the federation.
+        own: Name to function of methods to join to them, without looking them up.
+
     Raises:
-        ValueError: See ``check_strategy``.
+        ValueError: See ``check_strategy``; or a method of one's own cannot be put on.
     """
     weigh = by_num_examples if recipe.server.weighting == "examples" else uniformly
     check_aggregation(recipe, num_clients=num_clients)
@@ -309,6 +318,9 @@ def build_strategy(recipe: Recipe, *, num_clients: int) -> Strategy:
     if server.aggregation != "mean":
         aggregate = robust_aggregate(RobustSettings(server.aggregation, server.trim, server.clip))
     strategy = Strategy(weigh=weigh, aggregate=aggregate, optimizer=SGD(lr=server.lr or 1.0))
-    for name in check_strategy(recipe.strategy.name):
-        strategy = METHODS[name].apply(strategy, recipe, num_clients)
+    named, passed = method_names(recipe.strategy.name), own or {}
+    methods = {name: find_method(name) for name in named}
+    methods |= {name: as_method(function, name=name) for name, function in passed.items()}
+    for name in _in_order(methods, [*named, *passed]):
+        strategy = methods[name].apply(strategy, recipe, num_clients)
     return strategy

@@ -15,7 +15,7 @@ from orchard.client.requirements import PeakMemory, Requirements
 from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
 from orchard.experiment.holdings import build_federation
-from orchard.experiment.methods import check_strategy, has_part, require_path
+from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import check_model
@@ -72,6 +72,7 @@ def make_plan(recipe: Recipe) -> Plan:
     methods = check_strategy(recipe.strategy.name)
     require_path(recipe)
     federation = build_federation(recipe)
+    build_strategy(recipe, num_clients=len(federation.train))  # what cannot be put on is refused
     view = check_model(recipe.model.path, lora_settings(recipe))
     limits = client_limits(recipe, view, num_clients=len(federation.train))
     requirements = build_requirements(recipe, view)

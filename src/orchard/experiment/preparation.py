@@ -25,7 +25,7 @@ from orchard.experiment.holdings import (
     read_retention,
 )
 from orchard.experiment.methods import (
-    check_aggregation,
+    build_strategy,
     check_strategy,
     require_path,
 )
@@ -101,7 +101,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     federation = build_site(recipe, seat.client_id) if seat else build_federation(recipe)
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
-        check_aggregation(recipe, num_clients=num_clients)
+        build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "

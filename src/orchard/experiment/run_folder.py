@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from orchard.experiment.methods import own_names
+from orchard.experiment.own_methods import (
+    Transform,
+    own_digests,
+    passed_digest,
+    passed_name,
+)
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import (
     format_value,
@@ -16,15 +25,62 @@ from orchard.recipe.reading import (
     to_toml,
 )
 from orchard.recipe.run_options import DeploymentOptions
+from orchard.results import write_atomically, write_json
+from orchard.strategies.strategy import Strategy
 
-RECIPE_FILE = "recipe.toml"
+RECIPE_FILE, METHODS_FILE = "recipe.toml", "methods.json"
 
 
-def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Check that a run of ``recipe`` may be written to ``folder``.
+@dataclass(frozen=True)
+class Recorded:
+    """What a run is recorded under.
+
+    Attributes:
+        recipe: Its recipe, with the name of a method that was passed as an object.
+        digests: Own methods to the digests of their sources; see ``experiment/own_methods.py``.
+    """
+
+    recipe: Recipe
+    digests: Mapping[str, str]
+
+
+def recorded_as(recipe: Recipe, passed: Strategy | Transform | None = None) -> Recorded:
+    """Return what a run of ``recipe`` is recorded under, with a method passed as an object.
 
     Raises:
-        ValueError: The folder holds a run, and ``resume`` is not set or the recipe is another.
+        ValueError: A method of the recipe's is not there.
+    """
+    if isinstance(passed, Strategy):
+        name, digests = passed_name(passed), {}
+    else:
+        name, digests = recipe.strategy.name, own_digests(own_names(recipe.strategy.name))
+        if passed:
+            name = f"{name}+{passed_name(passed)}"
+            digests |= {passed_name(passed): passed_digest(passed)}
+    return Recorded(replace(recipe, strategy=replace(recipe.strategy, name=name)), digests)
+
+
+def begin_folder(folder: Path, recorded: Recorded) -> None:
+    """Make a folder the folder of a run."""
+    if recorded.digests:
+        write_json(folder / METHODS_FILE, dict(recorded.digests))
+    write_atomically(folder / RECIPE_FILE, to_toml(recorded.recipe).encode())
+
+
+def check_folder(
+    folder: Path, recipe: Recipe, *, resume: bool, passed: Strategy | Transform | None = None
+) -> None:
+    """Check that a run of ``recipe`` may be written to ``folder``.
+
+    Args:
+        folder: Of the run.
+        recipe: Every choice.
+        resume: Whether a run that is there may be continued.
+        passed: The method, where it was passed as an object.
+
+    Raises:
+        ValueError: The folder holds a run, and ``resume`` is not set, or the recipe or a method is
+            another.
     """
     if not (folder / RECIPE_FILE).exists():
         return
@@ -33,15 +89,24 @@ def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
             f"--out must be a new folder, got {folder}, which holds a run; "
             "add --resume to continue it, or choose another"
         )
-    before = read_recipe(folder / RECIPE_FILE).recipe
+    before, now = read_recipe(folder / RECIPE_FILE).recipe, recorded_as(recipe, passed)
     for key in known_options():
         if key.startswith("deployment."):  # how long to wait may change between two starts
             continue
-        old, new = option_value(before, key), option_value(recipe, key)
+        old, new = option_value(before, key), option_value(now.recipe, key)
         if old != new:
             raise ValueError(
                 f"{key} must be {format_value(old)} to resume the run in {folder}, got "
                 f"{format_value(new)}; use the same recipe, or another --out"
+            )
+    path = folder / METHODS_FILE
+    known: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    for name in [*known, *now.digests]:
+        if known.get(name) != now.digests.get(name):
+            raise ValueError(
+                f"the source of {name} must have SHA-256 {known.get(name)} to resume the run in "
+                f"{folder}, got {now.digests.get(name)}; bring back the file as it was, or use "
+                "another --out"
             )
 
 

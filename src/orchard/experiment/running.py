@@ -11,11 +11,16 @@ from orchard.client.training import TrainingSettings
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings
-from orchard.experiment.methods import (
-    build_strategy,
-)
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.own_methods import Transform, passed_name
 from orchard.experiment.preparation import Experiment, count_truncated
-from orchard.experiment.run_folder import RECIPE_FILE, check_folder, folder_name, recipe_digest
+from orchard.experiment.run_folder import (
+    begin_folder,
+    check_folder,
+    folder_name,
+    recipe_digest,
+    recorded_as,
+)
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
@@ -25,12 +30,9 @@ from orchard.models.stored.loading import (
 )
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import (
-    to_toml,
-    words,
-)
+from orchard.recipe.reading import words
 from orchard.reports import build_result
-from orchard.results import environment, write_atomically, write_json
+from orchard.results import environment, write_json
 from orchard.seeding import Seeds
 from orchard.strategies.strategy import Strategy, start_server
 from orchard.trees import digest
@@ -129,7 +131,7 @@ def run_experiment(
     folder: Path,
     reporter: Reporter,
     model: AdaptedModel | None = None,
-    strategy: Strategy | None = None,
+    strategy: Strategy | Transform | None = None,
 ) -> dict[str, Any]:
     """Run, or go on running, an experiment in ``folder``, and write its result there.
 
@@ -138,41 +140,52 @@ def run_experiment(
         folder: The run's folder; a checkpoint in it is continued.
         reporter: Shows progress.
         model: A model loaded for the same recipe, to share it between runs.
-        strategy: A method of your own, instead of the recipe's.
+        strategy: A method of your own: a function from a strategy to a strategy, which joins the
+            recipe's methods, or a ``Strategy`` in the place of them. The run is recorded under its
+            name, and goes on with it alone.
 
     Returns:
         The content of ``result.json``.
 
     Raises:
-        ValueError: The folder holds another run.
+        ValueError: The folder holds another run, or the method cannot be put on.
     """
     recipe = experiment.recipe
-    check_folder(folder, recipe, resume=True)
-    write_atomically(folder / RECIPE_FILE, to_toml(recipe).encode())
+    check_folder(folder, recipe, resume=True, passed=strategy)
+    recorded = recorded_as(recipe, strategy)
+    if isinstance(strategy, Strategy):
+        method = strategy
+    else:
+        own = {passed_name(strategy): strategy} if strategy else {}
+        method = build_strategy(recipe, num_clients=len(experiment.train), own=own)
+    begin_folder(folder, recorded)
     with threads(recipe.model.num_threads):
         model = model or load_model(recipe, experiment.tokenizer)
         clients = build_clients(experiment, model, folder / "clients")
-        strategy = strategy or build_strategy(recipe, num_clients=len(clients))
         seeds = Seeds(recipe.seed)
         state = simulate(
-            strategy,
+            method,
             clients,
-            start_server(strategy, model.fresh),
+            start_server(method, model.fresh),
             schedule=build_schedule(recipe),
             channel=build_channel(recipe),
             seeds=seeds,
             folder=folder,
-            about={"base_digest": model.base_digest, "recipe_digest": recipe_digest(recipe)},
+            about={
+                "base_digest": model.base_digest,
+                "recipe_digest": recipe_digest(recorded.recipe),
+            },
             reporter=reporter,
-            title=recipe.strategy.name,
+            title=recorded.recipe.strategy.name,
         )
     federation = experiment.federation
     facts: dict[str, Any] = {
         **environment(),
         "seed": recipe.seed,
-        "strategy": recipe.strategy.name,
-        "recipe_digest": recipe_digest(recipe),
+        "strategy": recorded.recipe.strategy.name,
+        "recipe_digest": recipe_digest(recorded.recipe),
         "data_digest": experiment.digest.overall,
+        **({"own_methods": recorded.digests} if recorded.digests else {}),
         "base_digest": model.base_digest,
         "base_is_unchanged": digest(model.base_state) == model.base_digest,
         "shared_digest": digest(state.shared),

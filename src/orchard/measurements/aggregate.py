@@ -8,7 +8,6 @@ whose replies are all in memory before it begins. Peaks are of processes of thei
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -26,6 +25,7 @@ import torch
 from orchard.communication.channel import Channel
 from orchard.communication.messages import Update, decode_update
 from orchard.communication.stages import DTYPES, Cast
+from orchard.extras import lacking
 from orchard.models.stored.loading import threads
 from orchard.process_memory import loading_to_stay, peak_memory_bytes, resident_memory_bytes
 from orchard.server.checkpoint import ServerState
@@ -256,7 +256,7 @@ def _messages(case: Case) -> Iterator[Case]:
 
 def has_flower() -> bool:
     """Say whether the peer is installed."""
-    return importlib.util.find_spec("flwr") is not None
+    return not lacking("flower")
 
 
 def bench_aggregate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
+from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.recipe.options import Recipe
 
 Need: TypeAlias = tuple[bool, str]
@@ -18,6 +19,8 @@ _SUBSETS = ("hfedmoe", "fedavg_random", "pflmoe", "fedmoe", "seermoe")
 def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
     """Refuse an override that the rest of the recipe leaves without effect.
 
+    A method of one's own may read any option that others read.
+
     Args:
         recipe: The recipe, overrides included.
         keys: What was overridden.
@@ -25,7 +28,8 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
     Raises:
         ValueError: An option has no effect.
     """
-    data, methods = recipe.data, [name.strip() for name in recipe.strategy.name.split("+")]
+    data, methods = recipe.data, method_names(recipe.strategy.name)
+    has_own = not {*BUILT_IN} >= {*methods}
     grafts, is_lora = "flex" in methods, recipe.strategy.graft_kind == "lora"
     adaptive = bool({"fedadam", "fedyogi"} & set(methods))
     is_drawn = data.partition in ("iid", "dirichlet", "dirichlet_resample")
@@ -81,7 +85,8 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             need = "strategy.graft_choice = reconstruction"
         if grafts and is_used and key in ("strategy.graft_budget", "strategy.graft_max_sets"):
             is_used, need = recipe.strategy.graft_experts > 1, "strategy.graft_experts above 1"
-        if not is_used:
+        # What a method of one's own reads is not known here.
+        if not is_used and not (has_own and "strategy.name" in need):
             raise ValueError(f"{key} must come with {need} to have an effect; drop it or add that")
 
 

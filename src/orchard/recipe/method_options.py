@@ -6,12 +6,35 @@ from dataclasses import dataclass
 
 from orchard.recipe.describing import option
 
+BUILT_IN = (
+    *("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox", "hfedmoe"),
+    *(
+        "fedavg_dropout",
+        "fedavg_random",
+        "pflmoe",
+        "fedmoe",
+        "seermoe",
+        "flex",
+        "scaffold",
+        "local",
+    ),
+)
+"""Methods that come with Orchard; ``experiment/methods.py`` says what they are."""
+
+
+def method_names(name: str) -> tuple[str, ...]:
+    """Return the names that ``strategy.name`` joins by ``+``, whatever they mean."""
+    return tuple(part.strip() for part in name.split("+"))
+
 
 @dataclass(frozen=True)
 class StrategyOptions:
     """The federated method."""
 
-    name: str = option("fedavg", "A method, or several joined by +, such as flex+fedadam.")
+    name: str = option(
+        "fedavg",
+        "A method, or several joined by +, such as flex+fedadam; module:attribute for your own.",
+    )
     graft_kind: str = option(
         "lora", "FLEx: LoRA over an aliased expert, or a dense copy.", choices=("lora", "dense")
     )

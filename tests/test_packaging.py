@@ -1,0 +1,111 @@
+"""What is built holds what it takes and no more, and runs where nothing else is installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from hatchling.builders.plugin.interface import BuilderInterface
+from hatchling.builders.sdist import SdistBuilder
+from hatchling.builders.wheel import WheelBuilder
+
+ROOT = Path(__file__).parent.parent
+MAX_WHEEL_BYTES = 12_000_000
+
+
+def files_below(folder: Path) -> set[str]:
+    """Return the files of a folder of the checkout, without what Python leaves there."""
+    return {
+        str(path.relative_to(ROOT))
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+def included(builder: type[BuilderInterface]) -> dict[str, Path]:  # type: ignore[type-arg]
+    """Return path in the archive to file of what hatchling would put into it."""
+    with (made := builder(str(ROOT))).config.set_build_data({"artifacts": [], "force_include": {}}):
+        return {
+            file.distribution_path: Path(file.path) for file in made.recurse_included_files()
+        } | {
+            file.distribution_path: Path(file.path)
+            for file in made.recurse_forced_files(made.config.get_force_include())
+        }
+
+
+def test_a_wheel_holds_the_package_and_its_recipes_and_no_more() -> None:
+    found = included(WheelBuilder)
+    expected = {name.removeprefix("src/") for name in files_below(ROOT / "src" / "orchard")}
+    expected |= {f"orchard/{name}" for name in files_below(ROOT / "recipes")}
+    assert found.keys() == expected
+    assert "orchard/py.typed" in expected
+    assert sum(path.stat().st_size for path in found.values()) < MAX_WHEEL_BYTES
+
+
+def test_a_source_archive_holds_what_make_test_takes_and_no_runs() -> None:
+    found = {name.partition("/")[0] for name in included(SdistBuilder)}
+    assert found == {
+        *("src", "recipes", "tests", "examples", "docs", "scripts"),
+        *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
+        *("constraints.txt", "pyproject.toml"),
+    }
+
+
+@pytest.mark.long
+def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
+    dist, environment, here = tmp_path / "dist", tmp_path / "environment", tmp_path / "here"
+    here.mkdir()
+
+    def call(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        # Nothing of this checkout may be found by accident.
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+        done = subprocess.run(
+            [str(part) for part in command],
+            cwd=here,
+            env={**kept, "COLUMNS": "250"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT)
+    (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    assert wheel.stat().st_size <= MAX_WHEEL_BYTES
+    with zipfile.ZipFile(wheel) as archive:
+        roots = {name.partition("/")[0] for name in archive.namelist()}
+        assert roots == {"orchard", "orchard_moe-0.1.0.dist-info"}
+    with tarfile.open(source) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "constraints.txt", "tests/test_packaging.py"} <= names
+
+    call(sys.executable, "-m", "venv", environment)
+    pip = (environment / "bin" / "pip", "install", "--quiet", "-c", ROOT / "constraints.txt")
+    call(*pip, "torch")
+    call(*pip, wheel)
+    orchard = environment / "bin" / "orchard"
+    installed = call(environment / "bin" / "pip", "freeze").stdout.lower()
+    for name in ("flwr", "cryptography", "matplotlib", "pytest"):
+        assert f"\n{name}==" not in installed
+    assert "tiny/flex.toml" in call(orchard, "ls").stdout
+    assert "32 experts in 4 MoE layers" in call(orchard, "plan", "tiny/flex").stdout
+    call(orchard, "run", "tiny/fedavg", "server.rounds=1", "client.steps=1", "--out", "run")
+    result = json.loads((here / "run" / "result.json").read_text())
+    assert result["commit"] is None
+    assert result["base_is_unchanged"]
+    assert "everything is in runs/demo" in call(orchard, "demo").stdout
+    assert (here / "runs" / "demo" / "summary.json").is_file()
+    for command in (
+        ("keys", "new", "--site", "north"),
+        ("coordinate", "tiny/fedavg", "deployment.sites=2"),
+        ("site", "--data", "x.jsonl", "--store", "s", "--superlink", "127.0.0.1:1"),
+    ):
+        (line,) = call(orchard, *command, code=2).stderr.splitlines()
+        assert line.startswith("error: flwr, cryptography, ")
