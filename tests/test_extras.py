@@ -98,20 +98,25 @@ def test_an_extra_brings_what_is_asked_for() -> None:
         assert {*modules} == brought
 
 
-@pytest.mark.parametrize(
-    "script", ["kernels/charts.py", pytest.param("robustness/run.py", marks=pytest.mark.long)]
-)
+CHARTS = ["-c", "from benchmarks.kernels.charts import draw_all; draw_all()"]
+CURVES = ["-m", "benchmarks.robustness.run", "--table"]
+
+
+@pytest.mark.parametrize("script", [CHARTS, pytest.param(CURVES, marks=pytest.mark.long)])
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="not in a source archive")
-def test_a_chart_without_matplotlib_is_refused_in_one_line(script: str, tmp_path: Path) -> None:
+def test_a_chart_without_matplotlib_is_refused_in_one_line(
+    script: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "from importlib.machinery import PathFinder\n"
         "found = PathFinder.find_spec\n"
         "PathFinder.find_spec = lambda n, *a: None if n == 'matplotlib' else found(n, *a)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script)],
+        [sys.executable, *script],
         capture_output=True,
         text=True,
+        cwd=ROOT,
         env={"PYTHONPATH": str(tmp_path)},
         check=False,
     )

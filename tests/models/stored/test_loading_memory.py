@@ -78,7 +78,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("what", ["submodel", "streamed"])
+@pytest.mark.parametrize("what", ["submodel", pytest.param("streamed", marks=pytest.mark.long)])
 def test_memory_is_that_of_the_part(what: str, large: Path) -> None:
     size = (large / "model.safetensors").stat().st_size
     assert size > 300e6
