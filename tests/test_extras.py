@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchard.extras import EXTRAS
+from orchard.extras import EXTRAS, require
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +65,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_every_command_between_sites_names_what_it_lacks(without: dict[str, Any]) -> None:
     assert len(without["said"]) == 15
     for case, (code, text) in without["said"].items():
@@ -75,6 +77,7 @@ def test_every_command_between_sites_names_what_it_lacks(without: dict[str, Any]
         assert "Traceback" not in text
 
 
+@pytest.mark.long
 def test_only_what_speaks_with_flower_needs_an_extra_to_be_imported(
     without: dict[str, Any],
 ) -> None:
@@ -89,6 +92,21 @@ def test_only_what_speaks_with_flower_needs_an_extra_to_be_imported(
     }
     roots = {name.partition(".")[0] for name in without["broken"].values()}
     assert roots <= {name for names in EXTRAS.values() for name in names}
+
+
+def test_what_lacks_of_an_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("flower", to="leave one machine")
+    found = importlib.util.find_spec
+    for lacking in (("httpx",), EXTRAS["flower"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "importlib.util.find_spec",
+                lambda name, gone=lacking: None if name in gone else found(name),
+            )
+            with pytest.raises(
+                ValueError, match=f"^{', '.join(lacking)} must be installed to leave"
+            ):
+                require("flower", to="leave one machine")
 
 
 def test_an_extra_brings_what_is_asked_for() -> None:

@@ -121,7 +121,7 @@ def tally(layer: MoELayer, seen: list[tuple[Tensor, Tensor]], size: int, *, loss
     return found
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(s, marks=pytest.mark.long) for s in (3, 4))])
 def test_every_loss_and_the_choice_equal_brute_force(size: int) -> None:
     view, batches = many_experts(), corpus()
     seen = see_layers(view, batches)
@@ -140,7 +140,7 @@ def test_every_loss_and_the_choice_equal_brute_force(size: int) -> None:
             assert own.sets[size].is_exact
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(s, marks=pytest.mark.long) for s in (3, 4))])
 def test_of_equal_sets_the_first_is_chosen(size: int) -> None:
     view, batches = many_experts(), corpus()
     for name in view.names():  # four times four of a kind, router rows too
