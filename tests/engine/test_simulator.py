@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from federations import QUICK, RECIPES, build, quick_recipe, run_quickly
 from orchard.communication import messages
@@ -303,6 +304,23 @@ def test_a_failing_client_says_round_and_client(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"lower client\.lr") as caught:
         run_quickly(tmp_path, recipe)
     assert any("client" in note and "round" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_overflow_in_the_last_step_are_no_update(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss comes after it, and what a machine makes of 1e30 in a forward pass is its own."""
+
+    def overflow(optimizer: torch.optim.Optimizer) -> None:
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][-1].flatten()[0] = value
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(FloatingPointError, match=r"must be finite, .* lower client\.lr") as caught:
+        run_quickly(tmp_path, quick_recipe("flex", "client.steps=1"))
+    assert any("client" in note and "round" in note for note in caught.value.__notes__)
+    assert not list((tmp_path / "clients").rglob("round_*"))
 
 
 def test_checkpoint_holds_the_state_that_the_run_ended_with(tmp_path: Path) -> None:
