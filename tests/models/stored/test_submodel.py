@@ -75,8 +75,8 @@ def assert_same_model(got: Any, expected: Any) -> None:
         assert torch.equal(left[name], right[name]), name
     assert got.state_dict().keys() == expected.state_dict().keys()
     assert type(got) is type(expected)
-    # Weights are the same bits. What a product makes of them may depend on where they lie in memory:
-    # some CPUs choose another kernel for another alignment, and nothing here promises otherwise.
+    # Weights are the same bits. What a product makes of them may depend on where in memory they
+    # lie: some CPUs choose another kernel for another alignment, and nothing promises otherwise.
     torch.testing.assert_close(logits_of(got), logits_of(expected))
 
 
