@@ -77,7 +77,13 @@ def test_rounds_keep_the_base_send_nothing_private_and_repeat_exactly(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", COMBINATIONS)
+@pytest.mark.parametrize("method", [name for name in COMBINATIONS if name not in SHORT])
+def test_pairs_with_flex_do_too(method: str, tmp_path: Path) -> None:
+    check_method(quick_recipe(method), tmp_path, num_clients=2, num_again=1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["scaffold", "fedmoe", "flex+hfedmoe"])
 def test_rounds_of_all_clients_on_the_whole_model_do_too(method: str, tmp_path: Path) -> None:
     check_method(tiny_recipe(method), tmp_path, num_clients=4, num_again=2)
 
