@@ -101,3 +101,13 @@ def test_distances_compare_clients_with_other_experts() -> None:
     updates = [update(n, {"a": value, f"e{n}": value}) for n in range(4)]
     updates.append(update(4, {"a": 50 * value, "e4": value}))
     assert reduce("krum", updates)["a"].tolist() == [1.0] * 4
+
+
+def test_krum_looks_at_all_neighbors_but_the_hostile_and_two() -> None:
+    # A score has the 3 nearest of the 6 others. That of 13 has 12, 7 and the hostile 20, the sum
+    # of whose squares is 86; 12 has 90 and stays out. With one neighbor more or less, or with
+    # itself as one, another client would.
+    places = (0.0, 1.0, 2.0, 7.0, 12.0, 13.0, 20.0)
+    updates = [update(n, {"a": torch.tensor([place])}) for n, place in enumerate(places)]
+    reduced = reduce("krum", updates, trim=0.3)["a"].item()
+    assert reduced == pytest.approx((0 + 1 + 2 + 7 + 13) / 5)
