@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -543,7 +544,7 @@ def test_a_step_holds_still_what_it_is_told_to() -> None:
     assert sum(sum(map(sum, step)) for step in asked) == report.num_tokens
     assert report.moved == frozenset(model.adapter_names) - {never}
     for name in model.adapter_names:
-        is_still = [torch.equal(old[name], new[name]) for old, new in zip(seen, seen[1:])]
+        is_still = [torch.equal(old[name], new[name]) for old, new in pairwise(seen)]
         assert is_still == [name in held] * 2, name
         assert torch.equal(seen[2][name], end[name]) == (name == never), name
     # The optimizer knows nothing of steps that were sat out: its first one has the size of lr.
