@@ -10,329 +10,63 @@ from __future__ import annotations
 
 import argparse
 import ast
-import functools
-import hashlib
-import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
-import sys
 import time
+from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
-from mutant_sites import ROOMS, SOURCE, Mutant, draw_sample, locate
+from mutation.following import Covered, cover
+from mutation.processes import Setup, failures, start_tests, warm
+from mutation.sites import ROOMS, SOURCE, Mutant, draw_sample, locate
 
 ROOT = Path(__file__).parent.parent
 QUICK_SECONDS = 0.5
 """Tests below this run first; of the others, all of a file together, since they share fixtures."""
-_ENVIRONMENT = ("ORCHARD_MUTANT_MODULE", "ORCHARD_MUTANT_FILE", "ORCHARD_MUTANT_SOURCE")
-
-
-class _Loading(importlib.abc.MetaPathFinder):
-    """Gives one module the source of a mutant, under the file name of the original."""
-
-    def __init__(self, module: str, file: str, source: str) -> None:
-        self.module, self.file, self.source = module, file, source
-
-    def find_spec(
-        self, fullname: str, path: object = None, target: object = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.module:
-            return None
-        source = Path(self.source)
-
-        class Loader(importlib.machinery.SourceFileLoader):
-            def get_code(self, fullname: str) -> Any:
-                return self.source_to_code(source.read_bytes(), self.path)
-
-        return importlib.util.spec_from_file_location(
-            fullname, self.file, loader=Loader(fullname, self.file)
-        )
-
-
-def load_mutant_of_environment() -> None:
-    """Load what the environment names; every Python process that a test starts calls this."""
-    if _ENVIRONMENT[0] in os.environ:
-        sys.meta_path.insert(0, _Loading(*(os.environ[name] for name in _ENVIRONMENT)))
+ALIVE = ("survived", "undecided", "not covered")
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What runs where.
+class Outcome:
+    """What became of a mutant.
 
     Attributes:
-        repository: Whose source is changed.
-        tests: Whose tests run.
-        markers: For ``pytest -m``; None = as that repository's pyproject says.
-        folder: For logs, temporary files and the mutants' source.
+        mutant: Which.
+        verdict: ``killed``, ``timed out`` (as good as killed), ``survived``, ``undecided`` (the
+            cheapest tests let it live, and the others did not run), ``not covered`` (no test
+            executes it in its own process), or ``not found`` in another version's source.
+        killer: The first test that failed.
+        num_tests: How many tests were chosen.
+        seconds: Wall time.
     """
 
-    repository: Path
-    tests: Path
-    markers: str | None
-    folder: Path
+    mutant: Mutant
+    verdict: str
+    killer: str | None = None
+    num_tests: int = 0
+    seconds: float = 0.0
 
 
-@dataclass(frozen=True)
-class Covered:
-    """What the tests execute.
-
-    Attributes:
-        digest: Of source and tests.
-        seconds: Test to its duration, of those that pass.
-        failed: Tests that fail without any mutant, which can kill none.
-        lines: File to line to tests that execute it, themselves or through what they share.
-    """
-
-    digest: str
-    seconds: dict[str, float]
-    failed: list[str]
-    lines: dict[str, dict[int, list[str]]]
-
-
-class _Following:
-    """A pytest plugin that tells coverage which test runs.
-
-    What is made once and used by several tests (a fixture of a wider scope, a cached call) is
-    followed under a name of its own, and belongs to every test that uses it.
-    """
-
-    def __init__(self, coverage: Any, folders: Sequence[Path]) -> None:
-        self.coverage, self.folders = coverage, [f"{folder}{os.sep}" for folder in folders]
-        self.stack: list[str] = []
-        self.uses: dict[str, set[str]] = defaultdict(set)
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.failed: set[str] = set()
-        functools.cache = self._caching(functools.cache)
-
-    @contextmanager
-    def _inside(self, name: str) -> Iterator[None]:
-        self._use(name)
-        self.stack.append(name)
-        self.coverage.switch_context(name)
-        try:
-            yield
-        finally:
-            self.stack.pop()
-            self.coverage.switch_context(self.stack[-1] if self.stack else "")
-
-    def _use(self, name: str) -> None:
-        if self.stack:
-            self.uses[self.stack[-1]].add(name)
-
-    def _caching(self, cache: Callable[..., Any]) -> Any:
-        def follow(function: Any) -> Any:
-            file = getattr(getattr(function, "__code__", None), "co_filename", "")
-            if not file.startswith(tuple(self.folders)):
-                return cache(function)
-
-            def name(args: Any, options: Any) -> str:
-                return f"{function.__module__}.{function.__qualname__} {args!r} {options!r}"
-
-            @cache
-            def made(*args: Any, **options: Any) -> Any:
-                with self._inside(name(args, options)):
-                    return function(*args, **options)
-
-            @functools.wraps(function)
-            def used(*args: Any, **options: Any) -> Any:
-                self._use(name(args, options))
-                return made(*args, **options)
-
-            used.cache_clear = made.cache_clear  # type: ignore[attr-defined]
-            used.cache_info = made.cache_info  # type: ignore[attr-defined]
-            return used
-
-        return follow
-
-    def tests_of(self, contexts: Collection[str]) -> dict[str, set[str]]:
-        """Return context to the tests that it belongs to."""
-        users: dict[str, set[str]] = defaultdict(set)
-        for test in self.seconds:
-            todo, seen = [test], set[str]()
-            while todo:
-                name = todo.pop()
-                if name not in seen:
-                    seen.add(name)
-                    users[name].add(test)
-                    todo += self.uses[name]
-        return {context: users[context] for context in contexts}
-
-    def hooks(self) -> Any:
-        """Return the plugin."""
-        import pytest
-
-        def name_of(fixture: Any) -> str:
-            return f"fixture {fixture.baseid} {fixture.argname}"
-
-        class Hooks:
-            @pytest.hookimpl(wrapper=True)
-            def pytest_runtest_protocol(hooks, item: Any) -> Iterator[None]:
-                shared = [
-                    name_of(definitions[-1])
-                    for definitions in item._fixtureinfo.name2fixturedefs.values()
-                    if definitions[-1].scope != "function"
-                ]
-                file = item.nodeid.partition("::")[0]
-                self.uses[item.nodeid] |= {*shared, f"import {file}"}
-                with self._inside(item.nodeid):
-                    return (yield)
-
-            @pytest.hookimpl(wrapper=True)
-            def pytest_fixture_setup(hooks, fixturedef: Any) -> Iterator[None]:
-                if fixturedef.scope == "function":
-                    return (yield)
-                with self._inside(name_of(fixturedef)):
-                    return (yield)
-
-            @pytest.hookimpl(wrapper=True)
-            def pytest_make_collect_report(hooks, collector: Any) -> Iterator[None]:
-                with self._inside(f"import {collector.nodeid.partition('::')[0]}"):
-                    return (yield)
-
-            def pytest_runtest_logreport(hooks, report: Any) -> None:
-                self.seconds[report.nodeid] += report.duration
-                if report.outcome == "failed":
-                    self.failed.add(report.nodeid)
-
-        return Hooks()
-
-
-class _Chosen:
-    """A pytest plugin that keeps only the chosen tests, in their order, and notes who fails."""
-
-    def __init__(self, tests: Sequence[str], note: Path) -> None:
-        self.order = {test: place for place, test in enumerate(tests)}
-        self.note = note
-
-    def pytest_collection_modifyitems(self, config: Any, items: list[Any]) -> None:
-        dropped = [item for item in items if item.nodeid not in self.order]
-        items[:] = [item for item in items if item.nodeid in self.order]
-        items.sort(key=lambda item: self.order[item.nodeid])
-        config.hook.pytest_deselected(items=dropped)
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.outcome == "failed":
-            with self.note.open("a") as stream:
-                stream.write(f"{report.nodeid}\n")
-
-
-def _warm() -> None:
-    """Import what all tests need, once; nothing of the project."""
-    import datasets  # noqa: F401
-    import peft  # noqa: F401
-    import pytest  # noqa: F401
-    import torch  # noqa: F401
-    import transformers.models.qwen2_moe  # noqa: F401
-
-
-def _fork(setup: Setup, name: str, work: Callable[[list[str]], int]) -> int:
-    """Run ``work``, given pytest's arguments, in a child process; return its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 70
-    try:
-        os.setsid()
-        log = os.open(setup.folder / f"{name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for stream in (1, 2):
-            os.dup2(log, stream)
-        source = str(setup.repository / "src")
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(setup.folder / "start"), source])
-        os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(setup.folder / f"{name}.hypothesis")
-        sys.path[:] = [source, *(p for p in sys.path if p not in (str(ROOT / "scripts"), source))]
-        os.chdir(setup.tests)
-        load_mutant_of_environment()
-        options = ["-p", "no:cacheprovider", "--hypothesis-seed=0"]
-        # Imported by the parent, so that assertions in it are not rewritten; it has none of ours.
-        options += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
-        options += [f"--basetemp={setup.folder / f'{name}.tmp'}"]
-        options += ["-m", setup.markers] if setup.markers is not None else []
-        code = work(options)
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _digest(setup: Setup) -> str:
-    found = hashlib.sha256(repr((str(setup.tests), setup.markers)).encode())
-    for folder in (setup.repository / SOURCE, setup.tests / "tests"):
-        for path in sorted(folder.rglob("*.py")):
-            found.update(path.read_bytes())
-    return found.hexdigest()
-
-
-def cover(setup: Setup, kept: Path) -> Covered:
-    """Return what each test executes, from a run of all of them or from ``kept``.
-
-    Raises:
-        RuntimeError: The run has no result.
-    """
-    digest = _digest(setup)
-    if kept.exists():
-        held = json.loads(kept.read_text())
-        if held["digest"] == digest:
-            lines = {f: {int(n): t for n, t in own.items()} for f, own in held["lines"].items()}
-            return Covered(digest, held["seconds"], held["failed"], lines)
-
-    def work(options: list[str]) -> int:
-        import coverage
-        import pytest
-
-        source = setup.repository / SOURCE
-        measured = coverage.Coverage(data_file=None, source=[str(source)], config_file=False)
-        following = _Following(measured, [source, setup.tests / "tests"])
-        measured.start()
-        pytest.main([*options, "-q"], plugins=[following.hooks()])
-        measured.stop()
-        data = measured.get_data()
-        tests = following.tests_of(data.measured_contexts())
-        lines = {}
-        for file in sorted(data.measured_files()):
-            lines[str(Path(file).relative_to(setup.repository))] = {
-                line: sorted(set().union(*(tests[c] for c in contexts)) - following.failed)
-                for line, contexts in data.contexts_by_lineno(file).items()
-            }
-        seconds = {t: round(s, 3) for t, s in following.seconds.items()}
-        for test in following.failed:
-            del seconds[test]
-        found = Covered(digest, seconds, sorted(following.failed), lines)
-        kept.write_text(json.dumps(asdict(found)))
-        return 0
-
-    _, status = os.waitpid(_fork(setup, "coverage", work), 0)
-    if status:
-        raise RuntimeError(f"the run of all tests must end, see {setup.folder / 'coverage.log'}")
-    return cover(setup, kept)
-
-
-def _importers(repository: Path) -> dict[str, set[str]]:
+def find_importers(repository: Path) -> dict[str, set[str]]:
     """Return file to the files that import from it."""
     found: dict[str, set[str]] = defaultdict(set)
     for path in (repository / SOURCE).rglob("*.py"):
-        file = str(path.relative_to(repository))
         for node in ast.walk(ast.parse(path.read_bytes())):
             if isinstance(node, ast.ImportFrom) and node.module:
-                target = repository / "src" / node.module.replace(".", "/")
-                for module in (target, *(target / alias.name for alias in node.names)):
-                    found[str(module.with_suffix(".py").relative_to(repository))].add(file)
+                module = Path("src", *node.module.split("."))
+                for target in (module, *(module / alias.name for alias in node.names)):
+                    found[f"{target}.py"].add(str(path.relative_to(repository)))
     return found
 
 
-def choose(mutant: Mutant, covered: Covered, importers: Mapping[str, set[str]]) -> list[str]:
+def choose_tests(mutant: Mutant, covered: Covered, importers: Mapping[str, set[str]]) -> list[str]:
     """Return the tests that can notice a mutant, in the order in which they run.
 
     What runs at import is looked at through everything that its file, and the files that import
@@ -357,80 +91,67 @@ def choose(mutant: Mutant, covered: Covered, importers: Mapping[str, set[str]]) 
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of a mutant: killed, survived, timed out, not covered or not found."""
-
+class _Running:
     mutant: Mutant
-    verdict: str
-    killer: str | None = None
-    num_tests: int = 0
-    seconds: float = 0.0
-
-
-def _start(setup: Setup, mutant: Mutant | None, tests: Sequence[str], name: str) -> int:
-    note = setup.folder / f"{name}.failed"
-    note.unlink(missing_ok=True)
-    environment = {}
-    if mutant is not None:
-        source = setup.folder / f"{name}.py"
-        original = setup.repository / mutant.file
-        source.write_bytes(mutant.apply(original.read_bytes()))
-        module = ".".join(Path(mutant.file).relative_to("src").with_suffix("").parts)
-        module = module.removesuffix(".__init__")
-        environment = dict(zip(_ENVIRONMENT, (module, str(original), str(source)), strict=True))
-
-    def work(options: list[str]) -> int:
-        import pytest
-
-        os.environ.update(environment)
-        load_mutant_of_environment()
-        stop = ["-x"] if mutant is not None else []
-        files = dict.fromkeys(test.partition("::")[0] for test in tests)
-        return int(pytest.main([*options, *stop, "-q", *files], plugins=[_Chosen(tests, note)]))
-
-    return _fork(setup, name, work)
-
-
-def _failures(setup: Setup, name: str) -> list[str]:
-    note = setup.folder / f"{name}.failed"
-    return note.read_text().splitlines() if note.exists() else []
+    num_tests: int
+    has_every: bool
+    limit: float
+    started: float = field(default_factory=time.monotonic)
 
 
 def try_mutants(
-    setup: Setup, mutants: Sequence[Mutant], covered: Covered, jobs: int
+    setup: Setup, mutants: Sequence[Mutant], *, covered: Covered, jobs: int, most_seconds: float
 ) -> Iterator[Outcome]:
-    """Yield what becomes of each mutant, as it is known."""
-    importers = _importers(setup.repository)
+    """Yield what becomes of each mutant, as it is known.
+
+    Of its tests, those run that take ``most_seconds`` together without it.
+    """
+    importers = find_importers(setup.repository)
     waiting = list(mutants)[::-1]
-    running: dict[int, tuple[Mutant, list[str], float, float]] = {}
+    running: dict[int, _Running] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             mutant = waiting.pop()
-            tests = choose(mutant, covered, importers)
-            if not tests:
+            every = choose_tests(mutant, covered, importers)
+            if not every:
                 yield Outcome(mutant, "not covered")
                 continue
-            limit = 20 + 4 * sum(covered.seconds[test] for test in tests)
-            pid = _start(setup, mutant, tests, f"mutant{mutant.number}")
-            running[pid] = (mutant, tests, time.monotonic(), limit)
+            sums = list(accumulate(covered.seconds[test] for test in every))
+            tests = every[: max(1, bisect_right(sums, most_seconds))]
+            pid = start_tests(setup, f"mutant{mutant.number}", tests, mutant)
+            limit = 20 + 4 * sums[len(tests) - 1]
+            running[pid] = _Running(mutant, len(tests), len(tests) == len(every), limit)
         time.sleep(0.05)
-        for pid, (mutant, tests, started, limit) in list(running.items()):
+        for pid, run in list(running.items()):
+            mutant = run.mutant
             ended, status = os.waitpid(pid, os.WNOHANG)
-            seconds = time.monotonic() - started
-            if ended:
-                verdict = "survived" if status == 0 else "killed"
-            elif seconds > limit:
+            seconds = time.monotonic() - run.started
+            if ended and status:
+                verdict = "killed"
+            elif ended:
+                verdict = "survived" if run.has_every else "undecided"
+            elif seconds > run.limit:
                 os.killpg(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
                 verdict = "timed out"
             else:
                 continue
             del running[pid]
-            shutil.rmtree(setup.folder / f"mutant{mutant.number}.tmp", ignore_errors=True)
-            killer = next(iter(_failures(setup, f"mutant{mutant.number}")), None)
+            name = f"mutant{mutant.number}"
+            shutil.rmtree(setup.folder / f"{name}.tmp", ignore_errors=True)
+            killer = next(iter(failures(setup, name)), None)
             if verdict == "killed" and killer is None:
-                killer = f"(exit status {os.waitstatus_to_exitcode(status)})"
-            yield Outcome(mutant, verdict, killer, len(tests), round(seconds, 1))
+                killer = f"exit status {os.waitstatus_to_exitcode(status)}"
+            yield Outcome(mutant, verdict, killer, run.num_tests, round(seconds, 1))
+
+
+def failing_anyway(setup: Setup, outcomes: Sequence[Outcome]) -> list[str]:
+    """Return killers that fail, among the killers alone, without a mutant too."""
+    killers = sorted({o.killer for o in outcomes if o.killer and "::" in o.killer})
+    if not killers:
+        return []
+    os.waitpid(start_tests(setup, "killers", killers), 0)
+    return failures(setup, "killers")
 
 
 def summarize(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
@@ -441,38 +162,44 @@ def summarize(outcomes: Sequence[Outcome]) -> dict[str, dict[str, float]]:
         counts = Counter(o.verdict for o in own)
         if own:
             killed = counts["killed"] + counts["timed out"]
-            table[room] = {**counts, "mutants": len(own), "killed_share": killed / len(own)}
+            table[room] = {
+                **counts,
+                "mutants": len(own),
+                "killed_share": round(killed / len(own), 3),
+            }
     return table
 
 
-def _write(out: Path, setup: Setup, outcomes: Sequence[Outcome], suspect: Sequence[str]) -> None:
-    ordered = sorted(outcomes, key=lambda o: o.mutant.number)
-    alive = ("survived", "not covered")
+def _describe(outcome: Outcome) -> str:
+    own = outcome.mutant
+    change = own.text if own.what in ("call", "raise") else f"{own.old} -> {own.new}: {own.text}"
+    return f"{own.number} {own.file}:{own.line} {own.what}, {outcome.verdict}: {change}"
+
+
+def _write(out: Path, outcomes: Sequence[Outcome], *, suspects: Sequence[str]) -> None:
+    ordered = sorted(outcomes, key=lambda outcome: outcome.mutant.number)
     record = {
         "summary": summarize(ordered),
+        "survivors": [_describe(outcome) for outcome in ordered if outcome.verdict in ALIVE],
         "not_found": [o.mutant.number for o in ordered if o.verdict == "not found"],
-        "killers_that_fail_without_a_mutant": list(suspect),
-        "survivors": [
-            f"{o.mutant.number} {o.mutant.file}:{o.mutant.line} {o.mutant.what} "
-            f"{o.mutant.old} -> {o.mutant.new} ({o.verdict}): {o.mutant.text}"
-            for o in ordered
-            if o.verdict in alive
-        ],
-        "mutants": [asdict(o) for o in ordered],
+        "killers_that_fail_anyway": list(suspects),
+        "mutants": [asdict(outcome) for outcome in ordered],
     }
     out.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _sample(path: Path, setup: Setup, size: int, seed: int) -> list[Mutant]:
-    """Read a sample, or draw it and write it there."""
-    if not path.exists():
-        drawn = draw_sample(setup.repository, size=size, seed=seed)
+def _sample(options: argparse.Namespace, out: Path, repository: Path) -> list[Mutant]:
+    """Read a sample, or draw it and write it beside the result."""
+    path: Path = options.sample or out.with_suffix(".sample.json")
+    if options.sample is None or not path.exists():
+        drawn = draw_sample(repository, size=options.size, seed=options.seed)
         path.write_text(json.dumps([asdict(mutant) for mutant in drawn], indent=1) + "\n")
-    return [Mutant(**entry) for entry in json.loads(path.read_text())]
+    sample = [Mutant(**entry) for entry in json.loads(path.read_text())]
+    numbers = {int(number) for number in (options.only or "").split(",") if number}
+    return [mutant for mutant in sample if not numbers or mutant.number in numbers]
 
 
-def main() -> None:
-    """Try the mutants and print what became of them."""
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--size", type=int, default=150, help="mutants to draw")
@@ -482,55 +209,40 @@ def main() -> None:
     add("--tests", type=Path, help="checkout whose tests run; default: the repository's own")
     add("--only", help="numbers of mutants, with commas")
     add("--markers", help="for pytest -m; default: as pyproject says")
+    add("--first", type=float, default=math.inf, help="seconds of tests to run for each mutant")
     add("--jobs", type=int, default=2, help="processes at a time")
     add("--out", type=Path, default=ROOT / "runs" / "mutants.json", help="the result")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Try the mutants and print what became of them."""
+    options = _options()
     os.environ["OMP_NUM_THREADS"] = "1"
-    out = options.out.resolve()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    repository = options.repository.resolve()
-    tests = (options.tests or repository).resolve()
-    setup = Setup(repository, tests, options.markers, out.with_suffix(".logs"))
-    start = setup.folder / "start"
-    start.mkdir(parents=True, exist_ok=True)
-    (start / "sitecustomize.py").write_text(
-        f"import sys\nsys.path.append({str(ROOT / 'scripts')!r})\n"
-        "import mutants\nmutants.load_mutant_of_environment()\n"
-    )
-    sample = _sample(
-        options.sample or out.with_suffix(".sample.json"), setup, options.size, options.seed
-    )
-    if options.only:
-        numbers = {int(number) for number in options.only.split(",")}
-        sample = [mutant for mutant in sample if mutant.number in numbers]
-    _warm()
+    out, repository = options.out.resolve(), options.repository.resolve()
+    folder = out.with_suffix(".logs")
+    folder.mkdir(parents=True, exist_ok=True)
+    setup = Setup(repository, (options.tests or repository).resolve(), options.markers, folder)
+    sample = _sample(options, out, repository)
+    warm()
     covered = cover(setup, out.with_suffix(".coverage.json"))
-    print(f"{len(covered.seconds)} tests, {len(covered.failed)} fail", flush=True)
-    outcomes, found = [], []
-    for mutant in sample:
-        here = locate(mutant, repository)
-        if here is None:
-            outcomes.append(Outcome(mutant, "not found"))
-        else:
-            found.append(here)
-    for outcome in try_mutants(setup, found, covered, options.jobs):
+    print(f"{len(covered.seconds)} tests pass, {len(covered.failed)} fail", flush=True)
+    here = {mutant: locate(mutant, repository) for mutant in sample}
+    outcomes = [Outcome(m, "not found") for m, found in here.items() if found is None]
+    mutants = [found for found in here.values() if found is not None]
+    for outcome in try_mutants(
+        setup, mutants, covered=covered, jobs=options.jobs, most_seconds=options.first
+    ):
         outcomes.append(outcome)
-        own = outcome.mutant
-        print(
-            f"{len(outcomes)}/{len(sample)} {outcome.verdict}: {own.number} {own.file}:"
-            f"{own.line} {own.old!r} -> {own.new!r} {outcome.killer or ''} "
-            f"{outcome.seconds} s",
-            flush=True,
-        )
-        _write(out, setup, outcomes, [])
-    killers = {o.killer for o in outcomes if o.killer and o.killer in covered.seconds}
-    pid = _start(setup, None, sorted(killers), "killers")
-    os.waitpid(pid, 0)
-    _write(out, setup, outcomes, _failures(setup, "killers"))
+        by = f" by {outcome.killer}" if outcome.killer else ""
+        print(f"{_describe(outcome)} ({outcome.seconds} s{by})", flush=True)
+        _write(out, outcomes, suspects=())
+    _write(out, outcomes, suspects=failing_anyway(setup, outcomes))
     record = json.loads(out.read_text())
-    for room, counts in record["summary"].items():
-        print(room, json.dumps(counts))
-    print(*record["survivors"], sep="\n")
+    print("\nalive", *record["survivors"], sep="\n")
+    print(
+        "\nshares", *(f"{room}: {counts}" for room, counts in record["summary"].items()), sep="\n"
+    )
 
 
 if __name__ == "__main__":

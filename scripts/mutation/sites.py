@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -126,7 +127,7 @@ class _Finder(ast.NodeVisitor):
         return start, self._place(node.end_lineno, node.end_col_offset)
 
     def _add(self, what: str, start: int, end: int, *news: str) -> None:
-        line = max(n for n, place in enumerate(self.starts, 1) if place <= start)
+        line = bisect_right(self.starts, start)
         first, last = self.span or (line, line)
         for new in news:
             self.found.append(
