@@ -12,9 +12,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
-# What make test runs, and what is long; keeps out what starts a federation of processes.
-test-all: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not deployment"
+# What make test runs, then what is long: whole matrices, real data, shown commands, packaging.
+test-all: test
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "long and not deployment"
 
 # Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)

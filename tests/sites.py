@@ -14,7 +14,7 @@ import torch
 from federations import quick_recipe, short_model
 from orchard.data import world
 from orchard.deployment.consent import Consent, SiteSettings
-from orchard.deployment.hosting import build_coordinator
+from orchard.deployment.server_app import build_coordinator
 from orchard.deployment.site_worker import SiteWorker
 from orchard.engine.coordinator import Coordinator
 from orchard.engine.exchange import Patience, Reply

@@ -209,6 +209,8 @@ def test_run_writes_a_result_and_compare_shows_it(tmp_path: Path) -> None:
             "run",
             f"recipes/tiny/{method}.toml",
             *QUICK,
+            "client.steps=1",
+            "evaluation.max_examples=2",
             "evaluation.models=global,personal",
             "evaluation.metrics=loss",
             "--out",

@@ -24,7 +24,13 @@ def load_example(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("overrides", [(), ("client.steps=9", "client.batch_size=12", "seed=5")])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param((), marks=pytest.mark.long),
+        ("client.steps=3", "client.batch_size=12", "seed=5"),
+    ],
+)
 def test_fedavg_on_one_page_gives_the_tensors_of_the_engine(
     overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -33,6 +39,7 @@ def test_fedavg_on_one_page_gives_the_tensors_of_the_engine(
     assert digest(load_example("fedavg_on_one_page").fedavg(recipe)) == result["shared_digest"]
 
 
+@pytest.mark.long  # its method, by name: tests/experiment/test_own_methods.py
 def test_add_a_method_runs() -> None:
     finished = subprocess.run(
         [sys.executable, str(EXAMPLES / "add_a_method.py")],

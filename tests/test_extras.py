@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from orchard.extras import EXTRAS
+from orchard.extras import EXTRAS, require
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +65,7 @@ def without(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_every_command_between_sites_names_what_it_lacks(without: dict[str, Any]) -> None:
     assert len(without["said"]) == 15
     for case, (code, text) in without["said"].items():
@@ -75,6 +77,7 @@ def test_every_command_between_sites_names_what_it_lacks(without: dict[str, Any]
         assert "Traceback" not in text
 
 
+@pytest.mark.long
 def test_only_what_speaks_with_flower_needs_an_extra_to_be_imported(
     without: dict[str, Any],
 ) -> None:
@@ -91,6 +94,21 @@ def test_only_what_speaks_with_flower_needs_an_extra_to_be_imported(
     assert roots <= {name for names in EXTRAS.values() for name in names}
 
 
+def test_what_lacks_of_an_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("flower", to="leave one machine")
+    found = importlib.util.find_spec
+    for lacking in (("httpx",), EXTRAS["flower"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "importlib.util.find_spec",
+                lambda name, gone=lacking: None if name in gone else found(name),
+            )
+            with pytest.raises(
+                ValueError, match=f"^{', '.join(lacking)} must be installed to leave"
+            ):
+                require("flower", to="leave one machine")
+
+
 def test_an_extra_brings_what_is_asked_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra, modules in EXTRAS.items():
@@ -98,20 +116,25 @@ def test_an_extra_brings_what_is_asked_for() -> None:
         assert {*modules} == brought
 
 
-@pytest.mark.parametrize(
-    "script", ["kernels/charts.py", pytest.param("robustness/run.py", marks=pytest.mark.long)]
-)
+CHARTS = ["-c", "from benchmarks.kernels.charts import draw_all; draw_all()"]
+CURVES = ["-m", "benchmarks.robustness.run", "--table"]
+
+
+@pytest.mark.parametrize("script", [CHARTS, pytest.param(CURVES, marks=pytest.mark.long)])
 @pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="not in a source archive")
-def test_a_chart_without_matplotlib_is_refused_in_one_line(script: str, tmp_path: Path) -> None:
+def test_a_chart_without_matplotlib_is_refused_in_one_line(
+    script: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "sitecustomize.py").write_text(
         "from importlib.machinery import PathFinder\n"
         "found = PathFinder.find_spec\n"
         "PathFinder.find_spec = lambda n, *a: None if n == 'matplotlib' else found(n, *a)\n"
     )
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / script)],
+        [sys.executable, *script],
         capture_output=True,
         text=True,
+        cwd=ROOT,
         env={"PYTHONPATH": str(tmp_path)},
         check=False,
     )

@@ -37,6 +37,29 @@ def some_dolly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_step_on_real_text_leaves_the_base_alone(some_dolly: Path, tmp_path: Path) -> None:
+    overrides = [
+        f"model.path={MODEL}",
+        f"data.path={some_dolly}",
+        "data.test_size=2",
+        "data.max_tokens=96",
+        "server.rounds=1",
+        "client.steps=2",
+        "client.batch_size=2",
+        "evaluation.models=personal",
+        "evaluation.metrics=loss",
+        "evaluation.max_examples=2",
+        "strategy.calibration_blocks=1",
+    ]
+    result = run_quickly(
+        tmp_path, read_recipe(RECIPES / "dolly" / "flex_closed.toml", overrides).recipe
+    )
+    assert 0 < result["summary"]["personal"]["loss"]["mean"] < 10
+    assert result["base_is_unchanged"]
+    assert tuple(result["clients"]) == CATEGORIES
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["flex_closed", "dirichlet_flex_majority"])
 def test_flex_runs_on_real_text(name: str, some_dolly: Path, tmp_path: Path) -> None:
     overrides = [
@@ -80,6 +103,8 @@ CHOICES = {
 }
 
 
+# The options of each data set's own recipe are read in tests of data; here a model chooses.
+@pytest.mark.long
 @pytest.mark.parametrize("name", CHOICES)
 def test_options_of_real_data_are_chosen_from(name: str, tmp_path: Path) -> None:
     file, num_options = CHOICES[name]

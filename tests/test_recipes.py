@@ -27,7 +27,17 @@ def test_every_method_has_a_recipe(folder: str) -> None:
     assert METHODS.keys() <= names
 
 
-@pytest.mark.parametrize("path", TINY, ids=name_of)
+@pytest.mark.parametrize(
+    "path",
+    [
+        # tests/strategies runs every method; here the two that everything else is made of.
+        pytest.param(
+            path, marks=() if path.stem in ("fedavg", "flex_hfedmoe") else pytest.mark.long
+        )
+        for path in TINY
+    ],
+    ids=name_of,
+)
 def test_tiny_recipe_runs(path: Path, tmp_path: Path) -> None:
     overrides = [*QUICK, "server.rounds=1", "evaluation.models=personal", "evaluation.metrics=loss"]
     result = run_quickly(tmp_path, read_recipe(path, overrides).recipe)

@@ -46,6 +46,6 @@ def _answer(message: Message, context: Context) -> Message:
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the rounds of the run whose folder the coordinator names."""
-    from orchard.deployment.hosting import run_in_server_app
+    from orchard.deployment.server_app import run_in_server_app
 
     run_in_server_app(Path(str(context.run_config["folder"])), grid)

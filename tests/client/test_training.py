@@ -210,7 +210,8 @@ def test_accumulated_micro_batches_are_one_large_batch(local: LocalSettings) -> 
     (one, report), *others, (different, _) = results
     for tree, other in others:
         for name in one:
-            torch.testing.assert_close(tree[name], one[name], rtol=1e-5, atol=1e-6)
+            # AdamW divides by what is all but zero, so that a kernel's rounding shows.
+            torch.testing.assert_close(tree[name], one[name], rtol=1e-5, atol=1e-5)
         assert other.loss == pytest.approx(report.loss, rel=1e-5)
     assert any(not torch.allclose(one[name], different[name], atol=1e-4) for name in one)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from safetensors.torch import load_file
 
 from federations import run_quickly
@@ -30,7 +31,12 @@ from sites import (
     write_sites,
 )
 
-METHODS = ["fedavg", "flex", "hfedmoe", "flex+hfedmoe", "scaffold"]
+
+def long(value: object) -> ParameterSet:
+    return pytest.param(value, marks=pytest.mark.long)
+
+
+METHODS = [long("fedavg"), long("flex"), long("hfedmoe"), "flex+hfedmoe", "scaffold"]
 
 
 @pytest.fixture
@@ -92,7 +98,8 @@ class Stopped(Exception):
     """In the place of a SIGKILL."""
 
 
-@pytest.mark.parametrize("stop_at", [2, 3, 4, 5, 6, 7])
+# Requests: two to join, and in each round two to evaluate and train, then the last evaluation.
+@pytest.mark.parametrize("stop_at", [*map(long, (2, 4, 5, 6)), 3, 7])
 def test_a_coordinator_stopped_anywhere_goes_on(stop_at: int, data: Path, tmp_path: Path) -> None:
     options = ("evaluation.models=global", "evaluation.every=1")
     whole = run(data, tmp_path / "whole", *options)
@@ -147,9 +154,9 @@ def once(action: Callable[[Callable[[], Reply]], Reply | None]) -> Any:
 @pytest.mark.parametrize(
     "action",
     [
-        lambda answer: None,
+        long(lambda answer: None),
         lambda answer: (answer(), None)[1],
-        lambda answer: Reply("", error="Flower error 5: gone", is_lost=True),
+        long(lambda answer: Reply("", error="Flower error 5: gone", is_lost=True)),
         lambda answer: Reply("", error="out of memory"),
     ],
     ids=["request lost", "reply lost", "node gone", "failed once"],

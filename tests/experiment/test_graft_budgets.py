@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
-from federations import build, tiny_recipe
+from federations import build, short_first, tiny_recipe
 from orchard.communication.messages import LocalSettings, Task
 from orchard.experiment.budgets import build_requirements, graft_elements
 from orchard.experiment.planning import make_plan
@@ -21,9 +22,21 @@ def personal_of(recipe: Recipe) -> int:
     return build_requirements(recipe, view).personal
 
 
-@pytest.mark.parametrize("number", [1, 2])
-@pytest.mark.parametrize("gate", ["router_row", "closed", "none"])
-@pytest.mark.parametrize("kind", ["lora", "dense"])
+# Every pair of options once.
+@pytest.mark.parametrize(
+    ("kind", "gate", "number"),
+    short_first(
+        [
+            ("lora", "router_row", 1),
+            ("dense", "router_row", 2),
+            ("lora", "closed", 2),
+            ("dense", "closed", 1),
+            ("lora", "none", 2),
+            ("dense", "none", 1),
+        ],
+        itertools.product(["lora", "dense"], ["router_row", "closed", "none"], [1, 2]),
+    ),
+)
 def test_a_plan_counts_what_a_client_keeps(
     kind: str, gate: str, number: int, tmp_path: Path
 ) -> None:

@@ -31,16 +31,16 @@ def transferred(recipe: Recipe, folder: Path) -> tuple[int, int]:
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
-        ("fedavg", ()),
-        ("fedavg", BUDGETS[:1]),
-        ("flex", ()),
+        pytest.param("fedavg", (), marks=pytest.mark.long),
+        pytest.param("fedavg", BUDGETS[:1], marks=pytest.mark.long),
+        pytest.param("flex", (), marks=pytest.mark.long),
         ("local", ()),
         ("scaffold", ()),
         ("fedavg_dropout", ()),
-        ("fedmoe", ()),
+        pytest.param("fedmoe", (), marks=pytest.mark.long),
         ("seermoe", CARVE[:1]),
         ("fedavg", ("model.lora_targets=", "model.full_targets=experts")),
-        ("fedavg", ("communication.dtype=bfloat16",)),
+        pytest.param("fedavg", ("communication.dtype=bfloat16",), marks=pytest.mark.long),
         ("fedavg", ("communication.dtype=int8", *BUDGETS[:1])),
         ("flex", ("communication.top_k=0.01", "communication.dtype=int8")),
     ],
@@ -56,7 +56,10 @@ def test_bytes_are_those_of_a_run(method: str, overrides: tuple[str, ...], tmp_p
     assert sum(c.downlink_bytes for c in clients) == pytest.approx(expected, rel=0.05, abs=8000)
 
 
-@pytest.mark.parametrize("overrides", [(), CARVE, ("selection.require_trained=true",)])
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param((), marks=pytest.mark.long), CARVE, ("selection.require_trained=true",)],
+)
 def test_hfedmoe_sends_at_most_what_was_planned(overrides: tuple[str, ...], tmp_path: Path) -> None:
     recipe = quick_recipe("hfedmoe", "server.rounds=1", *overrides)
     uplink, _ = transferred(recipe, tmp_path)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from federations import short_first
 from orchard.experts import subset_losses
 from orchard.experts.graft_search import (
     LayerSearch,
@@ -120,7 +121,7 @@ def tally(layer: MoELayer, seen: list[tuple[Tensor, Tensor]], size: int, *, loss
     return found
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(s, marks=pytest.mark.long) for s in (3, 4))])
 def test_every_loss_and_the_choice_equal_brute_force(size: int) -> None:
     view, batches = many_experts(), corpus()
     seen = see_layers(view, batches)
@@ -139,7 +140,7 @@ def test_every_loss_and_the_choice_equal_brute_force(size: int) -> None:
             assert own.sets[size].is_exact
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [1, 2, *(pytest.param(s, marks=pytest.mark.long) for s in (3, 4))])
 def test_of_equal_sets_the_first_is_chosen(size: int) -> None:
     view, batches = many_experts(), corpus()
     for name in view.names():  # four times four of a kind, router rows too
@@ -248,8 +249,13 @@ def test_experts_may_be_run_elsewhere_one_at_a_time(
     assert (len(order) == 3 * len(one_pass)) == (max_sets > 16)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("size", [2, 3, 4, 6, 9])
+@pytest.mark.parametrize(
+    ("size", "loss"),
+    short_first(
+        [(size, LOSSES[position % 2]) for position, size in enumerate((2, 3, 4, 6))],
+        itertools.product([2, 3, 4, 6, 9], LOSSES),
+    ),
+)
 def test_a_search_is_bounded_by_the_best_and_by_its_bound(size: int, loss: str) -> None:
     view, batches = many_experts(width=64), corpus()
     settings = SearchSettings(loss=loss, max_sets=130)  # all pairs of 16, no triples

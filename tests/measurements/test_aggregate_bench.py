@@ -95,6 +95,7 @@ def test_what_flower_lacks_is_said_where_it_is_not_installed(
     assert asked == [("time", 9, False), ("memory", 9, False)] * 3
 
 
+@pytest.mark.long
 def test_a_round_holds_one_sum_and_one_message(tmp_path: Path) -> None:
     # Large against what the process takes here and there.
     case = Case(

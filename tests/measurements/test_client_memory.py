@@ -32,10 +32,10 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {},
-        {"mode": "carve", "experts": 4},
-        {"mode": "mask", "experts": 4},
-        ADAPTERS,
+        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({"mode": "carve", "experts": 4}, marks=pytest.mark.long),
+        pytest.param({"mode": "mask", "experts": 4}, marks=pytest.mark.long),
+        pytest.param(ADAPTERS, marks=pytest.mark.long),
         {"mode": "carve", "experts": 8, **ADAPTERS},
     ],
     ids=["whole", "carve", "mask", "lora", "lora-carve"],
@@ -81,6 +81,7 @@ def test_an_unknown_measurement_is_refused() -> None:
         run_bench("speed", as_json=False, repeats=1)
 
 
-def test_a_client_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_client_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "false")
     with pytest.raises(RuntimeError, match="a measured client failed"):
         measure(Case(str(tmp_path / "nowhere")))

@@ -17,6 +17,7 @@ def test_a_turn_is_measured_with_all_of_its_messages() -> None:
     assert found["peak_bytes"] >= found["process_bytes"]
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_clients() -> None:
     found = rounds._measure(400, 1)
     # Of 400 clients: their messages alone are 81 MB.

@@ -39,6 +39,7 @@ def test_a_run_that_ends_before_it_trains_says_why(tmp_path: Path) -> None:
         run_to_first_training(tmp_path / "nowhere.toml")
 
 
+@pytest.mark.long
 def test_the_first_client_of_a_run_is_seen(tmp_path: Path) -> None:
     recipe = Path(__file__).parents[2] / "recipes" / "tiny" / "flex.toml"
     seconds, cpu_seconds = run_to_first_training(recipe)

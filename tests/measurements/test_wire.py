@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from federations import quick_recipe, run_quickly
+from federations import NUM_LAYERS, quick_recipe, run_quickly
 from orchard.measurements.wire import (
     BASE_9M,
     LARGE,
@@ -68,12 +68,14 @@ def test_large_shapes_are_those_of_the_published_models(name: str, expert_values
 
 
 def test_bytes_of_flex_are_those_of_a_run(tmp_path: Path) -> None:
-    recipe = quick_recipe("flex", "model.lora_rank=32", "communication.dtype=int8")
+    recipe = quick_recipe(
+        "flex", "model.lora_rank=32", "communication.dtype=int8", "server.rounds=1"
+    )
     run_quickly(tmp_path, recipe)
     lines = MetricsLog(tmp_path / "metrics.jsonl").read()
     sent = [line["round/uplink_bytes"] for line in lines if "round/uplink_bytes" in line]
     # The packaged model's attention is as wide as this.
-    shape = Shape(4, 128, 4, 8, 2, 96, 128, 768)
+    shape = Shape(NUM_LAYERS, 128, 4, 8, 2, 96, 128, 768)
     computed = compute(elements_of(shape))["flex"]["int8"]["up_bytes"]
     assert sent[-1] / 4 == pytest.approx(computed, rel=0.05)
 

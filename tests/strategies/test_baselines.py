@@ -97,7 +97,14 @@ def test_clients_move_no_more_experts_than_they_afford(method: str, tmp_path: Pa
             assert len(moved) <= update.metrics["client/trained_experts"] <= budget
 
 
-@pytest.mark.parametrize("method", BASELINES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        "fedavg_dropout",
+        "seermoe",
+        *(pytest.param(m, marks=pytest.mark.long) for m in ("fedavg_random", "pflmoe", "fedmoe")),
+    ],
+)
 def test_baselines_learn_and_keep_the_base_bit_for_bit(method: str, tmp_path: Path) -> None:
     federation = Federation(tmp_path, quick_recipe(method), steps=6, lr=5e-3)
     del federation.clients[2:]

@@ -171,7 +171,7 @@ def train(
         watch: For the objective, called after every forward pass; see ``Situation``.
 
     Raises:
-        FloatingPointError: The loss is NaN or infinite.
+        FloatingPointError: The loss, or a value after the last step, is NaN or infinite.
     """
     started = time.monotonic()
     names = frozenset((*shared, *personal))
@@ -244,6 +244,13 @@ def train(
                 optimizer.zero_grad()
                 model.drop_gradients()
                 losses.append(step_loss)
+        # A last step has no loss after it that would show what it did.
+        for name, leaf in leaves.items():
+            if not bool(leaf.isfinite().all()):
+                raise FloatingPointError(
+                    f"trained values must be finite, got NaN or infinity in {name} after step "
+                    f"{len(losses)}; lower client.lr"
+                )
     finally:
         model.drop_gradients()
         model.model.eval()

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,59 +25,40 @@ from orchard.deployment.key_files import (
     PRIVATE,
     site_keys,
 )
-from orchard.engine.coordinator import SITES_FILE, Coordinator
-from orchard.engine.exchange import Patience, Post
+from orchard.deployment.server_app import FAILURE_FILE, LOCK_FILE, RESULT_FILE, RUN_FILE
 from orchard.engine.processes import (
     Child,
     child_environment,
-    end_when_free,
     only_one,
 )
-from orchard.engine.progress import Lines, make_console
 from orchard.experiment.methods import (
     build_strategy,
     check_strategy,
     require_path,
 )
-from orchard.experiment.own_methods import import_from
 from orchard.experiment.run_folder import (
-    RECIPE_FILE,
     begin_folder,
     check_folder,
-    recipe_digest,
     recorded_as,
 )
-from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.settings import lora_settings
-from orchard.experiment.wiring import build_channel, check_communication
+from orchard.experiment.wiring import check_communication
 from orchard.extras import require
 from orchard.models.stored.loading import (
     check_device,
     check_model,
-    load_tokenizer,
-    threads,
 )
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import read_recipe, to_toml
-from orchard.reports import build_result
 from orchard.results import (
     MetricsLog,
-    environment,
     write_atomically,
     write_json,
 )
-from orchard.seeding import Seeds
-from orchard.server.admission import Admission
-from orchard.server.checkpoint import ServerState
-from orchard.strategies.strategy import Strategy, start_server
-from orchard.trees import digest
 
 if TYPE_CHECKING:
-    from flwr.serverapp import Grid
+    pass
 
 log = logging.getLogger(__name__)
-_RUN_FILE, _RESULT_FILE, _FAILURE_FILE = "run.json", "result.json", "failure.json"
-_LOCK_FILE = "coordinator.lock"
 _START_SECONDS, _LOOK_SECONDS = 60.0, 0.5
 
 
@@ -172,14 +152,14 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -
     """
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / _LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
+    with only_one(folder / LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
         begin_folder(folder, recorded_as(recipe))
-        if not (folder / _RUN_FILE).exists():
-            write_json(folder / _RUN_FILE, {"run": secrets.token_hex(8)})
-        facts = json.loads((folder / _RUN_FILE).read_text())
+        if not (folder / RUN_FILE).exists():
+            write_json(folder / RUN_FILE, {"run": secrets.token_hex(8)})
+        facts = json.loads((folder / RUN_FILE).read_text())
         # Flower starts the rounds elsewhere; modules of own methods are found from here.
         facts |= {"num_sites": num_sites, "directory": str(Path.cwd())}
-        write_json(folder / _RUN_FILE, facts)
+        write_json(folder / RUN_FILE, facts)
         return _supervise(options, folder)
 
 
@@ -189,7 +169,7 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
     app: subprocess.Popen[bytes] | None = None
     failures, last_round, num_starts, is_ready = 0, _last_round(folder), 0, False
     try:
-        while not (folder / _RESULT_FILE).exists():
+        while not (folder / RESULT_FILE).exists():
             if not superlink.is_running:
                 _stop(app)
                 app, is_ready = None, False
@@ -208,7 +188,7 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
                 continue
             if app is None:
                 app = _submit(folder)
-            elif app.poll() is not None and not (folder / _RESULT_FILE).exists():
+            elif app.poll() is not None and not (folder / RESULT_FILE).exists():
                 app = None
                 now = _last_round(folder)
                 failures = 1 if now > last_round else failures + 1
@@ -225,7 +205,7 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
     finally:
         _stop(app)
         superlink.stop()
-    result: dict[str, Any] = json.loads((folder / _RESULT_FILE).read_text())
+    result: dict[str, Any] = json.loads((folder / RESULT_FILE).read_text())
     return result
 
 
@@ -304,7 +284,7 @@ def _make_ready(options: CoordinatorOptions) -> bool:
 
 def _submit(folder: Path) -> subprocess.Popen[bytes]:
     """Start the rounds as an app of the SuperLink; the process ends when they do."""
-    (folder / _FAILURE_FILE).unlink(missing_ok=True)
+    (folder / FAILURE_FILE).unlink(missing_ok=True)
     bundle = Path(str(resources.files("orchard") / "flower_bundle"))
     child = Child(
         "rounds",
@@ -337,94 +317,5 @@ def _last_round(folder: Path) -> int:
 
 
 def _failure(folder: Path) -> str:
-    path = folder / _FAILURE_FILE
+    path = folder / FAILURE_FILE
     return str(json.loads(path.read_text())["error"]) if path.exists() else ""
-
-
-def run_in_server_app(folder: Path, grid: Grid) -> None:
-    """Run the rounds of ``folder`` over a Flower grid, and write its result.
-
-    Raises:
-        Exception: Whatever ends the rounds; it is also written to ``failure.json``.
-    """
-    from orchard.engine.flower import Coordinated
-
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    end_when_free(folder / _LOCK_FILE)
-    with only_one(folder / "rounds.lock", seconds=60.0, what="process that runs rounds"):
-        try:
-            Coordinated(partial(run_over, folder)).start(grid)
-        except Exception as error:
-            write_json(folder / _FAILURE_FILE, {"error": f"{type(error).__name__}: {error}"})
-            raise
-
-
-def run_over(folder: Path, post: Post) -> dict[str, Any]:
-    """Run the rounds of ``folder`` over any post, and write its result."""
-    recipe = read_recipe(folder / RECIPE_FILE).recipe
-    facts = json.loads((folder / _RUN_FILE).read_text())
-    import_from(Path(facts["directory"]))
-    check_folder(folder, recipe, resume=True)
-    tokenizer = load_tokenizer(recipe.model.path)
-    with threads(recipe.model.num_threads):
-        model = load_model(recipe, tokenizer)
-        fresh, base_digest = dict(model.fresh), model.base_digest
-        del model
-        coordinator = build_coordinator(
-            recipe, folder, run=facts["run"], base_digest=base_digest, num_sites=facts["num_sites"]
-        )
-
-        def begin(num_clients: int) -> tuple[Strategy, ServerState]:
-            strategy = build_strategy(recipe, num_clients=num_clients)
-            return strategy, start_server(strategy, fresh)
-
-        state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
-    digests = recorded_as(recipe).digests
-    result = build_result(
-        folder,
-        {
-            **environment(),
-            "seed": recipe.seed,
-            "strategy": recipe.strategy.name,
-            "recipe_digest": recipe_digest(recipe),
-            # The data is at the sites, and of what it is nothing leaves them.
-            "data_digest": None,
-            **({"own_methods": dict(digests)} if digests else {}),
-            "base_digest": base_digest,
-            "shared_digest": digest(state.shared),
-            "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
-            "data": {"has_central_test": False},
-        },
-    )
-    write_json(folder / _RESULT_FILE, result)
-    return result
-
-
-def build_coordinator(
-    recipe: Recipe, folder: Path, *, run: str, base_digest: str, num_sites: int
-) -> Coordinator:
-    """Return what runs the rounds of a recipe."""
-    options = recipe.deployment
-    return Coordinator(
-        schedule=build_schedule(recipe),
-        channel=build_channel(recipe),
-        seeds=Seeds(recipe.seed),
-        folder=folder,
-        about={"base_digest": base_digest, "recipe_digest": recipe_digest(recipe)},
-        recipe=to_toml(recipe),
-        run=run,
-        base_digest=base_digest,
-        patience=Patience(
-            join_seconds=options.join_seconds,
-            round_seconds=options.round_seconds,
-            probe_seconds=options.probe_seconds,
-            quorum=options.quorum or recipe.server.clients_per_round or num_sites,
-            attempts=options.attempts,
-            accept_late=options.stragglers == "late",
-            staleness=options.staleness,
-        ),
-        admission=Admission(options.max_update_norm, options.max_weight),
-        reporter=Lines(make_console()),
-        methods=recorded_as(recipe).digests,
-    )

@@ -78,6 +78,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+# A carved client's peak in a process of its own is in tests/measurements/test_client_memory.py.
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["submodel", "streamed"])
 def test_memory_is_that_of_the_part(what: str, large: Path) -> None:
     size = (large / "model.safetensors").stat().st_size

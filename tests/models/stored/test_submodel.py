@@ -75,7 +75,9 @@ def assert_same_model(got: Any, expected: Any) -> None:
         assert torch.equal(left[name], right[name]), name
     assert got.state_dict().keys() == expected.state_dict().keys()
     assert type(got) is type(expected)
-    assert torch.equal(logits_of(got), logits_of(expected))
+    # Weights are the same bits. What a product makes of them may depend on where in memory they
+    # lie: some CPUs choose another kernel for another alignment, and nothing promises otherwise.
+    torch.testing.assert_close(logits_of(got), logits_of(expected))
 
 
 @pytest.mark.parametrize("original", [True, False])

@@ -1,0 +1,141 @@
+"""The rounds of a coordinated run, in the process that Flower starts for them."""
+
+from __future__ import annotations
+
+import json
+import logging
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchard.engine.coordinator import SITES_FILE, Coordinator
+from orchard.engine.exchange import Patience, Post
+from orchard.engine.processes import (
+    end_when_free,
+    only_one,
+)
+from orchard.engine.progress import Lines, make_console
+from orchard.experiment.methods import (
+    build_strategy,
+)
+from orchard.experiment.own_methods import import_from
+from orchard.experiment.run_folder import (
+    RECIPE_FILE,
+    check_folder,
+    recipe_digest,
+    recorded_as,
+)
+from orchard.experiment.running import build_schedule, load_model
+from orchard.experiment.wiring import build_channel
+from orchard.models.stored.loading import (
+    load_tokenizer,
+    threads,
+)
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import read_recipe, to_toml
+from orchard.reports import build_result
+from orchard.results import (
+    environment,
+    write_json,
+)
+from orchard.seeding import Seeds
+from orchard.server.admission import Admission
+from orchard.server.checkpoint import ServerState
+from orchard.strategies.strategy import Strategy, start_server
+from orchard.trees import digest
+
+if TYPE_CHECKING:
+    from flwr.serverapp import Grid
+
+# Of a run's folder; hosting.py writes the first and waits for the others.
+RUN_FILE, RESULT_FILE, FAILURE_FILE = "run.json", "result.json", "failure.json"
+LOCK_FILE = "coordinator.lock"
+
+
+def run_in_server_app(folder: Path, grid: Grid) -> None:
+    """Run the rounds of ``folder`` over a Flower grid, and write its result.
+
+    Raises:
+        Exception: Whatever ends the rounds; it is also written to ``failure.json``.
+    """
+    from orchard.engine.flower import Coordinated
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    end_when_free(folder / LOCK_FILE)
+    with only_one(folder / "rounds.lock", seconds=60.0, what="process that runs rounds"):
+        try:
+            Coordinated(partial(run_over, folder)).start(grid)
+        except Exception as error:
+            write_json(folder / FAILURE_FILE, {"error": f"{type(error).__name__}: {error}"})
+            raise
+
+
+def run_over(folder: Path, post: Post) -> dict[str, Any]:
+    """Run the rounds of ``folder`` over any post, and write its result."""
+    recipe = read_recipe(folder / RECIPE_FILE).recipe
+    facts = json.loads((folder / RUN_FILE).read_text())
+    import_from(Path(facts["directory"]))
+    check_folder(folder, recipe, resume=True)
+    tokenizer = load_tokenizer(recipe.model.path)
+    with threads(recipe.model.num_threads):
+        model = load_model(recipe, tokenizer)
+        fresh, base_digest = dict(model.fresh), model.base_digest
+        del model
+        coordinator = build_coordinator(
+            recipe, folder, run=facts["run"], base_digest=base_digest, num_sites=facts["num_sites"]
+        )
+
+        def begin(num_clients: int) -> tuple[Strategy, ServerState]:
+            strategy = build_strategy(recipe, num_clients=num_clients)
+            return strategy, start_server(strategy, fresh)
+
+        state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
+    digests = recorded_as(recipe).digests
+    result = build_result(
+        folder,
+        {
+            **environment(),
+            "seed": recipe.seed,
+            "strategy": recipe.strategy.name,
+            "recipe_digest": recipe_digest(recipe),
+            # The data is at the sites, and of what it is nothing leaves them.
+            "data_digest": None,
+            **({"own_methods": dict(digests)} if digests else {}),
+            "base_digest": base_digest,
+            "shared_digest": digest(state.shared),
+            "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
+            "data": {"has_central_test": False},
+        },
+    )
+    write_json(folder / RESULT_FILE, result)
+    return result
+
+
+def build_coordinator(
+    recipe: Recipe, folder: Path, *, run: str, base_digest: str, num_sites: int
+) -> Coordinator:
+    """Return what runs the rounds of a recipe."""
+    options = recipe.deployment
+    return Coordinator(
+        schedule=build_schedule(recipe),
+        channel=build_channel(recipe),
+        seeds=Seeds(recipe.seed),
+        folder=folder,
+        about={"base_digest": base_digest, "recipe_digest": recipe_digest(recipe)},
+        recipe=to_toml(recipe),
+        run=run,
+        base_digest=base_digest,
+        patience=Patience(
+            join_seconds=options.join_seconds,
+            round_seconds=options.round_seconds,
+            probe_seconds=options.probe_seconds,
+            quorum=options.quorum or recipe.server.clients_per_round or num_sites,
+            attempts=options.attempts,
+            accept_late=options.stragglers == "late",
+            staleness=options.staleness,
+        ),
+        admission=Admission(options.max_update_norm, options.max_weight),
+        reporter=Lines(make_console()),
+        methods=recorded_as(recipe).digests,
+    )
