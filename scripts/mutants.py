@@ -42,7 +42,7 @@ class Outcome:
         verdict: ``killed``, ``timed out`` (as good as killed), ``survived``, ``undecided`` (the
             cheapest tests let it live, and the others did not run), ``not covered`` (no test
             executes it in its own process), or ``not found`` in another version's source.
-        killer: The first test that failed.
+        killer: The first test that failed, or that none could begin.
         num_tests: How many tests were chosen.
         seconds: Wall time.
     """
@@ -142,7 +142,7 @@ def try_mutants(
             shutil.rmtree(setup.folder / f"{name}.tmp", ignore_errors=True)
             killer = next(iter(failures(setup, name)), None)
             if verdict == "killed" and killer is None:
-                killer = f"exit status {os.waitstatus_to_exitcode(status)}"
+                killer = f"no test: exit status {os.waitstatus_to_exitcode(status)}"
             yield Outcome(mutant, verdict, killer, run.num_tests, round(seconds, 1))
 
 

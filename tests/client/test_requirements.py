@@ -16,8 +16,8 @@ FLOAT = 4
 
 
 @cache
-def requirements_of(*overrides: str) -> Requirements:
-    recipe = quick_recipe("hfedmoe", *CARVED, *overrides)
+def requirements_of(*overrides: str, method: str = "hfedmoe") -> Requirements:
+    recipe = quick_recipe(method, *CARVED, *overrides)
     return build_requirements(recipe, check_model(recipe.model.path, lora_settings(recipe)))
 
 
@@ -55,3 +55,13 @@ def test_each_part_of_the_peak_is_of_what_is_held() -> None:
     # Two moments of what was ever moved; plain SGD keeps none.
     assert (peak.optimizer, plain.optimizer) == (2 * held, 0)
     assert peak.total - plain.total == 2 * held
+
+
+def test_what_is_personal_is_trained_and_never_received() -> None:
+    shared, joined = requirements_of(), requirements_of(method="flex+hfedmoe")
+    plain, peak, own = shared.peak(5), joined.peak(5), FLOAT * joined.personal
+    assert own > 0
+    assert peak.adapters - plain.adapters == own
+    assert peak.gradients - plain.gradients == own
+    assert peak.optimizer - plain.optimizer == 2 * own
+    assert peak.received == plain.received
