@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test test-all test-deployment bench kill-test check format clean
+.PHONY: demo test test-all test-deployment mutants bench kill-test check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
@@ -19,6 +19,10 @@ test-all: test
 # Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m deployment
+
+# 150 small changes of the source, and whether make test notices each; runs/mutants.json has all.
+mutants: $(INSTALLED)
+	$(BIN)/python scripts/mutants.py
 
 # All measurements of this machine, and their charts; give MODEL and DATA for a real base.
 bench: $(INSTALLED)

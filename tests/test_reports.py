@@ -88,3 +88,10 @@ def test_tables_show_accuracy_with_its_standard_error(tmp_path: Path) -> None:
     assert "80.0 ± 3.0" in table
     assert "70.0 ± 3.5" in table
     assert "stderr" not in table
+
+
+def test_a_table_has_a_column_for_each_client(tmp_path: Path) -> None:
+    table = result_table(result(tmp_path, has_central_test=True))
+    headers = [column.header for column in table.columns]
+    assert headers == ["metric", "model", "a", "b", "mean", "worst", "spread"]
+    assert [column.justify for column in table.columns[2:]] == ["right"] * 5

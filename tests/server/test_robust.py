@@ -83,6 +83,9 @@ def test_clipping_scales_whole_updates_and_keeps_weights() -> None:
     reduced = reduce("clipped_mean", updates, max_norm=1.0)
     assert reduced["a"].item() == pytest.approx((2 * 0.6 + 0.6) / 4)
     assert reduced["b"].item() == pytest.approx((2 * 0.8 + 0.8) / 4)
+    # Nothing is scaled up to the norm.
+    reduced = reduce("clipped_mean", updates, max_norm=20.0)
+    assert reduced["a"].item() == pytest.approx((2 * 3.0 + 0.6) / 4)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -101,3 +104,19 @@ def test_distances_compare_clients_with_other_experts() -> None:
     updates = [update(n, {"a": value, f"e{n}": value}) for n in range(4)]
     updates.append(update(4, {"a": 50 * value, "e4": value}))
     assert reduce("krum", updates)["a"].tolist() == [1.0] * 4
+
+
+def test_krum_looks_at_all_neighbors_but_the_hostile_and_two() -> None:
+    # A score has the 3 nearest of the 6 others. That of 13 has 12, 7 and the hostile 20, the sum
+    # of whose squares is 86; 12 has 90 and stays out. With one neighbor more or less, or with
+    # itself as one, another client would.
+    places = (0.0, 1.0, 2.0, 7.0, 12.0, 13.0, 20.0)
+    updates = [update(n, {"a": torch.tensor([place])}) for n, place in enumerate(places)]
+    reduced = reduce("krum", updates, trim=0.3)["a"].item()
+    assert reduced == pytest.approx((0 + 1 + 2 + 7 + 13) / 5)
+
+
+def test_of_an_even_number_at_most_the_smaller_half_is_left_out() -> None:
+    updates = [update(n, {"a": torch.tensor([v])}) for n, v in enumerate((0.0, 1.0, 5.0, 90.0))]
+    assert reduce("krum", updates, trim=0.5)["a"].item() == 2.0
+    assert reduce("trimmed_mean", updates, trim=0.5)["a"].item() == 3.0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
 
 from orchard import trees
 from orchard.models.stored.loading import (
@@ -20,6 +21,7 @@ from orchard.models.stored.loading import (
     load_tokenizer,
     resolve,
     threads,
+    without_progress_bars,
 )
 from orchard.models.trainable.targets import LoraSettings
 from tiny_models import FAMILIES, VOCABULARY, batch_of, dense
@@ -196,3 +198,19 @@ def test_threads_are_limited_for_a_while_only() -> None:
     assert torch.get_num_threads() == before
     with threads(0):
         assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize("was_enabled", [True, False])
+def test_progress_bars_are_afterwards_as_they_were(was_enabled: bool) -> None:
+    before = transformers_logging.is_progress_bar_enabled()
+    switch = {
+        True: transformers_logging.enable_progress_bar,
+        False: transformers_logging.disable_progress_bar,
+    }
+    try:
+        switch[was_enabled]()
+        with without_progress_bars():
+            assert not transformers_logging.is_progress_bar_enabled()
+        assert transformers_logging.is_progress_bar_enabled() == was_enabled
+    finally:
+        switch[before]()
