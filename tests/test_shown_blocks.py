@@ -7,7 +7,7 @@ shell. A block that cannot run stands behind a comment with the reason::
 
     <!-- not run: needs three machines -->
 
-A text block behind ``<!-- what it prints -->`` is what the block before it prints.
+A block that begins with a file's name in a comment is written to that file. A text block behind ``<!-- what it prints -->`` is what the block before it prints.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def test_the_blocks_of_a_page_run(
     for block in blocks(page):
         if block.mark == "what it prints":
             assert printed == block.code
-        elif block.language == "toml" and (title := re.match(r"# *([\w.-]+\.toml)\n", block.code)):
+        elif title := re.match(r"# *([\w.-]+\.(?:toml|py))\n", block.code):
             Path(title[1]).write_text(block.code)
         elif block.language in RUN and block.mark != "not run":
             commands = plain_commands(block)
