@@ -68,10 +68,10 @@ def test_flex_runs_on_real_text(name: str, some_dolly: Path, tmp_path: Path) -> 
         "server.rounds=2",
         "client.steps=8",
         "client.lr=0.002",
-        "data.max_tokens=256",
+        "data.max_tokens=128",
         "evaluation.metrics=loss,rouge_l",
         "evaluation.max_new_tokens=8",
-        "evaluation.max_examples=10",
+        "evaluation.max_examples=6",
         "strategy.graft_gate=closed",
         "strategy.calibration_blocks=2",
     ]
