@@ -358,6 +358,10 @@ def test_h_is_help_everywhere() -> None:
         assert short.output == long.output
 
 
+def test_help_says_what_arguments_are() -> None:
+    assert "What to measure" in call("bench", "--help").output
+
+
 def test_a_shell_completes_commands() -> None:
     asked = {"_ORCHARD_COMPLETE": "complete_bash", "COMP_WORDS": "orchard co", "COMP_CWORD": "1"}
     answer = subprocess.run(

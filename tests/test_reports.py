@@ -14,6 +14,7 @@ from rich.table import Table
 from orchard.reports import (
     build_result,
     mean_stderr,
+    read_result,
     result_table,
 )
 from orchard.results import MetricsLog
@@ -57,6 +58,13 @@ def text(table: Table) -> str:
     console.print(table)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_file_that_is_no_result_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text(text)
+    with pytest.raises(ValueError, match=r"result\.json must be"):
+        read_result(tmp_path)
 
 
 def test_independent_errors_average_out_and_shared_ones_do_not() -> None:

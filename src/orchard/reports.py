@@ -136,6 +136,11 @@ def read_result(folder: str | Path) -> dict[str, Any]:
         result: dict[str, Any] = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"result.json must be valid JSON, got {path} with: {error}") from error
+    if not isinstance(result, dict) or not {"strategy", "seed", "summary"} <= set(result):
+        raise ValueError(
+            f"result.json must be the result of a run, got {path}, which has no strategy, seed or "
+            "summary; --resume writes it again"
+        )
     return result
 
 

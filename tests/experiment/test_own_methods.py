@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import linecache
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -17,7 +18,7 @@ from federations import quick_recipe, run_quickly
 from orchard.cli import app
 from orchard.engine.progress import Silent
 from orchard.experiment.methods import METHODS, build_strategy, check_strategy
-from orchard.experiment.own_methods import own_digests, passed_name
+from orchard.experiment.own_methods import own_digests, passed_digest, passed_name
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
 from orchard.experiment.running import run_experiment
@@ -104,6 +105,18 @@ def test_a_method_whose_source_changed_does_not_go_on(own: Path, tmp_path: Path)
     forget("mine")
     with pytest.raises(ValueError, match="source of mine:pulled must have SHA-256"):
         check_folder(tmp_path / "run", recipe, resume=True)
+
+
+def test_a_function_of_a_notebook_is_known_by_its_lines() -> None:
+    def passed(lines: str) -> str:
+        cell = f"<cell of {len(lines)}>"
+        linecache.cache[cell] = (len(lines), None, lines.splitlines(keepends=True), cell)
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(lines, cell, "exec"), names)
+        return passed_digest(names["mine"])
+
+    same, other = "def mine(s):\n    return s\n", "def mine(s):\n    return s or s\n"
+    assert passed(same) == passed(same) != passed(other) != ""
 
 
 def test_objects_that_no_recipe_can_find_are_recorded_by_their_names(own: Path) -> None:

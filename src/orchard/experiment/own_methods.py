@@ -203,7 +203,10 @@ def _digest(found: object, module: ModuleType | None) -> str:
             continue
         if file and Path(file).is_file():
             return hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    return ""
+    try:  # a cell of a notebook is in no file, and Python still knows its lines
+        return hashlib.sha256(inspect.getsource(inspect.unwrap(found)).encode()).hexdigest()  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
 
 
 def _qualified(value: object) -> str:
