@@ -7,7 +7,8 @@ shell. A block that cannot run stands behind a comment with the reason::
 
     <!-- not run: needs three machines -->
 
-A block that begins with a file's name in a comment is written to that file. A text block behind ``<!-- what it prints -->`` is what the block before it prints.
+A block that begins with a file's name in a comment is written to that file. A text block behind
+``<!-- what it prints -->`` is what the block before it prints.
 """
 
 from __future__ import annotations

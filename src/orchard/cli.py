@@ -20,7 +20,7 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
 )
 
 RecipeArgument = Annotated[
@@ -213,7 +213,10 @@ def plan(
 def bench(
     name: Annotated[
         str,
-        typer.Argument(help="What to measure, such as memory.", show_default=False),
+        typer.Argument(
+            help="What to measure: memory, graft, step, aggregate, rounds, wire or start.",
+            show_default=False,
+        ),
     ],
     as_json: JsonOption = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,

@@ -41,7 +41,7 @@ def final_tensors(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
-        *((name, ()) for name in ("scaffold", "flex+fedadam", "fedmoe")),
+        *((name, ()) for name in ("scaffold", "flex+fedadam", "fedmoe", "local")),
         pytest.param("fedavg", (), marks=pytest.mark.long),
         pytest.param("flex", (), marks=pytest.mark.long),
         pytest.param("fedadam", (), marks=pytest.mark.long),

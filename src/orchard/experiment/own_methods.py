@@ -130,8 +130,9 @@ def _place(name: str) -> tuple[str, str]:
         return named[1], named[2]
     if ":" in name:
         raise ValueError(
-            f"strategy.name must name methods as module:attribute, got {name}; "
-            "what was passed to run as an object is resumed by passing it again"
+            f"strategy.name must name methods as module:attribute, got {name}; write a dotted "
+            "module name without folders and .py; what was passed to run as an object is resumed "
+            "by passing it again"
         )
     points = {(point.module, point.attr) for point in entry_points(group=GROUP, name=name)}
     if len(points) != 1:
