@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from federations import QUICK
 from orchard.catalog import find_recipe
-from orchard.cli import app
+from orchard.cli import _log_to_stderr, app
 from orchard.recipe.reading import known_options, option_value, read_recipe
 
 ROWS = [
@@ -377,3 +379,17 @@ def test_a_shell_completes_commands() -> None:
 def test_traceback_is_shown_when_asked_for() -> None:
     result = call("run", "recipes/tiny/flex.toml", "server.rounds=0", "--traceback")
     assert isinstance(result.exception, ValueError)
+
+
+def test_processes_of_a_federation_log_to_stderr_with_the_time(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    own = logging.getLogger("orchard")
+    before, level = list(own.handlers), own.level
+    try:
+        _log_to_stderr()
+        logging.getLogger("orchard.engine").info("site north joined")
+        assert re.fullmatch(r"\d\d:\d\d:\d\d site north joined\n", capsys.readouterr().err)
+    finally:
+        own.handlers[:] = before
+        own.setLevel(level)

@@ -65,3 +65,10 @@ def test_what_is_personal_is_trained_and_never_received() -> None:
     assert peak.gradients - plain.gradients == own
     assert peak.optimizer - plain.optimizer == 2 * own
     assert peak.received == plain.received
+
+
+def test_activations_are_of_tokens_and_not_of_parameters() -> None:
+    found = [requirements_of(f"data.max_tokens={n}").peak(5).activations for n in (32, 64, 128)]
+    # Attention keeps scores of every pair of tokens; all else is for each token.
+    assert 2 * found[0] <= found[1] < 4 * found[0]
+    assert 2 * found[1] <= found[2] < 4 * found[1]

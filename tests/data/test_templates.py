@@ -393,3 +393,16 @@ def test_an_option_above_its_room_loses_its_end() -> None:
 
 def test_an_example_without_options_has_none() -> None:
     assert encode_options(Example("Which?", "a"), "plain", TOKENIZER, max_tokens=40) == ()
+
+
+def test_a_prompt_is_shortened_right_where_its_tokens_are_uneven() -> None:
+    # Where the search begins is far off on either side: a "#" is a third of a token, an "a" one.
+    for text in ("#" * 3000 + "a" * 3000, "a" * 3000 + "#" * 3000):
+        for max_tokens in (500, 1500, 3500):
+            prompt_ids = encode_prompt(
+                "plain", Example(text, "x"), TOKENIZER, max_tokens=max_tokens
+            )
+            kept = decode(prompt_ids)[:-1]
+            assert text.startswith(kept)
+            one_more = encode_prompt("plain", Example(text[: len(kept) + 1], "x"), TOKENIZER)
+            assert len(prompt_ids) <= max_tokens < len(one_more)

@@ -58,3 +58,10 @@ def test_without_experts_there_is_nothing_to_say() -> None:
     coverage = Coverage(["norm"], {})
     coverage.add(Update("a", 1, {"norm": torch.ones(1)}, {"norm": 1.0}))
     assert coverage.summary() == {}
+
+
+def test_layers_are_in_the_order_of_their_numbers() -> None:
+    names = [f"layers.{i}.experts.0.down_proj" for i in (10, 2, 0)]
+    coverage = Coverage(names, {})
+    coverage.add(update((2, 0)))
+    assert list(coverage.summary()["rounds_since_sent"]) == ["layers.0", "layers.2", "layers.10"]

@@ -58,6 +58,7 @@ def test_logits_that_are_scaled_behind_the_head_are_the_models_own() -> None:
             view_moe(network), lora, tokenizer=NumberTokenizer(), base_digest="", seed=0
         )
         assert model.ends_with_head == (name == "plain")
+        assert not network.get_output_embeddings()._forward_hooks  # it was asked once
         with torch.no_grad():
             losses[name], _ = forward_losses(model, [example_of(7, 3)])
             ids = torch.tensor([example_of(7, 3).input_ids])

@@ -176,6 +176,7 @@ def test_epochs_instead_of_steps_are_allowed() -> None:
         (["data.partition=dirichlet_resample"], "data.test_per_category must be above 0 with"),
         (["strategy.calibration=corpus"], "strategy.calibration_path must be given with"),
         (["strategy.graft_experts=0"], "strategy.graft_experts must be at least 1, got 0"),
+        (["strategy.graft_max_sets=0"], "strategy.graft_max_sets must be at least 1, got 0"),
         (["strategy.graft_loss=l2"], "strategy.graft_loss must be one of norm, fitted, got l2"),
         (
             [

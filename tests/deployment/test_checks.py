@@ -1,0 +1,75 @@
+"""What a coordinator and a site refuse before they start anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from federations import quick_recipe
+from orchard.deployment.consent import Consent
+from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
+from orchard.deployment.key_files import AUTHORITY
+from orchard.deployment.keys import make_coordinator_keys, make_site_keys
+from orchard.deployment.site import SiteOptions, check_site
+
+
+def test_a_coordinator_needs_its_keys_and_one_of_each_site(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    options = CoordinatorOptions(tmp_path / "run", "127.0.0.1:1", keys)
+    recipe = quick_recipe("fedavg", "deployment.sites=2")
+    with pytest.raises(FileNotFoundError, match=rf"^--keys must hold {AUTHORITY}, got"):
+        check_coordinator(recipe, options, resume=False)
+    make_coordinator_keys(keys, ["127.0.0.1"], days=1)
+    with pytest.raises(FileNotFoundError, match=r"^--keys must hold the public key of each site"):
+        check_coordinator(recipe, options, resume=False)
+    make_site_keys(keys, "north")
+    with pytest.raises(
+        ValueError, match=r"^deployment\.sites must be at most the number of keys, 1"
+    ):
+        check_coordinator(recipe, options, resume=False)
+    make_site_keys(keys, "south")
+    assert check_coordinator(recipe, options, resume=False) == 2
+    # All who have a key, where the recipe does not say.
+    every = quick_recipe("fedavg", "deployment.sites=0")
+    assert check_coordinator(every, options, resume=False) == 2
+
+
+def test_without_keys_a_coordinator_must_be_told_how_many_sites(tmp_path: Path) -> None:
+    options = CoordinatorOptions(tmp_path / "run", "127.0.0.1:1")
+    assert (
+        check_coordinator(quick_recipe("fedavg", "deployment.sites=3"), options, resume=False) == 3
+    )
+    none = quick_recipe("fedavg", "deployment.sites=0")
+    with pytest.raises(ValueError, match=r"^deployment\.sites must say how many"):
+        check_coordinator(none, options, resume=False)
+
+
+def test_a_robust_kernel_needs_three_sites(tmp_path: Path) -> None:
+    options = CoordinatorOptions(tmp_path / "run", "127.0.0.1:1")
+    for sites, is_enough in ((2, False), (3, True)):
+        recipe = quick_recipe("fedavg", f"deployment.sites={sites}", "server.aggregation=median")
+        if is_enough:
+            assert check_coordinator(recipe, options, resume=False) == sites
+        else:
+            with pytest.raises(
+                ValueError, match=r"^server\.aggregation must be mean with 2 clients"
+            ):
+                check_coordinator(recipe, options, resume=False)
+
+
+def test_a_site_needs_its_own_key_and_the_authority(tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.touch()
+    keys = tmp_path / "keys"
+    keys.mkdir()
+    options = SiteOptions("north", "127.0.0.1:1", tmp_path / "store", Consent(str(data)), keys)
+    with pytest.raises(FileNotFoundError, match=rf"^--keys must hold {AUTHORITY}, got"):
+        check_site(options)
+    make_coordinator_keys(keys, ["127.0.0.1"], days=1)
+    make_site_keys(keys, "south")
+    with pytest.raises(FileNotFoundError, match=r"^--keys must hold sites/north\.key, got"):
+        check_site(options)
+    make_site_keys(keys, "north")
+    check_site(options)
