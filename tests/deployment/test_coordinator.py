@@ -169,6 +169,22 @@ def test_what_goes_wrong_once_changes_no_tensor(
     assert same(run(data, tmp_path, post=post).shared, whole.shared)
 
 
+def test_what_the_last_round_made_is_evaluated_as_of_the_round_after(
+    data: Path, tmp_path: Path
+) -> None:
+    asked = []
+
+    def note(site: str, header: Mapping[str, Any], answer: Callable[[], Reply]) -> Reply | None:
+        if header["kind"] == "round":
+            asked.append((header["round"], header["train"]))
+        return answer()
+
+    post = LocalPost(make_workers(data, tmp_path / "sites"), note)
+    run(data, tmp_path / "run", "evaluation.models=personal", "evaluation.metrics=loss", post=post)
+    # Two sites each: what they keep of round 2 is from before round 3.
+    assert sorted(asked) == [*[(1, True)] * 2, *[(2, True)] * 2, *[(3, False)] * 2]
+
+
 def only(site_number: int, reply: Reply | None, *, rounds: tuple[int, ...] = (1, 2)) -> Any:
     def meddle(site: str, header: Mapping[str, Any], answer: Callable[[], Reply]) -> Reply | None:
         is_meant = header["kind"] == "round" and header["index"] == site_number
