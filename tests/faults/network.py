@@ -168,7 +168,7 @@ def run(folder: Path, *, rounds: int, unplug_seconds: float) -> dict[str, object
     names = sorted(path.stem for path in data.glob("*.jsonl"))
     recipe = folder / "recipe.toml"
     options = (f"server.rounds={rounds}", "deployment.probe_seconds=10")
-    recipe.write_text(to_toml(site_recipe("flex", data, *options)))
+    recipe.write_text(to_toml(site_recipe("flex", data, "model.path=orchard:tiny", *options)))
     simulated = folder / "simulated"
     command = [ORCHARD, "run", str(recipe), "--out", str(simulated)]
     subprocess.run(command, check=True, capture_output=True)

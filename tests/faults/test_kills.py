@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from kills import TARGETS, Saboteur
 
+from federations import short_model
 from orchard.deployment.localhost import ORCHARD, Processes, running
 from orchard.recipe.reading import to_toml
 from sites import same, shared_tensors, site_recipe, write_sites
@@ -23,7 +24,8 @@ def test_one_kill_of_each_kind_changes_no_tensor(tmp_path: Path) -> None:
     simulated = tmp_path / "simulated"
     command = [ORCHARD, "run", str(recipe), "--out", str(simulated)]
     subprocess.run(command, check=True, capture_output=True)
-    with running(Processes(tmp_path / "federation", data)) as federation:
+    federation = Processes(tmp_path / "federation", data, ["--model", short_model()])
+    with running(federation):
         saboteur = Saboteur(federation, recipe, (), run=tmp_path / "run", seed=0)
         saboteur.go(TARGETS, pause=(4.0, 12.0), seconds=500.0)
     assert len(saboteur.kills) >= 4, saboteur.kills
