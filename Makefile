@@ -14,7 +14,7 @@ test: $(INSTALLED)
 
 # What make test runs, then what is long: whole matrices, real data, shown commands, packaging.
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "long and not deployment"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "long and not deployment"
 
 # Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)
