@@ -11,12 +11,7 @@ import pytest
 from rich.console import Console
 from rich.table import Table
 
-from orchard.reports import (
-    build_result,
-    mean_stderr,
-    read_result,
-    result_table,
-)
+from orchard.reports import build_result, mean_stderr, read_result, result_table
 from orchard.results import MetricsLog
 
 ROUND = {

@@ -18,12 +18,7 @@ from orchard.process_memory import (
     release_freed_memory,
     resident_memory_bytes,
 )
-from orchard.results import (
-    MetricsLog,
-    environment,
-    write_atomically,
-    write_json,
-)
+from orchard.results import MetricsLog, environment, write_atomically, write_json
 
 
 def test_a_write_makes_folders_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:

@@ -30,12 +30,7 @@ from orchard.experiment.budgets import expert_budgets
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.preparation import Experiment, prepare_experiment
 from orchard.experiment.run_folder import recipe_digest
-from orchard.experiment.running import (
-    build_clients,
-    build_schedule,
-    load_model,
-    run_experiment,
-)
+from orchard.experiment.running import build_clients, build_schedule, load_model, run_experiment
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
 from orchard.models.trainable.adapters import AdaptedModel

@@ -14,13 +14,7 @@ from rich.text import Text
 
 from orchard.engine.progress import make_console
 from orchard.recipe.describing import Scalar
-from orchard.recipe.reading import (
-    Resolved,
-    format_value,
-    known_options,
-    option_value,
-    read_recipe,
-)
+from orchard.recipe.reading import Resolved, format_value, known_options, option_value, read_recipe
 
 _TABLE_WIDTH = 100  # below it five columns are too narrow to read
 

@@ -5,12 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchard.client.objectives import (
-    Objective,
-    Situation,
-    causal_lm,
-    proximal,
-)
+from orchard.client.objectives import Objective, Situation, causal_lm, proximal
 
 
 def situation_of(*, loss: float = 2.0, share: float = 1.0) -> Situation:

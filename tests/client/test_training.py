@@ -15,12 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from orchard import trees
-from orchard.client.objectives import (
-    Objective,
-    Situation,
-    causal_lm,
-    proximal,
-)
+from orchard.client.objectives import Objective, Situation, causal_lm, proximal
 from orchard.client.training import (
     TrainingReport,
     TrainingSettings,

@@ -11,21 +11,10 @@ from hypothesis import strategies as st
 
 from orchard import trees
 from orchard.communication.channel import Channel, MissingCopyError
-from orchard.communication.messages import (
-    LocalSettings,
-    Task,
-    Update,
-    decode_task,
-    encode_update,
-)
+from orchard.communication.messages import LocalSettings, Task, Update, decode_task, encode_update
 from orchard.communication.quantization import Int8
 from orchard.communication.sparsification import TopK
-from orchard.communication.stages import (
-    DTYPES,
-    Cast,
-    Size,
-    Stage,
-)
+from orchard.communication.stages import DTYPES, Cast, Size, Stage
 from orchard.trees import Tree
 
 FLOAT32, BFLOAT16 = Cast(torch.float32), Cast(torch.bfloat16)

@@ -9,12 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from orchard.deployment.addresses import (
-    check_security,
-    is_local,
-    own_address,
-    split_address,
-)
+from orchard.deployment.addresses import check_security, is_local, own_address, split_address
 from orchard.deployment.key_files import site_keys
 from orchard.deployment.keys import make_coordinator_keys, make_site_keys
 

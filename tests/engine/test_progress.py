@@ -7,14 +7,7 @@ import io
 import pytest
 from rich.console import Console
 
-from orchard.engine.progress import (
-    Bar,
-    Lines,
-    Reporter,
-    Silent,
-    choose_reporter,
-    format_bytes,
-)
+from orchard.engine.progress import Bar, Lines, Reporter, Silent, choose_reporter, format_bytes
 
 MiB = 1 << 20
 

@@ -12,12 +12,7 @@ import torch
 from orchard.data.templates import Encoded
 from orchard.evaluation.generation import generate_greedily
 from orchard.evaluation.loss import forward_losses, mean_loss
-from orchard.evaluation.quality import (
-    METRICS,
-    EvaluationSettings,
-    TestExample,
-    evaluate,
-)
+from orchard.evaluation.quality import METRICS, EvaluationSettings, TestExample, evaluate
 from orchard.models.trainable.adapters import AdaptedModel
 from tiny_adapted import adapt, example_of, examples, stir
 

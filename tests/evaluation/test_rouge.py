@@ -6,12 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.evaluation.rouge import (
-    Summary,
-    exact_match,
-    rouge_l,
-    summarize,
-)
+from orchard.evaluation.rouge import Summary, exact_match, rouge_l, summarize
 
 
 def test_rouge_l_by_hand() -> None:

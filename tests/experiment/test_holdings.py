@@ -11,12 +11,7 @@ from federations import RECIPES
 from orchard.data.examples import Example
 from orchard.data.partition import DuplicateReport
 from orchard.evaluation.quality import TestExample
-from orchard.experiment.holdings import (
-    Federation,
-    build_federation,
-    build_site,
-    data_digest,
-)
+from orchard.experiment.holdings import Federation, build_federation, build_site, data_digest
 from orchard.experiment.preparation import prepare_experiment
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe

@@ -15,20 +15,9 @@ from torch.nn import functional
 
 from federations import short_first
 from orchard.experts import subset_losses
-from orchard.experts.graft_search import (
-    LayerSearch,
-    SearchSettings,
-    check_sizes,
-    search_grafts,
-)
+from orchard.experts.graft_search import LayerSearch, SearchSettings, check_sizes, search_grafts
 from orchard.experts.reconstruction import choose_by_reconstruction, reconstruction_losses
-from orchard.experts.subset_losses import (
-    Tally,
-    all_sets,
-    first_smallest,
-    one_more,
-    token_terms,
-)
+from orchard.experts.subset_losses import Tally, all_sets, first_smallest, one_more, token_terms
 from orchard.models.view.detection import view_moe
 from orchard.models.view.moe import MoELayer, MoEView
 from tiny_models import _COMMON, EXPERTS, FAMILIES, VOCABULARY, WIDTH, build

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from orchard import trees
-from orchard.experts.grafting import (
-    Graft,
-    GraftSettings,
-    Origin,
-    grafted,
-)
+from orchard.experts.grafting import Graft, GraftSettings, Origin, grafted
 from tiny_adapted import adapt, stir
 from tiny_grafts import (
     CHOICE,

@@ -8,12 +8,7 @@ from pathlib import Path
 import pytest
 
 from orchard.measurements import run_bench
-from orchard.measurements.client_memory import (
-    Case,
-    bench_memory,
-    measure,
-    predict,
-)
+from orchard.measurements.client_memory import Case, bench_memory, measure, predict
 from orchard.models.stored.loading import check_model
 from orchard.models.stored.random_checkpoint import Shape, expert_share, write_random_checkpoint
 

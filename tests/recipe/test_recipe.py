@@ -16,14 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import (
-    format_value,
-    known_options,
-    read_recipe,
-    resolve,
-    to_toml,
-    words,
-)
+from orchard.recipe.reading import format_value, known_options, read_recipe, resolve, to_toml, words
 from orchard.recipe.run_options import DataOptions, ModelOptions
 
 Write: TypeAlias = Callable[..., Path]

@@ -8,15 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from federations import (
-    ALL_EXPERTS,
-    BUDGETS,
-    NUM_LAYERS,
-    QUARTER,
-    build,
-    quick_recipe,
-    run_quickly,
-)
+from federations import ALL_EXPERTS, BUDGETS, NUM_LAYERS, QUARTER, build, quick_recipe, run_quickly
 from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.experiment.methods import METHODS, build_strategy

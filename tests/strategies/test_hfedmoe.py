@@ -28,12 +28,7 @@ from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.server.checkpoint import ServerState
-from orchard.strategies.expert_names import (
-    Expert,
-    expert_of,
-    is_router,
-    router_row_of,
-)
+from orchard.strategies.expert_names import Expert, expert_of, is_router, router_row_of
 from orchard.strategies.hfedmoe import HfedmoeSettings, hfedmoe
 from orchard.strategies.session import CADENCES, RANKS, Session
 from orchard.strategies.strategy import (

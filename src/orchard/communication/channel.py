@@ -20,13 +20,7 @@ import torch
 from orchard.communication import messages
 from orchard.communication.messages import Task, Update
 from orchard.communication.stages import RESERVED, Cast, Stage
-from orchard.trees import (
-    Tree,
-    Widened,
-    digest,
-    select,
-    subtract,
-)
+from orchard.trees import Tree, Widened, digest, select, subtract
 
 _LARGEST = torch.finfo(torch.float32).max
 

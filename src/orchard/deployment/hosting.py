@@ -14,46 +14,18 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchard.deployment.addresses import (
-    check_security,
-    own_address,
-    split_address,
-)
-from orchard.deployment.key_files import (
-    AUTHORITY,
-    CERTIFICATE,
-    PRIVATE,
-    site_keys,
-)
+from orchard.deployment.addresses import check_security, own_address, split_address
+from orchard.deployment.key_files import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
 from orchard.deployment.server_app import FAILURE_FILE, LOCK_FILE, RESULT_FILE, RUN_FILE
-from orchard.engine.processes import (
-    Child,
-    child_environment,
-    only_one,
-)
-from orchard.experiment.methods import (
-    build_strategy,
-    check_strategy,
-    require_path,
-)
-from orchard.experiment.run_folder import (
-    begin_folder,
-    check_folder,
-    recorded_as,
-)
+from orchard.engine.processes import Child, child_environment, only_one
+from orchard.experiment.methods import build_strategy, check_strategy, require_path
+from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import check_communication
 from orchard.extras import require
-from orchard.models.stored.loading import (
-    check_device,
-    check_model,
-)
+from orchard.models.stored.loading import check_device, check_model
 from orchard.recipe.options import Recipe
-from orchard.results import (
-    MetricsLog,
-    write_atomically,
-    write_json,
-)
+from orchard.results import MetricsLog, write_atomically, write_json
 
 if TYPE_CHECKING:
     pass

@@ -19,13 +19,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from orchard.deployment.key_files import (
-    AUTHORITY,
-    CERTIFICATE,
-    PRIVATE,
-    SITES,
-    check_site_name,
-)
+from orchard.deployment.key_files import AUTHORITY, CERTIFICATE, PRIVATE, SITES, check_site_name
 
 
 def make_coordinator_keys(folder: Path, hosts: Sequence[str], *, days: int) -> list[Path]:

@@ -10,34 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from orchard.engine.coordinator import SITES_FILE, Coordinator
 from orchard.engine.exchange import Patience, Post
-from orchard.engine.processes import (
-    end_when_free,
-    only_one,
-)
+from orchard.engine.processes import end_when_free, only_one
 from orchard.engine.progress import Lines, make_console
-from orchard.experiment.methods import (
-    build_strategy,
-)
+from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import import_from
-from orchard.experiment.run_folder import (
-    RECIPE_FILE,
-    check_folder,
-    recipe_digest,
-    recorded_as,
-)
+from orchard.experiment.run_folder import RECIPE_FILE, check_folder, recipe_digest, recorded_as
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.wiring import build_channel
-from orchard.models.stored.loading import (
-    load_tokenizer,
-    threads,
-)
+from orchard.models.stored.loading import load_tokenizer, threads
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe, to_toml
 from orchard.reports import build_result
-from orchard.results import (
-    environment,
-    write_json,
-)
+from orchard.results import environment, write_json
 from orchard.seeding import Seeds
 from orchard.server.admission import Admission
 from orchard.server.checkpoint import ServerState

@@ -16,12 +16,7 @@ from pathlib import Path
 from orchard.deployment.addresses import check_security
 from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.key_files import AUTHORITY, SITES, check_site_name
-from orchard.engine.processes import (
-    Child,
-    child_environment,
-    free_port,
-    only_one,
-)
+from orchard.engine.processes import Child, child_environment, free_port, only_one
 from orchard.extras import require
 from orchard.recipe.method_options import BUILT_IN
 from orchard.results import write_atomically

@@ -23,13 +23,7 @@ from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.channel import Broadcast, Channel
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
-from orchard.engine.exchange import (
-    Answer,
-    Patience,
-    Post,
-    Request,
-    exchange,
-)
+from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
 from orchard.engine.inbox import Arrived, Inbox
 from orchard.engine.intake import Intake
 from orchard.engine.joining import wait_for_sites

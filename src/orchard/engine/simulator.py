@@ -25,12 +25,7 @@ from orchard.process_memory import peak_memory_bytes
 from orchard.results import Metrics, MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from orchard.strategies.strategy import (
-    Strategy,
-    evaluate_client,
-    train_client,
-    update_server,
-)
+from orchard.strategies.strategy import Strategy, evaluate_client, train_client, update_server
 from orchard.trees import Tree
 
 

@@ -15,10 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import uvicorn
-from flwr.superlink.cli.flower_superlink import (
-    SuperLinkLifespan,
-    _parse_superlink_lifespan_config,
-)
+from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
 from flwr.superlink.main import create_app
 
 _FLEET = "/v1/fleet/"

@@ -9,12 +9,7 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 
 from orchard.data import partition, world
-from orchard.data.datasets import (
-    is_client_folder,
-    load_examples,
-    read_client_folder,
-    read_jsonl,
-)
+from orchard.data.datasets import is_client_folder, load_examples, read_client_folder, read_jsonl
 from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
 from orchard.recipe.options import Recipe

@@ -29,13 +29,7 @@ from orchard.strategies.pflmoe import pflmoe
 from orchard.strategies.scaffold import scaffold
 from orchard.strategies.seermoe import seermoe
 from orchard.strategies.session import SubsetSettings
-from orchard.strategies.strategy import (
-    Aggregate,
-    Strategy,
-    by_num_examples,
-    mean_delta,
-    uniformly,
-)
+from orchard.strategies.strategy import Aggregate, Strategy, by_num_examples, mean_delta, uniformly
 
 ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
 

@@ -7,12 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchard.data.examples import Example
-from orchard.data.templates import (
-    Encoded,
-    Template,
-    encode,
-    encode_options,
-)
+from orchard.data.templates import Encoded, Template, encode, encode_options
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
 from orchard.experiment.holdings import (
@@ -24,22 +19,12 @@ from orchard.experiment.holdings import (
     read_calibration,
     read_retention,
 )
-from orchard.experiment.methods import (
-    build_strategy,
-    check_strategy,
-    require_path,
-)
+from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import check_communication
-from orchard.models.stored.loading import (
-    check_device,
-    check_model,
-    load_tokenizer,
-)
+from orchard.models.stored.loading import check_device, check_model, load_tokenizer
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import (
-    words,
-)
+from orchard.recipe.reading import words
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchard.experiment.methods import own_names
-from orchard.experiment.own_methods import (
-    Transform,
-    own_digests,
-    passed_digest,
-    passed_name,
-)
+from orchard.experiment.own_methods import Transform, own_digests, passed_digest, passed_name
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import (
-    format_value,
-    known_options,
-    option_value,
-    read_recipe,
-    to_toml,
-)
+from orchard.recipe.reading import format_value, known_options, option_value, read_recipe, to_toml
 from orchard.recipe.run_options import DeploymentOptions
 from orchard.results import write_atomically, write_json
 from orchard.strategies.strategy import Strategy

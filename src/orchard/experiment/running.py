@@ -24,10 +24,7 @@ from orchard.experiment.run_folder import (
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
-from orchard.models.stored.loading import (
-    load_base,
-    threads,
-)
+from orchard.models.stored.loading import load_base, threads
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words

@@ -26,12 +26,7 @@ from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.experts.masking import detached_experts
 from orchard.experts.submodel_source import SubmodelSource
-from orchard.models.stored.loading import (
-    check_model,
-    load_base,
-    load_config,
-    threads,
-)
+from orchard.models.stored.loading import check_model, load_base, load_config, threads
 from orchard.models.stored.random_checkpoint import Shape, expert_share, write_random_checkpoint
 from orchard.models.stored.tensors import open_checkpoint
 from orchard.models.trainable.adapters import AdaptedModel

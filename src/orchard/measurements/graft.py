@@ -24,12 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchard.experts.graft_search import SearchSettings, search_grafts
-from orchard.experts.subset_losses import (
-    Tally,
-    all_sets,
-    token_terms,
-    tokens_at_a_time,
-)
+from orchard.experts.subset_losses import Tally, all_sets, token_terms, tokens_at_a_time
 from orchard.models.stored.loading import threads
 from orchard.models.view.detection import view_moe
 from orchard.models.view.moe import MoELayer, MoEView

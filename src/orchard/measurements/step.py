@@ -20,11 +20,7 @@ import torch
 
 from orchard.data.templates import Encoded
 from orchard.evaluation.generation import generate_greedily
-from orchard.measurements.plain_loop import (
-    PlainLoop,
-    Stopwatch,
-    Took,
-)
+from orchard.measurements.plain_loop import PlainLoop, Stopwatch, Took
 from orchard.measurements.step_memory import measure_alone
 from orchard.measurements.step_sides import (
     MIDDLE_SHAPE,
@@ -37,9 +33,7 @@ from orchard.measurements.step_sides import (
     plain_side,
     read_examples,
 )
-from orchard.models.stored.loading import (
-    threads,
-)
+from orchard.models.stored.loading import threads
 from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
 from orchard.models.view.unbinding import unbound_experts
 from orchard.process_memory import release_freed_memory

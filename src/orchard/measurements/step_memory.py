@@ -15,10 +15,7 @@ from orchard.measurements.step_sides import (
     plain_side,
     read_examples,
 )
-from orchard.models.stored.loading import (
-    load_tokenizer,
-    threads,
-)
+from orchard.models.stored.loading import load_tokenizer, threads
 from orchard.process_memory import forget_peak_memory, peak_memory_bytes
 
 

@@ -17,19 +17,8 @@ from orchard.data.datasets import load_examples
 from orchard.data.examples import Fields
 from orchard.data.templates import Encoded, encode
 from orchard.data.world import facts
-from orchard.measurements.plain_loop import (
-    PlainLoop,
-    PlainSettings,
-    Stopwatch,
-    Took,
-)
-from orchard.models.stored.loading import (
-    DTYPES,
-    load_base,
-    load_config,
-    load_tokenizer,
-    resolve,
-)
+from orchard.measurements.plain_loop import PlainLoop, PlainSettings, Stopwatch, Took
+from orchard.models.stored.loading import DTYPES, load_base, load_config, load_tokenizer, resolve
 from orchard.models.stored.random_checkpoint import Shape
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.targets import LoraSettings

@@ -20,18 +20,8 @@ from orchard.communication.messages import Task
 from orchard.data.templates import Encoded
 from orchard.strategies.expert_names import expert_of, router_row_of
 from orchard.strategies.session import SubsetSettings
-from orchard.strategies.strategy import (
-    Contribution,
-    Plan,
-    Strategy,
-    Trained,
-)
-from orchard.strategies.subset import (
-    layer_values,
-    marked,
-    send_only,
-    with_subset,
-)
+from orchard.strategies.strategy import Contribution, Plan, Strategy, Trained
+from orchard.strategies.subset import layer_values, marked, send_only, with_subset
 
 
 def fedmoe(strategy: Strategy, subset: SubsetSettings) -> Strategy:

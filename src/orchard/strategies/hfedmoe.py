@@ -26,18 +26,8 @@ from orchard.experts.selection import passing, preference
 from orchard.server.aggregation import mean
 from orchard.strategies.expert_names import Expert, expert_of, is_router
 from orchard.strategies.session import SubsetSettings
-from orchard.strategies.strategy import (
-    Aggregate,
-    Contribution,
-    Strategy,
-    Trained,
-)
-from orchard.strategies.subset import (
-    layer_values,
-    marked,
-    send_only,
-    with_subset,
-)
+from orchard.strategies.strategy import Aggregate, Contribution, Strategy, Trained
+from orchard.strategies.subset import layer_values, marked, send_only, with_subset
 from orchard.trees import Tree
 
 NOBODY_PREFERS = 1e-12  # per example: decides only where no client has any preference at all

@@ -18,12 +18,7 @@ from orchard.communication.messages import Task
 from orchard.strategies.expert_names import expert_of
 from orchard.strategies.session import SubsetSettings
 from orchard.strategies.strategy import Contribution, Strategy, Trained
-from orchard.strategies.subset import (
-    layer_values,
-    marked,
-    send_only,
-    with_subset,
-)
+from orchard.strategies.subset import layer_values, marked, send_only, with_subset
 
 
 def pflmoe(strategy: Strategy, subset: SubsetSettings) -> Strategy:

@@ -26,12 +26,7 @@ from orchard.client.client import Client
 from orchard.client.objectives import Objective, Situation
 from orchard.communication.messages import Task
 from orchard.server.optimizers import ServerOptimizer, Slots, check_names
-from orchard.strategies.strategy import (
-    Contribution,
-    Plan,
-    Strategy,
-    Trained,
-)
+from orchard.strategies.strategy import Contribution, Plan, Strategy, Trained
 from orchard.trees import Tree, zeros_like
 
 _CONTROL = "control."

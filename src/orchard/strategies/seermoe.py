@@ -26,18 +26,8 @@ from orchard.experts.observation import LayerPass, watch_routing
 from orchard.results import Metrics
 from orchard.strategies.expert_names import expert_of
 from orchard.strategies.session import SubsetSettings
-from orchard.strategies.strategy import (
-    Contribution,
-    Plan,
-    Strategy,
-    Trained,
-)
-from orchard.strategies.subset import (
-    layer_values,
-    marked,
-    send_only,
-    with_subset,
-)
+from orchard.strategies.strategy import Contribution, Plan, Strategy, Trained
+from orchard.strategies.subset import layer_values, marked, send_only, with_subset
 
 _ENTROPY = "router_entropy"
 _TINY = torch.finfo(torch.float32).tiny

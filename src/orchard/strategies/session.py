@@ -17,12 +17,7 @@ from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.experts.importance import ImportanceSettings, MeanImportance, UsageMeter
 from orchard.experts.masking import ExpertSwitch
-from orchard.experts.observation import (
-    LayerPass,
-    concatenate,
-    score,
-    watch_routing,
-)
+from orchard.experts.observation import LayerPass, concatenate, score, watch_routing
 from orchard.experts.selection import (
     ExpertMask,
     all_experts,

@@ -23,18 +23,8 @@ from orchard.communication.messages import Task
 from orchard.experts.masking import detached_experts
 from orchard.experts.observation import LayerPass, concatenate, watch_routing
 from orchard.strategies.expert_names import Expert
-from orchard.strategies.session import (
-    Session,
-    SubsetSettings,
-    route,
-    route_each,
-)
-from orchard.strategies.strategy import (
-    Contribution,
-    Plan,
-    Strategy,
-    place_global,
-)
+from orchard.strategies.session import Session, SubsetSettings, route, route_each
+from orchard.strategies.strategy import Contribution, Plan, Strategy, place_global
 from orchard.trees import Tree
 
 

@@ -8,12 +8,7 @@ import torch
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.experts.observation import LayerPass, watch_routing
-from orchard.models.kernels.packing import (
-    can_pack,
-    pack,
-    packed_attention,
-    rows_of,
-)
+from orchard.models.kernels.packing import can_pack, pack, packed_attention, rows_of
 from tiny_adapted import adapt, example_of, examples, stir
 from tiny_models import FAMILIES
 

@@ -16,12 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from orchard.models.stored.carving import (
-    carve_layer,
-    check_carvable,
-    check_kept,
-    select_rows,
-)
+from orchard.models.stored.carving import carve_layer, check_carvable, check_kept, select_rows
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
 from orchard.models.stored.loading import DTYPES, load_config, without_progress_bars
 from orchard.models.stored.tensors import Checkpoint

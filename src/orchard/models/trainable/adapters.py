@@ -21,12 +21,7 @@ from transformers import GenerationConfig
 
 from orchard.models.kernels.decoding import can_decode, decode_greedily
 from orchard.models.trainable.slots import Slot, full_slots, lora_slots
-from orchard.models.trainable.targets import (
-    LoraSettings,
-    check_targets,
-    find_targets,
-    inject_lora,
-)
+from orchard.models.trainable.targets import LoraSettings, check_targets, find_targets, inject_lora
 from orchard.models.view.moe import MoEView
 from orchard.trees import Tree
 

@@ -10,13 +10,7 @@ import torch
 from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 
-from orchard.models.trainable.targets import (
-    ALL,
-    EXPERTS,
-    ROUTER,
-    find_targets,
-    is_adapter,
-)
+from orchard.models.trainable.targets import ALL, EXPERTS, ROUTER, find_targets, is_adapter
 from orchard.models.view.moe import MoELayer, MoEView
 
 

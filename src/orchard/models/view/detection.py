@@ -12,13 +12,7 @@ from torch import nn
 
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import find_router, find_top_k, probe_top_k
-from orchard.models.view.storage import (
-    FusedExperts,
-    ListedExperts,
-    is_fused,
-    is_listed,
-    is_unknown,
-)
+from orchard.models.view.storage import FusedExperts, ListedExperts, is_fused, is_listed, is_unknown
 
 
 def view_moe(model: nn.Module) -> MoEView:
