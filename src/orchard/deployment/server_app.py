@@ -14,14 +14,20 @@ from orchard.engine.processes import end_when_free, only_one
 from orchard.engine.progress import Lines, make_console
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import import_from
-from orchard.experiment.run_folder import RECIPE_FILE, check_folder, recipe_digest, recorded_as
+from orchard.experiment.run_folder import (
+    RECIPE_FILE,
+    check_folder,
+    facts_of,
+    recipe_digest,
+    recorded_as,
+)
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import load_tokenizer, threads
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe, to_toml
 from orchard.reports import build_result
-from orchard.results import environment, write_json
+from orchard.results import write_json
 from orchard.seeding import Seeds
 from orchard.server.admission import Admission
 from orchard.server.checkpoint import ServerState
@@ -75,17 +81,12 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             return strategy, start_server(strategy, fresh)
 
         state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
-    digests = recorded_as(recipe).digests
     result = build_result(
         folder,
         {
-            **environment(),
-            "seed": recipe.seed,
-            "strategy": recipe.strategy.name,
-            "recipe_digest": recipe_digest(recipe),
+            **facts_of(recorded_as(recipe)),
             # The data is at the sites, and of what it is nothing leaves them.
             "data_digest": None,
-            **({"own_methods": dict(digests)} if digests else {}),
             "base_digest": base_digest,
             "shared_digest": digest(state.shared),
             "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},

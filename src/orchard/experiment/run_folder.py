@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from orchard.experiment.methods import own_names
 from orchard.experiment.own_methods import Transform, own_digests, passed_digest, passed_name
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import format_value, known_options, option_value, read_recipe, to_toml
 from orchard.recipe.run_options import DeploymentOptions
-from orchard.results import write_atomically, write_json
+from orchard.results import environment, write_atomically, write_json
 from orchard.strategies.strategy import Strategy
 
 RECIPE_FILE, METHODS_FILE = "recipe.toml", "methods.json"
@@ -47,6 +48,18 @@ def recorded_as(recipe: Recipe, passed: Strategy | Transform | None = None) -> R
             name = f"{name}+{passed_name(passed)}"
             digests |= {passed_name(passed): passed_digest(passed)}
     return Recorded(replace(recipe, strategy=replace(recipe.strategy, name=name)), digests)
+
+
+def facts_of(recorded: Recorded) -> dict[str, Any]:
+    """Return what the result of a run says of where it comes from, with sites or without."""
+    recipe, digests = recorded.recipe, recorded.digests
+    return {
+        **environment(),
+        "seed": recipe.seed,
+        "strategy": recipe.strategy.name,
+        "recipe_digest": recipe_digest(recipe),
+        **({"own_methods": dict(digests)} if digests else {}),
+    }
 
 
 def begin_folder(folder: Path, recorded: Recorded) -> None:

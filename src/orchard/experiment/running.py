@@ -17,6 +17,7 @@ from orchard.experiment.preparation import Experiment, count_truncated
 from orchard.experiment.run_folder import (
     begin_folder,
     check_folder,
+    facts_of,
     folder_name,
     recipe_digest,
     recorded_as,
@@ -29,7 +30,7 @@ from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.reports import build_result
-from orchard.results import environment, write_json
+from orchard.results import write_json
 from orchard.seeding import Seeds
 from orchard.strategies.strategy import Strategy, start_server
 from orchard.trees import digest
@@ -177,12 +178,8 @@ def run_experiment(
         )
     federation = experiment.federation
     facts: dict[str, Any] = {
-        **environment(),
-        "seed": recipe.seed,
-        "strategy": recorded.recipe.strategy.name,
-        "recipe_digest": recipe_digest(recorded.recipe),
+        **facts_of(recorded),
         "data_digest": experiment.digest.overall,
-        **({"own_methods": recorded.digests} if recorded.digests else {}),
         "base_digest": model.base_digest,
         "base_is_unchanged": digest(model.base_state) == model.base_digest,
         "shared_digest": digest(state.shared),
