@@ -13,8 +13,22 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 Answer: TypeAlias = Literal["text", "index"]
+Role: TypeAlias = Literal["system", "user", "assistant"]
 
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side of a conversation said.
+
+    Attributes:
+        role: Who spoke.
+        text: What was said; never empty.
+    """
+
+    role: Role
+    text: str
 
 
 @dataclass(frozen=True)
@@ -28,6 +42,9 @@ class Example:
         category: The label that partitions are made of; "" = none.
         options: The possible responses, all different, one of which is ``response``; empty = any
             text is one.
+        history: What was said before the instruction, in order: a system turn first where there is
+            one, then user and assistant in turn, the last of them an assistant; empty = nothing.
+            The instruction is the last turn of the user, the response the last of the assistant.
     """
 
     instruction: str
@@ -35,6 +52,7 @@ class Example:
     context: str = ""
     category: str = ""
     options: tuple[str, ...] = ()
+    history: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True)
