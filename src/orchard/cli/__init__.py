@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from orchard.recipe.reading import Resolved
-
-BAD_INPUT, FAILED = 2, 1
+from orchard.cli import sites
+from orchard.cli.errors import BAD_INPUT, FAILED
+from orchard.cli.errors import clear_errors as _clear_errors
+from orchard.cli.parameters import (
+    JsonOption,
+    OutOption,
+    Overrides,
+    RecipeArgument,
+    ResumeOption,
+    Traceback,
+)
+from orchard.cli.parameters import default_folder as _default_folder
+from orchard.cli.parameters import resolve as _resolve
 
 app = typer.Typer(
     name="orchard",
@@ -22,51 +29,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-RecipeArgument = Annotated[
-    Path, typer.Argument(help="TOML file, or a recipe that orchard ls names.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Override values of the recipe."),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
-
-
-@contextmanager
-def _clear_errors(*, code: int, traceback: bool) -> Iterator[None]:
-    """Print the message of a library error alone and leave with ``code``."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if traceback:
-            raise
-        text = " ".join(str(error).split())
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(f"error: {text}{notes}", file=sys.stderr)
-        raise typer.Exit(code) from None
-
-
-def _resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
-    from orchard.catalog import find_recipe
-    from orchard.recipe.reading import read_recipe
-
-    resolved = read_recipe(find_recipe(recipe), overrides or [])
-    if ":" in resolved.recipe.strategy.name:
-        from orchard.experiment.own_methods import import_from
-
-        import_from(Path.cwd())
-    return resolved
-
-
-def _default_folder(recipe: Path) -> Path:
-    return Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
 
 
 def _show_version(is_asked: bool) -> None:
@@ -231,86 +193,9 @@ def bench(
         print(run_bench(name, as_json=as_json, repeats=repeats, model=model, data=data))
 
 
-KeysOption = Annotated[
-    Path | None, typer.Option(help="Folder that orchard keys made.", show_default=False)
-]
-InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="Cross a network without TLS and keys.")
-]
-
-
-@app.command()
-def coordinate(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    address: Annotated[
-        str, typer.Option(help="host:port to listen at; 0.0.0.0 for all of this machine's.")
-    ] = "127.0.0.1:8443",
-    out: OutOption = None,
-    keys: KeysOption = None,
-    insecure: InsecureOption = False,
-    resume: ResumeOption = False,
-    traceback: Traceback = False,
-) -> None:
-    """Run a recipe with sites on other machines, over Flower."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        _log_to_stderr()
-        resolved = _resolve(recipe, overrides)
-        folder = out or _default_folder(recipe)
-        from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
-        from orchard.deployment.hosting import coordinate as run_coordinator
-
-        options = CoordinatorOptions(folder, address, keys, insecure)
-        num_sites = check_coordinator(resolved.recipe, options, resume=resume)
-    from orchard.engine.processes import leaves_on_termination
-    from orchard.engine.progress import make_console
-    from orchard.reports import result_table, run_sentence
-
-    with _clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
-        result = run_coordinator(resolved.recipe, options, num_sites=num_sites)
-    console = make_console()
-    console.print(result_table(result))
-    console.print(run_sentence(result, folder), highlight=False)
-
-
-@app.command()
-def site(
-    data: Annotated[Path, typer.Option(help="This site's examples, JSON Lines.")],
-    store: Annotated[Path, typer.Option(help="This site's folder: what never leaves it, logs.")],
-    superlink: Annotated[str, typer.Option(help="host:port of the coordinator.")],
-    name: Annotated[str, typer.Option(help="Of the site; by default that of its data file.")] = "",
-    model: Annotated[str, typer.Option(help="The base model on this machine.")] = "",
-    methods: Annotated[
-        str, typer.Option(help="Methods to take part in; empty = all built-in.")
-    ] = "",
-    budget: Annotated[str, typer.Option(help="Experts to train: a number or a share.")] = "",
-    memory: Annotated[str, typer.Option(help="Bytes that training may take, such as 8GB.")] = "",
-    calibration: Annotated[str, typer.Option(help="This site's calibration corpus.")] = "",
-    retention: Annotated[str, typer.Option(help="This site's file of what to retain.")] = "",
-    keys: KeysOption = None,
-    insecure: InsecureOption = False,
-    traceback: Traceback = False,
-) -> None:
-    """Take part in a federation with this machine's data."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        _log_to_stderr()
-        from orchard.deployment.consent import Consent
-        from orchard.deployment.site import SiteOptions, check_site, run_site
-
-        chosen = tuple(method.strip() for method in methods.split(",") if method.strip())
-        if ":" in methods:
-            from orchard.experiment.own_methods import import_from
-
-            import_from(Path.cwd())
-        consent = Consent(
-            str(data.resolve()), model, chosen, budget, memory, calibration, retention
-        )
-        options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)
-        check_site(options)
-    from orchard.engine.processes import leaves_on_termination
-
-    with _clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
-        run_site(options)
+# Help lists commands in the order in which they are added.
+app.command()(sites.coordinate)
+app.command()(sites.site)
 
 
 @app.command("keys")
@@ -357,16 +242,6 @@ def audit(
 
         events = read_audit(folder / AUDIT_FILE)
         print(json.dumps(events, indent=1) if as_json else "\n".join(audit_lines(events)))
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    own = logging.getLogger("orchard")
-    own.addHandler(handler)
-    own.setLevel(logging.INFO)
 
 
 @app.command()
