@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+# What transformers calls a cache, as an argument and in what a model returns: since 5.24, and before.
+_NAMES = ("cache", "past_key_values")
+
+
+def cache_name(model: nn.Module) -> str | None:
+    """Return the name under which a model takes and returns its cache; None where it takes none."""
+    arguments = inspect.signature(model.forward).parameters
+    return next((name for name in _NAMES if name in arguments), None)
 
 
 def can_be_continued(cache: Any) -> bool:
