@@ -161,7 +161,7 @@ def execute(
     Args:
         prepared: Recipe, data, folder and method.
         progress: See ``run``.
-        warn: Told why a tracker stopped, if one does.
+        warn: Told why a tracker stopped, if one does, and of what is slow with this model.
 
     Raises:
         Exception: Whatever a client raises, with a note of round, client and stage.
@@ -175,7 +175,7 @@ def execute(
         recipe = recorded_as(experiment.recipe, prepared.strategy).recipe
         reporter = Following(reporter, prepared.trackers, folder=folder, recipe=recipe, warn=warn)
     record = run_experiment(
-        experiment, folder=folder, reporter=reporter, strategy=prepared.strategy
+        experiment, folder=folder, reporter=reporter, strategy=prepared.strategy, warn=warn
     )
     return Result(folder, record)
 

@@ -31,7 +31,7 @@ from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
 from orchard.experiment.preparation import Seat, prepare_experiment
 from orchard.experiment.run_folder import folder_name
-from orchard.experiment.running import build_clients, load_model
+from orchard.experiment.running import build_clients, load_model, slow_ways_of
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
@@ -192,6 +192,8 @@ class SiteWorker:
         except (ValueError, OSError) as error:
             raise Refusal(f"the recipe must fit this site: {error}") from error
         model = self._model(recipe, experiment.tokenizer)
+        for sentence in slow_ways_of(experiment, model):
+            log.warning("%s", sentence)
         folder = self._settings.store / "personal" / folder_name(str(header["run"]))
         (client,) = build_clients(experiment, model, folder)
         self._sessions = {key: _Session(recipe, client, strategy, build_channel(recipe))}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from orchard.models.kernels.caches import cache_name, can_be_continued
+from orchard.models.kernels.caches import cache_name, why_not_continued
 
 _NEEDED = frozenset(("position_ids", "logits_to_keep"))
 
@@ -26,11 +26,9 @@ def why_not_decoded(model: nn.Module) -> str:
     if network.config.is_encoder_decoder or supports is None or not supports():
         return "it is no decoder with a cache of keys and values"
     lacking = _NEEDED - inspect.signature(network.forward).parameters.keys()
-    if lacking or cache_name(network) is None:
-        return f"its forward pass lacks {', '.join(sorted(lacking)) or 'an argument for a cache'}"
-    if not can_be_continued(DynamicCache(config=network.config)):
-        return "it keeps a state, or a window of tokens"
-    return ""
+    if lacking:
+        return f"its forward pass has no argument {', '.join(sorted(lacking))}"
+    return why_not_continued(network)
 
 
 @torch.inference_mode()
