@@ -168,12 +168,14 @@ def execute(
     """
     from orchard.experiment.run_folder import recorded_as
     from orchard.experiment.running import run_experiment
+    from orchard.experiment.starting import Start, record_start
     from orchard.tracking.following import Following
 
     experiment, folder, reporter = prepared.experiment, prepared.folder, _reporter(progress)
     if prepared.trackers:
         recipe = recorded_as(experiment.recipe, prepared.strategy).recipe
         reporter = Following(reporter, prepared.trackers, folder=folder, recipe=recipe, warn=warn)
+    record_start(folder, Start(directory=str(Path.cwd()), track=tuple(prepared.trackers)))
     record = run_experiment(
         experiment, folder=folder, reporter=reporter, strategy=prepared.strategy, warn=warn
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from orchard.cli.parameters import (
 )
 from orchard.cli.parameters import default_folder as _default_folder
 from orchard.cli.parameters import resolve as _resolve
+from orchard.cli.resuming import back_to_start, is_run, recipe_of, where_it_stopped
 
 app = typer.Typer(
     name="orchard",
@@ -47,6 +49,7 @@ def orchard_command(
             "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Federated fine-tuning of Mixture-of-Experts language models."""
 
@@ -78,13 +81,17 @@ def run(
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Run a recipe."""
+    """Run a recipe; with --resume, go on with the run in --out, or in the folder in its place."""
     from orchard.process_memory import loading_to_stay
 
     with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
+        if resume and out is None and is_run(recipe):
+            recipe, out, track = recipe_of(recipe.resolve()), recipe.resolve(), track or []
+            track = [*back_to_start(out).track, *track]
         resolved = _resolve(recipe, overrides)
         folder = out or _default_folder(recipe)
         from orchard.api import execute, prepare
+        from orchard.engine.processes import leaves_on_termination
         from orchard.engine.progress import choose_reporter, make_console
         from orchard.reports import run_sentence
 
@@ -96,10 +103,46 @@ def run(
 
     for text in prepared.notes:
         note(text)
-    with _clear_errors(code=FAILED, traceback=traceback):
+    stopped = partial(where_it_stopped, folder, resolved.recipe.server.rounds)
+    with (
+        _clear_errors(code=FAILED, traceback=traceback, stopped=stopped),
+        leaves_on_termination(),
+    ):
         result = execute(prepared, progress=choose_reporter(console), warn=note)
     console.print(result.table())
     console.print(run_sentence(result.record, folder), highlight=False)
+
+
+@app.command("resume")
+def resume_run(
+    folder: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="How long to wait may change: deployment."),
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Go on with a run that stopped; its folder knows its recipe and how it was started."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.experiment.starting import read_start
+
+        folder = folder.resolve()
+        recipe, start = recipe_of(folder), read_start(folder)
+        if start is not None and start.address:
+            back_to_start(folder)
+    if start is None or not start.address:
+        run(folder, overrides, resume=True, traceback=traceback)
+        return
+    sites.coordinate(
+        recipe,
+        overrides,
+        start.address,
+        folder,
+        keys=Path(start.keys) if start.keys else None,
+        insecure=start.is_insecure,
+        resume=True,
+        traceback=traceback,
+    )
 
 
 @app.command()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from orchard.cli.resuming import is_run
+
 if TYPE_CHECKING:
     from orchard.recipe.reading import Resolved
 
@@ -37,6 +39,11 @@ def resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
     from orchard.catalog import find_recipe
     from orchard.recipe.reading import read_recipe
 
+    if is_run(recipe):
+        raise ValueError(
+            f"recipe must be a file, got {recipe}, the folder of a run; go on with it by "
+            f"orchard resume {recipe}"
+        )
     resolved = read_recipe(find_recipe(recipe), overrides or [])
     if ":" in resolved.recipe.strategy.name:
         from orchard.experiment.own_methods import import_from

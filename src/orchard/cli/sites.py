@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from orchard.cli.parameters import (
     default_folder,
     resolve,
 )
+from orchard.cli.resuming import where_it_stopped
 
 
 def coordinate(
@@ -47,7 +49,11 @@ def coordinate(
     from orchard.engine.progress import make_console
     from orchard.reports import result_table, run_sentence
 
-    with clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
+    stopped = partial(where_it_stopped, folder, resolved.recipe.server.rounds)
+    with (
+        clear_errors(code=FAILED, traceback=traceback, stopped=stopped),
+        leaves_on_termination(),
+    ):
         result = run_coordinator(resolved.recipe, options, num_sites=num_sites)
     console = make_console()
     console.print(result_table(result))
@@ -89,7 +95,13 @@ def site(
         check_site(options)
     from orchard.engine.processes import leaves_on_termination
 
-    with clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
+    def stopped() -> str:
+        return f"site {options.name} stopped; the same command lets it take part again"
+
+    with (
+        clear_errors(code=FAILED, traceback=traceback, stopped=stopped),
+        leaves_on_termination(),
+    ):
         run_site(options)
 
 
