@@ -126,12 +126,12 @@ class ClientOptions:
     packing: bool = option(
         True,
         "Read the examples of a batch behind each other, each by itself, where the model can; "
-        "else pad them to the longest. The same gradients; with dropout, other draws.",
+        "else pad them to the longest. The same result, rounding aside.",
     )
     pass_tokens: int = option(
         512,
         "On a CPU, a batch with more tokens is read in several passes, which needs less memory; "
-        "0 = never. The same gradients; with dropout, other draws.",
+        "0 = never. The same result, rounding aside.",
         minimum=0,
     )
 
