@@ -288,6 +288,31 @@ def audit(
 
 
 @app.command()
+def answers(
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, or a site's.", show_default=False)
+    ],
+    client: Annotated[str, typer.Option(help="Of this client only.")] = "",
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="After this round; by default the last.", min=0)
+    ] = None,
+    as_json: JsonOption = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what models answered to held-out examples, beside the right answers."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.answers import answers_as_json, find_answers, print_answers
+
+        found = find_answers(folder, client=client or None, round_number=round_number)
+        if as_json:
+            print(answers_as_json(found))
+        else:
+            from orchard.engine.progress import make_console
+
+            print_answers(found, make_console())
+
+
+@app.command()
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
     as_json: JsonOption = False,

@@ -82,6 +82,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
         length_normalization=recipe.evaluation.length_normalization,  # type: ignore[arg-type]
+        keeps_answers=recipe.evaluation.keep_answers,
     )
     submodels = SubmodelSource(
         path=recipe.model.path,

@@ -126,12 +126,12 @@ class ClientOptions:
     packing: bool = option(
         True,
         "Read the examples of a batch behind each other, each by itself, where the model can; "
-        "else pad them to the longest. The same gradients; with dropout, other draws.",
+        "else pad them to the longest. The same result, rounding aside.",
     )
     pass_tokens: int = option(
         512,
         "On a CPU, a batch with more tokens is read in several passes, which needs less memory; "
-        "0 = never. The same gradients; with dropout, other draws.",
+        "0 = never. The same result, rounding aside.",
         minimum=0,
     )
 
@@ -174,7 +174,7 @@ class EvaluationOptions:
     )
     metrics: str = option(
         "loss,rouge_l,exact_match",
-        "Of loss, rouge_l, exact_match, and with labels or options, accuracy.",
+        "Of loss, rouge_l, chrf, exact_match, and with labels or options, accuracy.",
     )
     length_normalization: str = option(
         "none",
@@ -185,6 +185,11 @@ class EvaluationOptions:
     max_new_tokens: int = option(64, "Longest generated answer.", minimum=1)
     batch_size: int = option(32, "Examples at a time.", minimum=1)
     max_examples: int = option(0, "Test examples per client, drawn at random; 0 = all.", minimum=0)
+    keep_answers: bool = option(
+        True,
+        "Each client keeps the answers that are generated beside the right ones, in its own "
+        "folder: orchard answers shows them.",
+    )
     retention_path: str = option(
         "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
     )
