@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from orchard.data import partition, world
@@ -127,10 +127,16 @@ class DataDigest:
     Attributes:
         overall: SHA-256 over all clients, in their order.
         clients: Client id to SHA-256 over what that client holds.
+        own: Client id to SHA-256 over its own training and test examples alone.
+        shared: What all clients hold, by the option that names it, to its SHA-256.
+        sizes: Client id to the numbers of its ``train`` and ``test`` examples.
     """
 
     overall: str
     clients: Mapping[str, str]
+    own: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def data_digest(
@@ -161,11 +167,22 @@ def data_digest(
             known[id(examples)] = found.hexdigest()
         return known[id(examples)]
 
-    clients = {}
+    clients, own, sizes = {}, {}, {}
     for client, train in federation.train.items():
-        held = (train, federation.test[client], retention, calibration)
-        clients[client] = _sha256(*map(of, held))
-    return DataDigest(_sha256(*(part for item in clients.items() for part in item)), clients)
+        test = federation.test[client]
+        clients[client] = _sha256(*map(of, (train, test, retention, calibration)))
+        own[client] = _sha256(of(train), of(test))
+        sizes[client] = {"train": len(train), "test": len(test)}
+    return DataDigest(
+        overall=_sha256(*(part for item in clients.items() for part in item)),
+        clients=clients,
+        own=own,
+        shared={
+            "evaluation.retention_path": of(retention),
+            "strategy.calibration_path": of(calibration),
+        },
+        sizes=sizes,
+    )
 
 
 def _sha256(*parts: str) -> str:
