@@ -99,7 +99,7 @@ def run(
     console = make_console()
 
     def note(text: str) -> None:
-        console.print(f"note: {text}", style="yellow", highlight=False)
+        console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
 
     for text in prepared.notes:
         note(text)
@@ -188,7 +188,7 @@ def partition(
         console = make_console()
         console.print(partition_table(federation.train, federation.test))
         for note in federation.notes():
-            console.print(f"note: {note}", style="yellow", highlight=False)
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
 
 
 @app.command()
@@ -212,6 +212,8 @@ def plan(
         console.print(plan_table(made))
         for sentence in plan_sentences(made):
             console.print(sentence, style="yellow", highlight=False)
+        for note in made.notes:
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
 
 
 @app.command()

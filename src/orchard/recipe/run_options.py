@@ -39,7 +39,24 @@ class DataOptions:
     """Examples, and which client holds them."""
 
     path: str = option(
-        "", "JSON Lines file, folder with one file per client, Hugging Face name, or orchard:world."
+        "",
+        "File (JSON Lines, JSON, CSV, TSV, parquet), folder with one file per client, Hugging Face "
+        "name, or orchard:world.",
+    )
+    format: str = option(
+        "auto",
+        "What rows are; auto = recognized by their columns, and said. The columns that the options "
+        "below name; instruction, input, output; question, answer; prompt, completion; input, "
+        "output; a list of turns with role and content; one with from and value.",
+        choices=(
+            *("auto", "instruction", "alpaca", "question_answer", "prompt_completion"),
+            *("input_output", "messages", "sharegpt"),
+        ),
+    )
+    bad_rows: str = option(
+        "error",
+        "A row that is no example: an error, or left out and counted.",
+        choices=("error", "skip"),
     )
     subset: str = option("", "Configuration of a Hugging Face data set.")
     split: str = option("train", "Split of a Hugging Face data set.")
@@ -47,6 +64,13 @@ class DataOptions:
     context: str = option("context", "Column with the context; empty = none.")
     response: str = option("response", "Column with the response.")
     category: str = option("category", "Column with the category; empty = none.")
+    system: str = option("system", "Column with a system turn; empty = none.")
+    history: str = option(
+        "history", "Column with the turns before, a list of pairs or of turns; empty = none."
+    )
+    conversation: str = option(
+        "", "Column with the turns of a conversation; empty = messages or conversations."
+    )
     wording: str = option(
         "",
         "Instead of an instruction column, its words; {COLUMN} stands for the text of that column.",
@@ -87,6 +111,12 @@ class DataOptions:
     )
     test_per_category: int = option(
         0, "If above 0, one test set for all clients, so many of each category.", minimum=0
+    )
+    min_examples: int = option(
+        0,
+        "Clients with fewer examples are left out, and named; 0 = none is, and one that is too "
+        "small for data.test_size is an error.",
+        minimum=0,
     )
     duplicates: str = option(
         "report",
