@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchard.communication.audit import content_digest
-from orchard.communication.messages import read_header
+from orchard.communication.messages import read_update_header
 from orchard.results import write_atomically
 
 
@@ -49,9 +49,9 @@ class Inbox:
         arrived = []
         for path in sorted(self.folder.glob("round_*")):
             message = path.read_bytes()
-            header = read_header(message)
-            client_id = str(header["client_id"])
-            if int(header["round_number"]) == round_number and client_id in clients:
+            header = read_update_header(message)
+            client_id = header.client_id
+            if header.round_number == round_number and client_id in clients:
                 arrived.append(Arrived(client_id, round_number, path, len(message)))
             else:
                 path.unlink()
