@@ -21,7 +21,13 @@ from orchard.experiment.holdings import (
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import check_communication
-from orchard.models.stored.loading import check_device, check_model, load_tokenizer
+from orchard.models.stored.loading import (
+    check_checkpoint,
+    check_device,
+    check_tokens,
+    check_vocabulary,
+    load_tokenizer,
+)
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 
@@ -41,6 +47,7 @@ class Experiment:
         budgets: Client id to the experts that it can afford, over all MoE layers; None = all.
         digest: Of everything that the clients hold, before it was encoded.
         remarks: What of retention and calibration was taken, left out or not read.
+        model_notes: What a person should know about the base.
     """
 
     recipe: Recipe
@@ -53,6 +60,7 @@ class Experiment:
     budgets: Mapping[str, int | None]
     digest: DataDigest
     remarks: tuple[str, ...] = ()
+    model_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,11 +113,12 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
             whose="the examples of evaluation.retention_path",
         )
     check_device(recipe.model.device)
-    view = check_model(recipe.model.path, lora_settings(recipe))
-    budgets = expert_budgets(recipe, view, num_clients=num_clients)
+    checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
+    budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)
     if seat:
         budgets = budgets[seat.index : seat.index + 1]
     tokenizer = load_tokenizer(recipe.model.path)
+    unknown = check_vocabulary(tokenizer, checked.vocabulary, path=recipe.model.path)
 
     data = recipe.data
     template: Template = data.template  # type: ignore[assignment]
@@ -134,29 +143,38 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         test = dict.fromkeys(federation.test, encode_test(next(iter(federation.test.values()))))
     else:
         test = {client: encode_test(examples) for client, examples in federation.test.items()}
+    train = {client: encode_all(examples) for client, examples in federation.train.items()}
+    retention_set, calibration_set = encode_test(retention), encode_all(calibration)
+    if unknown:
+        tests = [own for each in (*test.values(), retention_set) for own in each]
+        encoded = [own for each in (*train.values(), calibration_set) for own in each]
+        encoded += [one for own in tests for one in (own.encoded, *own.options)]
+        ids = (own.input_ids for own in encoded)
+        check_tokens(ids, checked.vocabulary, path=recipe.model.path)
     return Experiment(
         recipe=recipe,
         federation=federation,
-        train={client: encode_all(examples) for client, examples in federation.train.items()},
+        train=train,
         test=test,
-        retention=encode_test(retention),
-        calibration=encode_all(calibration),
+        retention=retention_set,
+        calibration=calibration_set,
         tokenizer=tokenizer,
         budgets=dict(zip(federation.train, budgets, strict=True)),
         digest=data_digest(federation, retention=retention, calibration=calibration),
         remarks=elsewhere.remarks,
+        model_notes=(*checked.notes, *([unknown] if unknown else [])),
     )
 
 
 def data_notes(experiment: Experiment) -> list[str]:
-    """Return what a person should know about the data before trusting a result."""
+    """Return what a person should know about data and base before trusting a result."""
     limit = experiment.recipe.data.max_tokens
     truncated = count_truncated(experiment)
     notes = [*experiment.federation.notes(), *experiment.remarks]
     if truncated:
         total = sum(len(examples) for examples in experiment.train.values())
         notes.append(f"{truncated} of {total} training examples were cut to {limit} tokens")
-    return notes
+    return [*notes, *experiment.model_notes]
 
 
 def count_truncated(experiment: Experiment) -> int:
