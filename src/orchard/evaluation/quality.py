@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.generation import generate_greedily
 from orchard.evaluation.loss import mean_loss
 from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
@@ -49,12 +49,14 @@ class EvaluationSettings:
         max_new_tokens: Longest generated answer.
         batch_size: Examples at a time; for ``accuracy``, each with all its options.
         length_normalization: Of ``accuracy``, see ``multiple_choice.choose``.
+        end_ids: The tokens that end an answer; empty = the tokenizer's end token.
     """
 
     metrics: tuple[str, ...]
     max_new_tokens: int
     batch_size: int
     length_normalization: LengthNormalization = "none"
+    end_ids: tuple[int, ...] = ()
 
 
 def evaluate(
@@ -87,6 +89,7 @@ def _evaluate(
             [example.encoded.prompt_ids for example in examples],
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
+            end_ids=settings.end_ids,
         )
         references = [example.reference for example in examples]
         if "rouge_l" in settings.metrics:

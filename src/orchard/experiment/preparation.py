@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchard.data.encoded import Encoded
 from orchard.data.examples import Example
-from orchard.data.templates import Encoded, Template, encode, encode_options
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
+from orchard.experiment.encoding import (
+    cut_note,
+    encode_all,
+    encode_test,
+    end_ids,
+    make_wording,
+    options_note,
+)
 from orchard.experiment.holdings import (
     DataDigest,
     Federation,
@@ -41,6 +49,7 @@ class Experiment:
         tokenizer: The model's.
         budgets: Client id to the experts that it can afford, over all MoE layers; None = all.
         digest: Of everything that the clients hold, before it was encoded.
+        end_ids: The tokens that end an answer.
     """
 
     recipe: Recipe
@@ -52,6 +61,7 @@ class Experiment:
     tokenizer: Any
     budgets: Mapping[str, int | None]
     digest: DataDigest
+    end_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -109,53 +119,76 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         budgets = budgets[seat.index : seat.index + 1]
     tokenizer = load_tokenizer(recipe.model.path)
 
-    data = recipe.data
-    template: Template = data.template  # type: ignore[assignment]
+    wording = make_wording(recipe, tokenizer)
+    limit, chooses = recipe.data.max_tokens, "accuracy" in words(recipe.evaluation.metrics)
 
-    def encode_all(examples: Sequence[Example]) -> list[Encoded]:
-        return [
-            encode(example, template, tokenizer, max_tokens=data.max_tokens) for example in examples
-        ]
-
-    def encode_test(examples: Sequence[Example]) -> list[TestExample]:
-        return [
-            TestExample(
-                encoded,
-                example.response.strip(),
-                options=encode_options(example, template, tokenizer, max_tokens=data.max_tokens),
-                answer=example.options.index(example.response) if example.options else 0,
-            )
-            for encoded, example in zip(encode_all(examples), examples, strict=True)
-        ]
+    def encode_held_out(examples: Sequence[Example], whose: str) -> list[TestExample]:
+        return encode_test(examples, wording, max_tokens=limit, whose=whose, chooses=chooses)
 
     if federation.has_central_test:
-        test = dict.fromkeys(federation.test, encode_test(next(iter(federation.test.values()))))
+        central = encode_held_out(next(iter(federation.test.values())), "the test examples")
+        test = dict.fromkeys(federation.test, central)
     else:
-        test = {client: encode_test(examples) for client, examples in federation.test.items()}
+        test = {
+            client: encode_held_out(examples, f"the test examples of {client}")
+            for client, examples in federation.test.items()
+        }
     return Experiment(
         recipe=recipe,
         federation=federation,
-        train={client: encode_all(examples) for client, examples in federation.train.items()},
+        train={
+            client: encode_all(
+                examples, wording, max_tokens=limit, whose=f"the training examples of {client}"
+            )
+            for client, examples in federation.train.items()
+        },
         test=test,
-        retention=encode_test(retention),
-        calibration=encode_all(calibration),
+        retention=encode_held_out(retention, "the examples of evaluation.retention_path"),
+        calibration=encode_all(
+            calibration,
+            wording,
+            max_tokens=limit,
+            whose="the examples of strategy.calibration_path",
+        ),
         tokenizer=tokenizer,
         budgets=dict(zip(federation.train, budgets, strict=True)),
         digest=data_digest(federation, retention=retention, calibration=calibration),
+        end_ids=end_ids(recipe, wording),
     )
 
 
 def data_notes(experiment: Experiment) -> list[str]:
     """Return what a person should know about the data before trusting a result."""
     limit = experiment.recipe.data.max_tokens
-    truncated = count_truncated(experiment)
     notes = experiment.federation.notes()
-    if truncated:
-        total = sum(len(examples) for examples in experiment.train.values())
-        notes.append(f"{truncated} of {total} training examples were cut to {limit} tokens")
-    return notes
+    for whose, examples in _encoded(experiment).items():
+        notes.append(cut_note(examples, max_tokens=limit, whose=f"{whose} examples"))
+    held_out = {"test": _test_examples(experiment), "retention": experiment.retention}
+    for whose, tested in held_out.items():
+        notes.append(options_note(tested, max_tokens=limit, whose=f"{whose} examples"))
+    return [note for note in notes if note]
 
 
-def count_truncated(experiment: Experiment) -> int:
-    """Return how many training examples were cut to ``data.max_tokens``."""
-    return sum(e.is_truncated for examples in experiment.train.values() for e in examples)
+def count_truncated(experiment: Experiment) -> dict[str, int]:
+    """Return how many examples of each kind were cut to ``data.max_tokens``."""
+    return {
+        whose: sum(example.is_truncated for example in examples)
+        for whose, examples in _encoded(experiment).items()
+    }
+
+
+def _encoded(experiment: Experiment) -> dict[str, list[Encoded]]:
+    return {
+        "training": [e for examples in experiment.train.values() for e in examples],
+        "test": [example.encoded for example in _test_examples(experiment)],
+        "retention": [example.encoded for example in experiment.retention],
+        "calibration": experiment.calibration,
+    }
+
+
+def _test_examples(experiment: Experiment) -> list[TestExample]:
+    """Return all test examples, those that all clients share once."""
+    lists = list(experiment.test.values())
+    if experiment.federation.has_central_test:
+        lists = lists[:1]
+    return [example for examples in lists for example in examples]
