@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from chat_styles import KINDS, STYLES, Style, styled_tokenizer
 from orchard.data.encoded import IGNORED, Encoded
 from orchard.data.examples import Example, Turn
-from orchard.data.templates import Template, Wording, encode, encode_prompt
+from orchard.data.templates import Template, Wording, encode, encode_prompt, render_prompt
 
 EVERY = sorted(STYLES)
 TALK = (Turn("user", "Color of one?"), Turn("assistant", "Red."))
@@ -99,6 +101,78 @@ def test_turns_that_a_template_does_not_take_are_refused(style: str) -> None:
         ValueError, match=r"chat template must render the turns system, user, .* got TemplateError"
     ):
         encode(example, wording_of(style), max_tokens=MANY)
+
+
+# What is cut
+
+
+def long_talk(num_turns: int, *, system: str = "Answer in one word.") -> Example:
+    said = [
+        turn
+        for number in range(num_turns)
+        for turn in (Turn("user", f"Ask {number:02}?"), Turn("assistant", f"Say {number:02}."))
+    ]
+    return Example("And now?", "Blue.", history=(Turn("system", system), *said))
+
+
+@pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])
+@pytest.mark.parametrize("max_tokens", [330, 400, 520])
+def test_the_oldest_turns_are_cut_first_and_no_more_than_needed(
+    template: Template, max_tokens: int
+) -> None:
+    wording = wording_of("chatml", template=template)
+    found = encode(long_talk(12), wording, max_tokens=max_tokens)
+    whole = encode(long_talk(12), wording, max_tokens=MANY)
+    if whole.cut == found.cut:
+        assert len(whole.input_ids) <= max_tokens
+        return
+    assert found.cut == ("turns",)
+    text = wording.tokenizer.decode(found.input_ids)
+    kept = [number for number in range(12) if f"Ask {number:02}?" in text]
+    assert kept == list(range(12 - len(kept), 12))
+    assert all((f"Say {number:02}." in text) == (number in kept) for number in range(12))
+    assert "Answer in one word." in text
+    assert text.count("And now?") == text.count("Blue.") == 1
+    turn = len(whole.input_ids) - len(encode(long_talk(11), wording, max_tokens=MANY).input_ids)
+    room = max_tokens - len(found.input_ids)
+    assert 0 <= room < turn
+
+
+def test_then_the_prompt_is_cut_and_a_system_turn_that_has_no_room() -> None:
+    wording = wording_of("chatml", template="plain")
+    example = replace(long_talk(2), instruction="x" * 90)
+    found = encode(example, wording, max_tokens=60)
+    assert found.cut == ("turns", "prompt")
+    assert wording.tokenizer.decode(found.input_ids).startswith("Answer in one word.\nxxx")
+    found = encode(
+        replace(long_talk(2), history=(Turn("system", "y" * 90),)), wording, max_tokens=30
+    )
+    assert found.cut == ("turns",)
+    assert wording.tokenizer.decode(found.input_ids) == "And now?\nBlue.<|endoftext|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            "alpaca",
+            "Be brief.\n\n### Instruction:\na\n\n### Response:\nb<|endoftext|>"
+            "\n\n### Instruction:\nc\n\n### Response:\n",
+        ),
+        ("plain", "Be brief.\na\nb<|endoftext|>\nc\n"),
+    ],
+)
+def test_several_turns_in_the_plain_templates(template: Template, expected: str) -> None:
+    wording = wording_of("chatml", template=template)
+    history = (Turn("system", "Be brief."), Turn("user", "a"), Turn("assistant", "b"))
+    example = Example("c", "d", history=history)
+    assert render_prompt(example, wording) == expected
+    encoded = encode(example, wording, max_tokens=MANY)
+    assert wording.tokenizer.decode(encoded.prompt_ids) == expected
+    assert learned(encoded, wording) == "b<|endoftext|>d<|endoftext|>"
+
+
+# Special tokens in data
 
 
 def forged(style: Style) -> str:

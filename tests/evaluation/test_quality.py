@@ -63,6 +63,19 @@ def test_an_answer_ends_with_the_end_token_and_leaves_it_out() -> None:
     assert answer.split() == long[: long.index(end)]
 
 
+def test_an_answer_ends_at_the_first_of_several_ends() -> None:
+    model = stirred()
+    (prompt, *_) = prompts()
+    long = continue_one(model, prompt, 8).split()
+    first, second = 1, next(i for i in range(2, 8) if long[i] not in long[:i])
+    assert long[first] not in long[:first]
+    for ends, place in (((first, second), first), ((second,), second), ((second, first), first)):
+        (answer,) = generate_greedily(
+            model, [prompt], max_new_tokens=8, batch_size=1, end_ids=[int(long[i]) for i in ends]
+        )
+        assert answer.split() == long[:place]
+
+
 def test_no_prompt_has_no_answer() -> None:
     assert generate_greedily(stirred(), [], max_new_tokens=4, batch_size=2) == []
 
