@@ -1,4 +1,4 @@
-"""From a recipe to ids: what ends an answer, what was cut, and what is refused before any weight."""
+"""From a recipe to ids: what ends an answer, what was cut, and what is refused."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_options_that_are_cut_to_equal_tokens_are_refused() -> None:
         Example("Which?", options[0], options=options),
     ]
     with pytest.raises(
-        ValueError, match="must differ cut to data.max_tokens = 32, got equal ones in 1 of 2"
+        ValueError, match=r"must differ cut to data.max_tokens = 32, got equal ones in 1 of 2"
     ):
         encode_test(examples, WORDING, max_tokens=32, whose="tests", chooses=True)
     # Nobody chooses between them.
