@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import date, datetime
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.utils import chat_template_utils
 
-from chat_styles import KINDS, STYLES, Style, styled_tokenizer
+from chat_styles import CHATML, KINDS, STYLES, Style, styled_tokenizer
 from orchard.data.encoded import IGNORED, Encoded
 from orchard.data.examples import Example, Turn
 from orchard.data.templates import Template, Wording, encode, encode_prompt, render_prompt
@@ -101,6 +103,30 @@ def test_turns_that_a_template_does_not_take_are_refused(style: str) -> None:
         ValueError, match=r"chat template must render the turns system, user, .* got TemplateError"
     ):
         encode(example, wording_of(style), max_tokens=MANY)
+
+
+@pytest.mark.parametrize("day", [date(2031, 5, 6), date(2032, 7, 8)])
+def test_a_template_that_writes_the_date_writes_the_same_every_day(
+    day: date, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run would have other prompts, and two sites too."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz: object = None) -> Clock:
+            return cls(day.year, day.month, day.day)
+
+    monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    tokenizer = styled_tokenizer(STYLES["chatml"])
+    dated = "{% macro today() %}{{ strftime_now('%Y-%m-%d') }}{% endmacro %}"
+    tokenizer.chat_template = (
+        f'\n{dated}{{{{ today() }}}} {{{{ strftime_now("%d %b %Y") }}}}\n{CHATML}'
+    )
+    turns = [{"role": "user", "content": "a"}]
+    real = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert str(day.year) in real
+    found = render_prompt(Example("a", "b"), Wording("chat", tokenizer))
+    assert found == real.replace(str(day), "2025-01-01").replace(f"{day:%d %b %Y}", "01 Jan 2025")
 
 
 # What is cut

@@ -7,8 +7,10 @@ known to the character whose every part is.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import TYPE_CHECKING
 
 from orchard.data.examples import Role
@@ -16,6 +18,10 @@ from orchard.data.special_tokens import Piece, PieceEncoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# What day it is for templates that write it: a run that goes on tomorrow keeps its prompts.
+_TODAY = date(2025, 1, 1)
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.+?)\1")
 
 # White space around a mark shows what a template strips.
 _LEFT, _RIGHT = " \n\t ", " \t\n "
@@ -157,7 +163,10 @@ class _Renderer:
         try:
             text = str(
                 self._tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=not with_response
+                    turns,
+                    chat_template=_on_one_day(self._tokenizer.get_chat_template()),
+                    tokenize=False,
+                    add_generation_prompt=not with_response,
                 )
             )
         # A template is a program of whoever made the model: it may raise anything.
@@ -176,3 +185,16 @@ class _Renderer:
                     "data.template, or leave out turns that it does not take"
                 )
         return text
+
+
+def _on_one_day(template: str) -> str:
+    """Return a template for which it is always the same day."""
+    formats = {found[2] for found in _DATE_CALL.finditer(template)}
+    if not formats:
+        return template
+    days = {form: _TODAY.strftime(form) for form in sorted(formats)}
+    # What ends in an expression keeps a line end that the template may begin with.
+    return (
+        f"{{%- macro strftime_now(form) -%}}{{{{ {days!r}[form] }}}}{{%- endmacro %}}{{{{ '' }}}}"
+        + template
+    )

@@ -65,7 +65,7 @@ def evaluate(
     """Measure the model as it stands.
 
     Returns:
-        Metric to value: ``loss`` in nats per response token, ``rouge_l`` (F1, stemmed) and
+        Metric to value: ``loss`` in nats per learned token, ``rouge_l`` (F1, stemmed) and
         ``exact_match`` as means in [0, 1]; ``accuracy``, the share of examples whose right option
         is the likeliest, with ``accuracy_stderr``, its standard error over examples.
 
