@@ -6,10 +6,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from orchard.data.encoded import Encoded
 from orchard.data.examples import Example
-from orchard.data.templates import Encoded, Template, encode, encode_options
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
+from orchard.experiment.encoding import (
+    cut_note,
+    encode_all,
+    encode_test,
+    end_ids,
+    make_wording,
+    options_note,
+)
 from orchard.experiment.holdings import (
     DataDigest,
     Federation,
@@ -48,6 +56,7 @@ class Experiment:
         digest: Of everything that the clients hold, before it was encoded.
         remarks: What of retention and calibration was taken, left out or not read.
         model_notes: What a person should know about the base.
+        end_ids: The tokens that end an answer.
     """
 
     recipe: Recipe
@@ -59,6 +68,7 @@ class Experiment:
     tokenizer: Any
     budgets: Mapping[str, int | None]
     digest: DataDigest
+    end_ids: tuple[int, ...]
     remarks: tuple[str, ...] = ()
     model_notes: tuple[str, ...] = ()
 
@@ -120,31 +130,30 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     tokenizer = load_tokenizer(recipe.model.path)
     unknown = check_vocabulary(tokenizer, checked.vocabulary, path=recipe.model.path)
 
-    data = recipe.data
-    template: Template = data.template  # type: ignore[assignment]
+    wording = make_wording(recipe, tokenizer)
+    limit, chooses = recipe.data.max_tokens, "accuracy" in words(recipe.evaluation.metrics)
 
-    def encode_all(examples: Sequence[Example]) -> list[Encoded]:
-        return [
-            encode(example, template, tokenizer, max_tokens=data.max_tokens) for example in examples
-        ]
-
-    def encode_test(examples: Sequence[Example]) -> list[TestExample]:
-        return [
-            TestExample(
-                encoded,
-                example.response.strip(),
-                options=encode_options(example, template, tokenizer, max_tokens=data.max_tokens),
-                answer=example.options.index(example.response) if example.options else 0,
-            )
-            for encoded, example in zip(encode_all(examples), examples, strict=True)
-        ]
+    def encode_held_out(examples: Sequence[Example], whose: str) -> list[TestExample]:
+        return encode_test(examples, wording, max_tokens=limit, whose=whose, chooses=chooses)
 
     if federation.has_central_test:
-        test = dict.fromkeys(federation.test, encode_test(next(iter(federation.test.values()))))
+        central = encode_held_out(next(iter(federation.test.values())), "the test examples")
+        test = dict.fromkeys(federation.test, central)
     else:
-        test = {client: encode_test(examples) for client, examples in federation.test.items()}
-    train = {client: encode_all(examples) for client, examples in federation.train.items()}
-    retention_set, calibration_set = encode_test(retention), encode_all(calibration)
+        test = {
+            client: encode_held_out(examples, f"the test examples of {client}")
+            for client, examples in federation.test.items()
+        }
+    train = {
+        client: encode_all(
+            examples, wording, max_tokens=limit, whose=f"the training examples of {client}"
+        )
+        for client, examples in federation.train.items()
+    }
+    retention_set = encode_held_out(retention, "the examples of evaluation.retention_path")
+    calibration_set = encode_all(
+        calibration, wording, max_tokens=limit, whose="the examples of strategy.calibration_path"
+    )
     if unknown:
         tests = [own for each in (*test.values(), retention_set) for own in each]
         encoded = [own for each in (*train.values(), calibration_set) for own in each]
@@ -161,6 +170,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         tokenizer=tokenizer,
         budgets=dict(zip(federation.train, budgets, strict=True)),
         digest=data_digest(federation, retention=retention, calibration=calibration),
+        end_ids=end_ids(recipe, wording),
         remarks=elsewhere.remarks,
         model_notes=(*checked.notes, *([unknown] if unknown else [])),
     )
@@ -169,14 +179,35 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
 def data_notes(experiment: Experiment) -> list[str]:
     """Return what a person should know about data and base before trusting a result."""
     limit = experiment.recipe.data.max_tokens
-    truncated = count_truncated(experiment)
     notes = [*experiment.federation.notes(), *experiment.remarks]
-    if truncated:
-        total = sum(len(examples) for examples in experiment.train.values())
-        notes.append(f"{truncated} of {total} training examples were cut to {limit} tokens")
-    return [*notes, *experiment.model_notes]
+    for whose, examples in _encoded(experiment).items():
+        notes.append(cut_note(examples, max_tokens=limit, whose=f"{whose} examples"))
+    held_out = {"test": _test_examples(experiment), "retention": experiment.retention}
+    for whose, tested in held_out.items():
+        notes.append(options_note(tested, max_tokens=limit, whose=f"{whose} examples"))
+    return [note for note in (*notes, *experiment.model_notes) if note]
 
 
-def count_truncated(experiment: Experiment) -> int:
-    """Return how many training examples were cut to ``data.max_tokens``."""
-    return sum(e.is_truncated for examples in experiment.train.values() for e in examples)
+def count_truncated(experiment: Experiment) -> dict[str, int]:
+    """Return how many examples of each kind were cut to ``data.max_tokens``."""
+    return {
+        whose: sum(example.is_truncated for example in examples)
+        for whose, examples in _encoded(experiment).items()
+    }
+
+
+def _encoded(experiment: Experiment) -> dict[str, list[Encoded]]:
+    return {
+        "training": [e for examples in experiment.train.values() for e in examples],
+        "test": [example.encoded for example in _test_examples(experiment)],
+        "retention": [example.encoded for example in experiment.retention],
+        "calibration": experiment.calibration,
+    }
+
+
+def _test_examples(experiment: Experiment) -> list[TestExample]:
+    """Return all test examples, those that all clients share once."""
+    lists = list(experiment.test.values())
+    if experiment.federation.has_central_test:
+        lists = lists[:1]
+    return [example for examples in lists for example in examples]
