@@ -27,7 +27,7 @@ _CPU_FEATURES = (
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | bytearray) -> None:
     """Replace the file at ``path`` so that a crash leaves the old content or the new, never half.
 
     Writes beside the target, flushes to disk, renames, and flushes the folder.
