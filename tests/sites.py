@@ -51,6 +51,12 @@ def site_recipe(method: str, data: Path, *overrides: str) -> Recipe:
     return replace(recipe, data=own)
 
 
+def changed(whole: Recipe, key: str, value: Any) -> Recipe:
+    """Return a recipe in which one option is another."""
+    section, _, name = key.partition(".")
+    return replace(whole, **{section: replace(getattr(whole, section), **{name: value})})
+
+
 @dataclass
 class LocalPost:
     """Hands requests to workers in this process, each when its reply is asked for.

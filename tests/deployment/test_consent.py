@@ -21,7 +21,7 @@ from orchard.recipe.options import Recipe
 from orchard.recipe.reading import known_options, parse_recipe, to_toml
 from orchard.strategies.session import RANKS
 from own_module import PULLED, offer, written
-from sites import make_workers, site_recipe, write_sites
+from sites import changed, make_workers, site_recipe, write_sites
 
 
 def own_recipe(consent: Consent, asked: Recipe, *, num_clients: int = 1) -> Recipe:
@@ -141,11 +141,6 @@ def test_limits_are_read_from_the_command_line() -> None:
     for wrong in ("client.steps", "data.path=3", "steps=3", "client.steps=many", "client.lr=nan"):
         with pytest.raises(ValueError, match=r"^--limit must"):
             parse_limits([wrong])
-
-
-def changed(whole: Recipe, key: str, value: Any) -> Recipe:
-    section, _, name = key.partition(".")
-    return replace(whole, **{section: replace(getattr(whole, section), **{name: value})})
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ class Joined:
 
     Attributes:
         run: Its name.
-        recipe_digest: Of the site's own recipe, without how long a coordinator waits.
+        recipe_digest: Of the coordinator's recipe, without how long it waits.
         consent_digest: Of the owner's consent when it was last asked.
         base_digest: Of the base; empty until it was loaded.
         time: When it joined.

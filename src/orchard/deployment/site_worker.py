@@ -161,7 +161,7 @@ class SiteWorker:
     def _join(self, request: Join) -> Mapping[str, Any]:
         """Check that this site can do what a run asks, before any weight is loaded."""
         name = self._settings.name
-        recipe, terms = self._own_recipe(request)
+        asked, recipe, terms = self._own_recipe(request)
         try:
             # Which seat it gets is known when all have joined; the first one must fit.
             experiment = prepare_experiment(
@@ -172,15 +172,16 @@ class SiteWorker:
                 self._agreement.failed()
             raise as_refusal(Code.DATA, error) from error
         check_rows(experiment, self._consent, client_id=name)
-        asked = _differences(parse_recipe(request.recipe), recipe)
+        differs = _differences(asked, recipe)
         if self._settings.only_looks:
-            raise LookingError(describe(experiment, self._settings, run=request.run, differs=asked))
-        self._runs.join(request.run, recipe_digest(recipe), self._consent)
+            text = describe(experiment, self._settings, run=request.run, differs=differs)
+            raise LookingError(text)
+        self._runs.join(request.run, recipe_digest(asked), self._consent)
         self._agreement.keep(terms, run=request.run)
         self._audit.write(
             "joined",
             run=request.run,
-            recipe_sha256=recipe_digest(recipe),
+            recipe_sha256=recipe_digest(asked),
             consent_sha256=self._consent.digest(),
             strategy=recipe.strategy.name,
             rounds=recipe.server.rounds,
@@ -188,12 +189,12 @@ class SiteWorker:
             epochs=recipe.client.epochs,
             learning_rate=recipe.client.lr,
             num_examples=len(experiment.train[name]),
-            own=asked,
+            own=differs,
         )
         return {"site": name, "num_examples": len(experiment.train[name])}
 
-    def _own_recipe(self, request: Join | RoundTask) -> tuple[Recipe, Terms]:
-        """Return the recipe as this site does it, and how it reads its rows."""
+    def _own_recipe(self, request: Join | RoundTask) -> tuple[Recipe, Recipe, Terms]:
+        """Return the recipe as asked, as this site does it, and how it reads its rows."""
         num_clients = request.num_clients if isinstance(request, RoundTask) else 1
         try:
             asked = parse_recipe(request.recipe)
@@ -212,7 +213,7 @@ class SiteWorker:
             raise
         except (ValueError, OSError, RecursionError) as error:
             raise as_refusal(Code.RECIPE, error) from error
-        return recipe, terms
+        return asked, recipe, terms
 
     def _round(self, request: RoundTask, body: bytes) -> tuple[Mapping[str, Any], bytes]:
         """Evaluate what came, train from it, or both."""
@@ -308,8 +309,8 @@ class SiteWorker:
         index, num_clients = request.index, request.num_clients
         if not 0 <= index < num_clients:
             raise Refusal(Code.REQUEST, f"index must be in 0..{num_clients - 1}, got {index}")
-        recipe, terms = self._own_recipe(request)
-        joined = self._runs.of_round(request.run, recipe_digest(recipe))
+        asked, recipe, terms = self._own_recipe(request)
+        joined = self._runs.of_round(request.run, recipe_digest(asked))
         changed = []
         if self._runs.note_consent(joined, self._consent):
             changed.append("consent")
@@ -320,7 +321,7 @@ class SiteWorker:
                 what="consent",
                 consent_sha256=self._consent.digest(),
             )
-        key = json.dumps([request.run, request.recipe, index, num_clients])
+        key = json.dumps([request.run, recipe_digest(asked), index, num_clients])
         if key not in self._sessions:
             self._sessions = {key: self._build(recipe, terms, request)}
         session = self._sessions[key]
