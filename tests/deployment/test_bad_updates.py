@@ -200,10 +200,13 @@ class Scripted:
 
     def _reply(self, ticket: str, site: str, header: Mapping[str, Any]) -> Reply:
         if header["kind"] == "join":
-            return Reply(ticket, {"site": site})
+            return Reply(ticket, {"site": site, "num_examples": 4})
+        header_of = {"site": site, "base_digest": "base"}
         if site != "bad":
-            return Reply(ticket, {}, encoded(honest(site, header["round"])))
-        return Reply(ticket, error="away") if self.bad is None else Reply(ticket, {}, self.bad)
+            return Reply(ticket, header_of, encoded(honest(site, header["round"])))
+        if self.bad is None:
+            return Reply(ticket, error="away")
+        return Reply(ticket, header_of, self.bad)
 
 
 def run_round(folder: Path, bad: bytes | None) -> ServerState:

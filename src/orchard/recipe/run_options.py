@@ -197,7 +197,12 @@ class DeploymentOptions:
     sites: int = option(0, "Sites that take part; 0 = those with a key.", minimum=0)
     quorum: int = option(0, "Fewest updates of a round that counts; 0 = of all sites.", minimum=0)
     join_seconds: float = option(600.0, "Wait for sites to join.", above=0)
-    round_seconds: float = option(3600.0, "Wait for the answers of a round.", above=0)
+    round_seconds: float = option(
+        3600.0,
+        "Wait for the answers of a round; Flower keeps a message for 12 hours.",
+        above=0,
+        maximum=43200.0,
+    )
     probe_seconds: float = option(
         30.0, "Without an answer for so long, a site is asked whether it still works.", above=0
     )
@@ -211,4 +216,28 @@ class DeploymentOptions:
     max_update_norm: float = option(
         0.0, "An update of a larger L2 norm is refused; 0 = any finite one.", minimum=0
     )
+    max_norm_ratio: float = option(
+        10.0,
+        "An update whose L2 norm is above so many times the median of its round is refused, from "
+        "three updates on; 0 = never.",
+        minimum=0,
+    )
     max_weight: float = option(1e9, "A larger weight of a name is refused.", above=0)
+    max_examples: int = option(
+        0,
+        "Most examples that one site counts for, whatever it joined with; 0 = ten times the median "
+        "of the sites.",
+        minimum=0,
+    )
+    weights: str = option(
+        "examples",
+        "What a site counts: what its method says, within the examples that it joined with; or "
+        "equal, the same as every other.",
+        choices=("examples", "equal"),
+    )
+    max_move: float = option(
+        0.0,
+        "Largest L2 norm by which a round may move the global tree; 0 = a hundred times the norm "
+        "of the tree, of the longest update, or 1, whichever is most.",
+        minimum=0,
+    )
