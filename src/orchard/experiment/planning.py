@@ -14,7 +14,7 @@ from rich.table import Table
 from orchard.client.requirements import PeakMemory, Requirements
 from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
-from orchard.experiment.holdings import build_federation, read_elsewhere
+from orchard.experiment.holdings import Federation, build_federation, read_elsewhere
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
@@ -64,16 +64,21 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
     """Compute what every client of a recipe needs.
+
+    Args:
+        recipe: Every choice.
+        federation: Its data; None = it is read as the recipe says.
 
     Raises:
         FileNotFoundError: Data or model are not there.
         ValueError: Something does not fit.
     """
     methods = check_strategy(recipe.strategy.name)
-    require_path(recipe)
-    federation = build_federation(recipe)
+    if federation is None:
+        require_path(recipe)
+        federation = build_federation(recipe)
     build_strategy(recipe, num_clients=len(federation.train))  # what cannot be put on is refused
     path = recipe.model.path
     checked = check_checkpoint(path, lora_settings(recipe))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchard.data.encoded import Encoded
@@ -81,11 +81,13 @@ class Seat:
         client_id: Its name.
         index: Its place among all clients, from 0.
         num_clients: How many there are.
+        split_seed: What draws its held-out rows; None = the recipe's seed.
     """
 
     client_id: str
     index: int
     num_clients: int
+    split_seed: int | None = None
 
 
 def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experiment:
@@ -102,7 +104,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     check_strategy(recipe.strategy.name)
     require_path(recipe)
     check_communication(recipe)
-    federation = build_site(recipe, seat.client_id) if seat else build_federation(recipe)
+    federation = _build_seat(recipe, seat) if seat else build_federation(recipe)
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
@@ -174,6 +176,11 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         remarks=elsewhere.remarks,
         model_notes=(*checked.notes, *([unknown] if unknown else [])),
     )
+
+
+def _build_seat(recipe: Recipe, seat: Seat) -> Federation:
+    seed = recipe.seed if seat.split_seed is None else seat.split_seed
+    return build_site(replace(recipe, seed=seed), seat.client_id)
 
 
 def data_notes(experiment: Experiment) -> list[str]:
