@@ -30,7 +30,7 @@ from orchard.engine.worker import serve, watches_parent
 from orchard.experiment.data_record import DATA_FILE, check_data, record_data
 from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
-from orchard.experiment.preparation import Experiment, Seat, prepare_experiment
+from orchard.experiment.preparation import Experiment, Seat, data_notes, prepare_experiment
 from orchard.experiment.run_folder import folder_name
 from orchard.experiment.running import build_clients, load_model
 from orchard.experiment.settings import lora_settings
@@ -101,6 +101,8 @@ class SiteWorker:
         except (ValueError, OSError) as error:
             raise Refusal(f"the recipe must fit this site: {error}") from error
         self._pin_data(str(header["run"]), experiment)
+        for note in data_notes(experiment):
+            log.info("data: %s", note)
         num_examples = len(experiment.train[self._settings.name])
         self._audit.write(
             "joined", run=header["run"], strategy=recipe.strategy.name, num_examples=num_examples
