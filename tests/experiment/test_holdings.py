@@ -240,7 +240,7 @@ def test_a_client_that_is_too_small_is_an_error_that_says_how_to_leave_it_out(
     unequal: Path,
 ) -> None:
     options = ("data.partition=file", "data.min_examples=0")
-    with pytest.raises(ValueError, match=r"'three_rows' .* \(data\.min_examples=4\)"):
+    with pytest.raises(ValueError, match=r"'three_rows' .* \(data\.min_examples=6\)"):
         build_federation(own_recipe(unequal, *options))
     options = ("data.partition=file", "data.min_examples=4")
     assert list(build_federation(own_recipe(unequal, *options)).train) == ["large", "other"]
