@@ -72,15 +72,15 @@ def _changes(before: DataDigest, now: DataDigest) -> list[str]:
         for client, own in now.own.items()
         if before.own.get(client, own) != own
     ]
-    for verb, clients in (
+    for what, clients in (
         ("changed", other),
-        ("is missing", [repr(client) for client in gone]),
-        ("is new", [repr(client) for client in new]),
+        ("missing", [repr(client) for client in gone]),
+        ("new", [repr(client) for client in new]),
     ):
         if clients:
             more = len(clients) - _NUM_NAMED
             named = ", ".join(clients[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
-            changes.append(f"client {named} {verb}")
+            changes.append(f"{what}: {named}")
     return changes or ["the order of clients differs"]
 
 
