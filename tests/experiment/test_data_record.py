@@ -184,3 +184,17 @@ def test_both_sides_say_that_a_site_came_back_with_other_data(tmp_path: Path) ->
         )
     other = tmp_path / "stores" / sorted(workers)[1] / "audit.jsonl"
     assert "refused" not in other.read_text()
+
+
+def test_what_is_wrong_with_a_row_stays_at_its_site(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_sites(tmp_path / "data", num_sites=1)
+    (path,) = data.glob("*.jsonl")
+    path.write_text(path.read_text() + "Mrs. Private has a cold.\n")
+    (worker,) = make_workers(data, tmp_path / "stores").values()
+    with caplog.at_level("ERROR"):
+        refused = joins(worker, site_recipe("fedavg", data))["refused"]
+    assert "this site's data must be examples" in refused
+    assert "Private" not in refused
+    assert "line 25 of" in caplog.text

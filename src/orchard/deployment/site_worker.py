@@ -28,6 +28,7 @@ from orchard.deployment.site_recipe import own_recipe
 from orchard.engine.processes import only_one
 from orchard.engine.worker import serve, watches_parent
 from orchard.experiment.data_record import DATA_FILE, check_data, record_data
+from orchard.experiment.holdings import UnreadableData
 from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
 from orchard.experiment.preparation import Experiment, Seat, data_notes, prepare_experiment
@@ -42,6 +43,11 @@ from orchard.recipe.reading import parse_recipe
 from orchard.strategies.strategy import Strategy, evaluate_client, train_client
 
 log = logging.getLogger(__name__)
+
+# What is wrong with data shows some of it, and is for this site's log alone.
+_UNREADABLE = (
+    "this site's data must be examples as the recipe reads them; its own log says what is not"
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +104,9 @@ class SiteWorker:
             experiment = prepare_experiment(
                 _without_cohort(recipe), seat=Seat(self._settings.name, 0, 1)
             )
+        except UnreadableData as error:
+            log.error("data: %s", error)
+            raise Refusal(_UNREADABLE) from error
         except (ValueError, OSError) as error:
             raise Refusal(f"the recipe must fit this site: {error}") from error
         self._pin_data(str(header["run"]), experiment)
@@ -193,6 +202,9 @@ class SiteWorker:
                 recipe, seat=Seat(self._settings.name, index, num_clients)
             )
             strategy = build_strategy(recipe, num_clients=num_clients)
+        except UnreadableData as error:
+            log.error("data: %s", error)
+            raise Refusal(_UNREADABLE) from error
         except (ValueError, OSError) as error:
             raise Refusal(f"the recipe must fit this site: {error}") from error
         folder = self._pin_data(str(header["run"]), experiment)

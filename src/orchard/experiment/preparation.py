@@ -10,12 +10,11 @@ from orchard.data.examples import Example
 from orchard.data.templates import Encoded, Template, encode, encode_options
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
+from orchard.experiment.data_record import DataDigest, data_digest
 from orchard.experiment.holdings import (
-    DataDigest,
     Federation,
     build_federation,
     build_site,
-    data_digest,
     read_elsewhere,
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
