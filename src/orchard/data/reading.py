@@ -149,8 +149,10 @@ def reading_notes(readings: Mapping[str, Reading], *, of: str) -> list[str]:
         notes.append(f"columns of {of} that are not read: {_listed(named, most=_NUM_COLUMNS)}")
     splits = list(dict.fromkeys(name for reading in readings.values() for name in reading.splits))
     if splits:
-        named = _listed(list(map(repr, splits)), most=_NUM_COLUMNS)
-        notes.append(f"splits of {of} that are not read: {named}; data.split names the one that is")
+        others = _listed(list(map(repr, splits)), most=_NUM_COLUMNS)
+        notes.append(
+            f"splits of {of} that are not read: {others}; data.split names the one that is"
+        )
     bad = [error for reading in readings.values() for error in reading.bad]
     if bad:
         total = sum(reading.num_rows for reading in readings.values())
