@@ -18,7 +18,8 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
-from orchard.experiment.holdings import build_federation, data_digest, read_retention
+from orchard.experiment.data_record import data_digest
+from orchard.experiment.holdings import build_federation, read_retention
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.run_folder import recipe_digest
 from orchard.experiment.running import build_schedule, run_experiment

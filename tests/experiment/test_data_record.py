@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from federations import quick_recipe
 from orchard.api import prepare
 from orchard.deployment.site_worker import SiteWorker
+from orchard.engine.exchange import Reply
 from orchard.engine.progress import Silent
 from orchard.experiment.data_record import DATA_FILE, record_data
 from orchard.experiment.preparation import prepare_experiment
@@ -20,7 +21,7 @@ from orchard.experiment.run_folder import begin_folder, recorded_as
 from orchard.experiment.running import run_experiment
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import to_toml
-from sites import make_workers, site_recipe, write_sites
+from sites import PATIENT, LocalPost, make_coordinator, make_workers, site_recipe, write_sites
 
 
 def rows(number: int, *, things: str = "keys") -> list[dict[str, str]]:
@@ -64,19 +65,19 @@ def test_a_run_goes_on_with_the_same_data(begun: tuple[Path, Path]) -> None:
 CHANGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another answer": (
         lambda data: write(data / "south.jsonl", [*rows(19), *rows(20, things="coins")[19:]]),
-        r"client 'south' \(still 16 for training and 4 for testing\) changed",
+        r"changed: 'south' \(still 16 for training and 4 for testing\)",
     ),
     "another order": (
         lambda data: write(data / "south.jsonl", rows(20)[::-1]),
-        r"client 'south' \(still 16 .*\) changed",
+        r"changed: 'south' \(still 16 .*\)",
     ),
     "fewer rows": (
         lambda data: write(data / "north.jsonl", rows(10)),
-        r"client 'north' \(16 for training and 4 for testing then, 8 for training and 2 for "
-        r"testing now\) changed",
+        r"changed: 'north' \(16 for training and 4 for testing then, 8 for training and 2 for "
+        r"testing now\)",
     ),
-    "a client more": (lambda data: write(data / "west.jsonl", rows(20)), "client 'west' is new"),
-    "a client less": (lambda data: (data / "north.jsonl").unlink(), "client 'north' is missing"),
+    "a client more": (lambda data: write(data / "west.jsonl", rows(20)), "new: 'west'"),
+    "a client less": (lambda data: (data / "north.jsonl").unlink(), "missing: 'north'"),
     "what the base knew": (
         lambda data: write(data.parent / "known.jsonl", rows(6)),
         r"evaluation\.retention_path differs",
@@ -119,7 +120,7 @@ def test_a_run_records_its_data_and_ends_before_its_model_is_loaded(tmp_path: Pa
     # There is no such model to load.
     lost = replace(changed, recipe=replace(recipe, model=replace(recipe.model, path="/none")))
     (run / "recipe.toml").write_text(to_toml(lost.recipe))
-    with pytest.raises(ValueError, match=r"data must be what it was .*client 'north'"):
+    with pytest.raises(ValueError, match=r"data must be what it was .*changed: 'north'"):
         run_experiment(lost, folder=run, reporter=Silent())
 
 
@@ -158,3 +159,42 @@ def test_a_site_whose_data_changed_since_it_joined_refuses_and_says_so(tmp_path:
     other = {"kind": "join", "run": "two", "recipe": to_toml(recipe)}
     path.write_text("".join(whole.splitlines(keepends=True)[:12]))
     assert started().handle(other, b"")[0]["num_examples"] == 9, "another run begins anew"
+
+
+def test_both_sides_say_that_a_site_came_back_with_other_data(tmp_path: Path) -> None:
+    data = write_sites(tmp_path / "data")
+    recipe = site_recipe("fedavg", data, "server.rounds=2")
+    workers = make_workers(data, tmp_path / "stores")
+    changed = sorted(workers)[0]
+
+    def meddle(site: str, header: Mapping[str, Any], answer: Callable[[], Reply]) -> Reply | None:
+        if header["kind"] == "round" and header["round"] == 2 and site == changed:
+            path = data / f"{site}.jsonl"
+            path.write_text("".join(path.read_text().splitlines(keepends=True)[:12]))
+            workers[site] = make_workers(data, tmp_path / "stores")[site]  # it was started again
+        return answer()
+
+    patience = replace(PATIENT, quorum=1, attempts=1)
+    coordinator, begin = make_coordinator(recipe, tmp_path / "run", patience=patience)
+    coordinator.run_rounds(LocalPost(workers, meddle), begin, num_sites=2)
+    for log in (tmp_path / "run", tmp_path / "stores" / changed):
+        assert (
+            "data must be what it was when this site's part in run"
+            in (log / "audit.jsonl").read_text()
+        )
+    other = tmp_path / "stores" / sorted(workers)[1] / "audit.jsonl"
+    assert "refused" not in other.read_text()
+
+
+def test_what_is_wrong_with_a_row_stays_at_its_site(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = write_sites(tmp_path / "data", num_sites=1)
+    (path,) = data.glob("*.jsonl")
+    path.write_text(path.read_text() + "Mrs. Private has a cold.\n")
+    (worker,) = make_workers(data, tmp_path / "stores").values()
+    with caplog.at_level("ERROR"):
+        refused = joins(worker, site_recipe("fedavg", data))["refused"]
+    assert "this site's data must be examples" in refused
+    assert "Private" not in refused
+    assert "line 25 of" in caplog.text

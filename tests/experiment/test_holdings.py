@@ -11,8 +11,10 @@ from federations import RECIPES
 from orchard.data.examples import Example
 from orchard.data.partition import DuplicateReport
 from orchard.evaluation.quality import TestExample
-from orchard.experiment.holdings import Federation, build_federation, build_site, data_digest
-from orchard.experiment.preparation import prepare_experiment
+from orchard.experiment.data_record import data_digest
+from orchard.experiment.holdings import Federation, build_federation, build_site
+from orchard.experiment.planning import make_plan
+from orchard.experiment.preparation import data_notes, prepare_experiment
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from sites import site_recipe, write_sites
@@ -159,3 +161,127 @@ def test_a_site_has_the_digest_that_the_simulator_gives_its_client(tmp_path: Pat
     for site, digest in whole.clients.items():
         alone = build_site(site_recipe("fedavg", folder / f"{site}.jsonl"), site)
         assert data_digest(alone).clients == {site: digest}
+
+
+# What is said of the data, and who is left out
+
+
+def own_recipe(path: Path, *overrides: str) -> Recipe:
+    options = ("model.path=orchard:tiny", f"data.path={path}", "data.duplicates=report")
+    return read_recipe(RECIPES / "own" / "flex.toml", [*options, *overrides]).recipe
+
+
+def write_boxes(path: Path, number: int, *, categories: tuple[str | None, ...] = (None,)) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lines = []
+    for n in range(number):
+        row = {"instruction": f"What is in box {n} of {path.stem}?", "response": f"{n} keys"}
+        category = categories[n % len(categories)]
+        lines.append(json.dumps(row | ({} if category is None else {"category": category})))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def num_held(federation: Federation) -> int:
+    parts = (federation.train, federation.test)
+    return sum(len(examples) for part in parts for examples in part.values())
+
+
+@pytest.mark.parametrize("options", [(), ("data.categories=even,odd",)], ids=["all", "named"])
+def test_examples_without_a_category_are_counted_and_said(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    write_boxes(tmp_path / "boxes.jsonl", 40, categories=("even", "odd", None, " "))
+    federation = build_federation(own_recipe(tmp_path / "boxes.jsonl", *options))
+    assert list(federation.train) == ["even", "odd"]
+    assert num_held(federation) == 20
+    assert any(note.startswith("20 of 40 examples have no category") for note in federation.notes())
+
+
+@pytest.mark.parametrize("options", [(), ("data.categories=a,b", "data.partition=dirichlet")])
+def test_data_without_categories_says_so_and_names_what_fits(
+    tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    write_boxes(tmp_path / "boxes.jsonl", 40)
+    with pytest.raises(
+        ValueError, match=r"none of 40 has one in .*'category'.*partition=iid.*file"
+    ):
+        build_federation(own_recipe(tmp_path / "boxes.jsonl", *options))
+
+
+def test_a_path_of_another_partition_names_the_one_that_fits(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "clients" / "north.jsonl", 20)
+    with pytest.raises(ValueError, match=r"folder of clients .*data\.partition=file"):
+        build_federation(own_recipe(tmp_path / "clients"))
+    file = tmp_path / "clients" / "north.jsonl"
+    with pytest.raises(ValueError, match=r"got the file .*data\.partition=iid .* or category"):
+        build_federation(own_recipe(file, "data.partition=file"))
+
+
+@pytest.fixture
+def unequal(tmp_path: Path) -> Path:
+    """Return a folder of two large clients and one of three rows, and a file that is no data."""
+    for client, number in (("large", 24), ("other", 24), ("three_rows", 3)):
+        write_boxes(tmp_path / "clients" / f"{client}.jsonl", number)
+    (tmp_path / "clients" / "LICENSE").write_text("Ours.")
+    return tmp_path / "clients"
+
+
+def test_a_client_that_is_too_small_is_left_out_and_named(unequal: Path) -> None:
+    federation = build_federation(own_recipe(unequal, "data.partition=file"))
+    assert list(federation.train) == ["large", "other"]
+    assert num_held(federation) == 48
+    assert federation.notes() == [
+        "files of data.path that are not read (1): 'LICENSE'",
+        "1 of 3 clients hold fewer than 6 examples (data.min_examples) and are left out: "
+        "'three_rows' (3)",
+    ]
+
+
+def test_a_client_that_is_too_small_is_an_error_that_says_how_to_leave_it_out(
+    unequal: Path,
+) -> None:
+    options = ("data.partition=file", "data.min_examples=0")
+    with pytest.raises(ValueError, match=r"'three_rows' .* \(data\.min_examples=6\)"):
+        build_federation(own_recipe(unequal, *options))
+    options = ("data.partition=file", "data.min_examples=4")
+    assert list(build_federation(own_recipe(unequal, *options)).train) == ["large", "other"]
+
+
+def test_a_category_that_is_too_small_is_left_out_too(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "boxes.jsonl", 40, categories=(*["most"] * 19, "rare"))
+    federation = build_federation(own_recipe(tmp_path / "boxes.jsonl"))
+    assert list(federation.train) == ["most"]
+    assert any("left out: 'rare' (2)" in note for note in federation.notes())
+
+
+def test_a_client_must_be_left(unequal: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.min_examples must leave a client in, got 50"):
+        build_federation(own_recipe(unequal, "data.partition=file", "data.min_examples=50"))
+
+
+def test_a_site_that_is_too_small_takes_no_part(unequal: Path) -> None:
+    recipe = own_recipe(unequal / "three_rows.jsonl", "data.partition=file")
+    with pytest.raises(ValueError, match=r"'three_rows' must hold at least 6 examples .* got 3"):
+        build_site(recipe, "three_rows")
+
+
+def test_what_is_not_read_is_said_of_everything_that_a_run_reads(tmp_path: Path) -> None:
+    for name in ("own", "known"):
+        rows = [
+            {"instruction": f"{name} {n}", "input": f"x{n}", "output": f"{n}", name: n or None}
+            for n in range(20)
+        ]
+        rows.append({"instruction": "bad"})
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    options = ("data.partition=iid", "data.num_clients=2", "data.bad_rows=skip")
+    known = f"evaluation.retention_path={tmp_path / 'known.jsonl'}"
+    recipe = own_recipe(tmp_path / "own.jsonl", *options, known)
+    notes = data_notes(prepare_experiment(recipe))
+    assert list(make_plan(recipe).notes) == notes
+    for option, column in (("data.path", "own"), ("evaluation.retention_path", "known")):
+        taken, unread, bad = (note for note in notes if option in note)
+        assert f"{option} is read as alpaca" in taken
+        assert unread == f"columns of {option} that are not read: '{column}' (19 rows)"
+        assert bad.startswith(f"1 of 21 rows of {option} are bad and left out: line 21 of ")
+    assert len(notes) == 6

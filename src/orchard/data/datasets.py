@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,8 @@ def read_dataset(
             f"dataset {name!r} must have at least one example, got none in split {split!r}; "
             "choose another split"
         )
-    return reading
+    others = () if files is None else tuple(part for part in files if part not in split)
+    return replace(reading, splits=others)
 
 
 def read_hub(

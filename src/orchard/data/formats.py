@@ -273,6 +273,16 @@ def _refuse(
             f"{where} must have the columns {asked} with values in a row, got the columns {shown}; "
             "say in data.instruction and data.response which column holds what"
         )
+    inside = [
+        column
+        for column, value in (rows[0].items() if len(rows) == 1 else ())
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value)
+    ]
+    if inside:
+        raise ValueError(
+            f"{where} must be a list of rows, got an object with lists inside "
+            f"({', '.join(map(repr, inside))}); write the list of rows alone"
+        )
     raise ValueError(
         f"{where} must have the columns of a known format ({', '.join(_ORDER)}), got {shown}; say "
         "in data.instruction and data.response which column holds what (the first row of a CSV "

@@ -206,7 +206,7 @@ def split_test(
             raise ValueError(
                 f"test_size must give {whose} at least one of {len(distinct)} examples to test on, "
                 f"got {test_size}; raise it, or leave out clients so small "
-                f"(data.min_examples={len(distinct) + 1})"
+                f"(data.min_examples={int(0.5 / test_size) + 1})"
             )
     else:
         num_test = test_size
@@ -216,7 +216,7 @@ def split_test(
         raise ValueError(
             f"test_size must leave {whose} at least one of {len(distinct)} examples to train on, "
             f"got {test_size}; lower it, or leave out clients so small "
-            f"(data.min_examples={len(distinct) + 1})"
+            f"(data.min_examples={max(num_test, len(distinct)) + 1})"
         )
     test = sorted(generator.permutation(distinct)[:num_test].tolist())
     held_out = set(test)

@@ -48,6 +48,7 @@ class Reading:
         unread: Column that was not read to the number of rows in which it holds something.
         hints: Column that was not read to what it probably is.
         bad: What is wrong with the rows that were left out.
+        splits: Other splits that the source has, which were not read.
     """
 
     examples: list[Example]
@@ -56,6 +57,7 @@ class Reading:
     unread: Mapping[str, int] = field(default_factory=dict)
     hints: Mapping[str, str] = field(default_factory=dict)
     bad: tuple[str, ...] = ()
+    splits: tuple[str, ...] = ()
 
 
 def read_source(rows: Iterable[Row], reader: Reader, *, where: str) -> Reading:
@@ -145,6 +147,12 @@ def reading_notes(readings: Mapping[str, Reading], *, of: str) -> list[str]:
             for column, number in unread.items()
         ]
         notes.append(f"columns of {of} that are not read: {_listed(named, most=_NUM_COLUMNS)}")
+    splits = list(dict.fromkeys(name for reading in readings.values() for name in reading.splits))
+    if splits:
+        others = _listed(list(map(repr, splits)), most=_NUM_COLUMNS)
+        notes.append(
+            f"splits of {of} that are not read: {others}; data.split names the one that is"
+        )
     bad = [error for reading in readings.values() for error in reading.bad]
     if bad:
         total = sum(reading.num_rows for reading in readings.values())

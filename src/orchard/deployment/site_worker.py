@@ -49,7 +49,7 @@ from orchard.engine.worker import serve, watches_parent
 from orchard.experiment.data_record import DATA_FILE, check_data, record_data
 from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
-from orchard.experiment.preparation import Experiment, Seat, prepare_experiment
+from orchard.experiment.preparation import Experiment, Seat, data_notes, prepare_experiment
 from orchard.experiment.run_folder import folder_name, recipe_digest
 from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
 from orchard.experiment.settings import lora_settings
@@ -64,7 +64,7 @@ from orchard.trees import digest
 
 log = logging.getLogger(__name__)
 
-
+# What is wrong with data shows some of it, and is for this site's log alone.
 @dataclass(frozen=True)
 class _Session:
     """One run, as this site takes part in it."""
@@ -178,6 +178,8 @@ class SiteWorker:
             text = describe(experiment, self._settings, run=request.run, differs=differs)
             raise LookingError(text)
         self._pin_data(request.run, experiment)
+        for note in data_notes(experiment):
+            log.info("data: %s", note)
         self._runs.join(request.run, recipe_digest(asked), self._consent)
         self._agreement.keep(terms, run=request.run)
         self._audit.write(

@@ -5,18 +5,89 @@ Digests and numbers of examples only: nothing of the examples themselves.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 
-from orchard.experiment.holdings import DataDigest
+from orchard.data.examples import Example
+from orchard.experiment.holdings import Federation
 from orchard.results import write_json
 
 DATA_FILE = "data.json"
 
 # How many clients a message names.
 _NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class DataDigest:
+    """What the data of a run was, without the data.
+
+    Attributes:
+        overall: SHA-256 over all clients, in their order.
+        clients: Client id to SHA-256 over what that client holds.
+        own: Client id to SHA-256 over its own training and test examples alone.
+        shared: What all clients hold, by the option that names it, to its SHA-256.
+        sizes: Client id to the numbers of its ``train`` and ``test`` examples.
+    """
+
+    overall: str
+    clients: Mapping[str, str]
+    own: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+
+def data_digest(
+    federation: Federation,
+    *,
+    retention: Sequence[Example] = (),
+    calibration: Sequence[Example] = (),
+) -> DataDigest:
+    """Return the digest of what every client holds: the same one means the same data.
+
+    A client's is over its training examples, its test examples, and the examples of retention and
+    calibration that all clients hold: every field of every example, as text, in order. How they are
+    encoded for a model is the recipe's, and not in it.
+
+    Args:
+        federation: Who holds which examples.
+        retention: See ``read_elsewhere``.
+        calibration: See ``read_elsewhere``.
+    """
+    known: dict[int, str] = {}
+
+    def of(examples: Sequence[Example]) -> str:
+        # A central test set is one list for all clients, and is read once.
+        if id(examples) not in known:
+            found = hashlib.sha256()
+            for example in examples:
+                found.update(json.dumps(astuple(example)).encode() + b"\n")
+            known[id(examples)] = found.hexdigest()
+        return known[id(examples)]
+
+    clients, own, sizes = {}, {}, {}
+    for client, train in federation.train.items():
+        test = federation.test[client]
+        clients[client] = _sha256(*map(of, (train, test, retention, calibration)))
+        own[client] = _sha256(of(train), of(test))
+        sizes[client] = {"train": len(train), "test": len(test)}
+    return DataDigest(
+        overall=_sha256(*(part for item in clients.items() for part in item)),
+        clients=clients,
+        own=own,
+        shared={
+            "evaluation.retention_path": of(retention),
+            "strategy.calibration_path": of(calibration),
+        },
+        sizes=sizes,
+    )
+
+
+def _sha256(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def record_data(folder: Path, digest: DataDigest) -> None:
@@ -72,15 +143,15 @@ def _changes(before: DataDigest, now: DataDigest) -> list[str]:
         for client, own in now.own.items()
         if before.own.get(client, own) != own
     ]
-    for verb, clients in (
+    for what, clients in (
         ("changed", other),
-        ("is missing", [repr(client) for client in gone]),
-        ("is new", [repr(client) for client in new]),
+        ("missing", [repr(client) for client in gone]),
+        ("new", [repr(client) for client in new]),
     ):
         if clients:
             more = len(clients) - _NUM_NAMED
             named = ", ".join(clients[:_NUM_NAMED]) + (f" and {more} more" if more > 0 else "")
-            changes.append(f"client {named} {verb}")
+            changes.append(f"{what}: {named}")
     return changes or ["the order of clients differs"]
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from orchard.data import partition, world
@@ -22,6 +20,10 @@ WORLD, FACTS = "orchard:world", "orchard:facts"
 
 # How many clients or files a note names.
 _NUM_NAMED = 5
+
+
+class UnreadableData(ValueError):
+    """Data that is no examples; the message may show some of it, and stays where the data is."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +124,12 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
 
     Raises:
         FileNotFoundError: The file is not there.
-        ValueError: It cannot be read, or cannot be divided as asked.
+        UnreadableData: It cannot be read.
+        ValueError: It cannot be divided as asked.
     """
     data, seeds = recipe.data, Seeds(recipe.seed)
     _require_path(data)
-    reading = read_file(data.path, _reader(data))
+    reading = _read_file(data.path, data)
     remarks = reading_notes({client_id: reading}, of="data.path")
     num_examples = len(reading.examples)
     if num_examples < data.min_examples:
@@ -136,75 +139,6 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
         )
     train, test = _split_each({client_id: reading.examples}, data, seeds)
     return _finish(recipe, train, test, remarks)
-
-
-@dataclass(frozen=True)
-class DataDigest:
-    """What the data of a run was, without the data.
-
-    Attributes:
-        overall: SHA-256 over all clients, in their order.
-        clients: Client id to SHA-256 over what that client holds.
-        own: Client id to SHA-256 over its own training and test examples alone.
-        shared: What all clients hold, by the option that names it, to its SHA-256.
-        sizes: Client id to the numbers of its ``train`` and ``test`` examples.
-    """
-
-    overall: str
-    clients: Mapping[str, str]
-    own: Mapping[str, str] = field(default_factory=dict)
-    shared: Mapping[str, str] = field(default_factory=dict)
-    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-
-
-def data_digest(
-    federation: Federation,
-    *,
-    retention: Sequence[Example] = (),
-    calibration: Sequence[Example] = (),
-) -> DataDigest:
-    """Return the digest of what every client holds: the same one means the same data.
-
-    A client's is over its training examples, its test examples, and the examples of retention and
-    calibration that all clients hold: every field of every example, as text, in order. How they are
-    encoded for a model is the recipe's, and not in it.
-
-    Args:
-        federation: Who holds which examples.
-        retention: See ``read_retention``.
-        calibration: See ``read_calibration``.
-    """
-    known: dict[int, str] = {}
-
-    def of(examples: Sequence[Example]) -> str:
-        # A central test set is one list for all clients, and is read once.
-        if id(examples) not in known:
-            found = hashlib.sha256()
-            for example in examples:
-                found.update(json.dumps(astuple(example)).encode() + b"\n")
-            known[id(examples)] = found.hexdigest()
-        return known[id(examples)]
-
-    clients, own, sizes = {}, {}, {}
-    for client, train in federation.train.items():
-        test = federation.test[client]
-        clients[client] = _sha256(*map(of, (train, test, retention, calibration)))
-        own[client] = _sha256(of(train), of(test))
-        sizes[client] = {"train": len(train), "test": len(test)}
-    return DataDigest(
-        overall=_sha256(*(part for item in clients.items() for part in item)),
-        clients=clients,
-        own=own,
-        shared={
-            "evaluation.retention_path": of(retention),
-            "strategy.calibration_path": of(calibration),
-        },
-        sizes=sizes,
-    )
-
-
-def _sha256(*parts: str) -> str:
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -227,7 +161,7 @@ def read_elsewhere(recipe: Recipe) -> Elsewhere:
 
     Raises:
         FileNotFoundError: A file is not there.
-        ValueError: It cannot be read.
+        UnreadableData: It cannot be read.
     """
     path, remarks = recipe.evaluation.retention_path, list[str]()
     retention = world.facts() if path == FACTS else []
@@ -251,7 +185,7 @@ def read_calibration(recipe: Recipe) -> list[Example]:
 
 
 def _read_other(path: str, data: DataOptions, option: str, remarks: list[str]) -> list[Example]:
-    reading = read_file(path, _reader(data))
+    reading = _read_file(path, data)
     remarks += reading_notes({option: reading}, of=option)
     return reading.examples
 
@@ -285,6 +219,13 @@ def _reader(data: DataOptions) -> Reader:
         format=data.format,  # type: ignore[arg-type]
         bad_rows=data.bad_rows,  # type: ignore[arg-type]
     )
+
+
+def _read_file(path: str, data: DataOptions) -> Reading:
+    try:
+        return read_file(path, _reader(data))
+    except ValueError as error:
+        raise UnreadableData(str(error)) from error
 
 
 def _require_path(data: DataOptions) -> None:

@@ -10,6 +10,7 @@ from orchard.data.encoded import Encoded
 from orchard.data.examples import Example
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
+from orchard.experiment.data_record import DataDigest, data_digest
 from orchard.experiment.encoding import (
     cut_note,
     encode_all,
@@ -19,11 +20,9 @@ from orchard.experiment.encoding import (
     options_note,
 )
 from orchard.experiment.holdings import (
-    DataDigest,
     Federation,
     build_federation,
     build_site,
-    data_digest,
     read_elsewhere,
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
