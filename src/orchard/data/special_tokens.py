@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from orchard.data.examples import shorten
+from orchard.data.turns import shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

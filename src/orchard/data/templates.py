@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 from orchard.data.chat import ChatLayout, read_layout
 from orchard.data.encoded import IGNORED, Cut
 from orchard.data.encoded import Encoded as Encoded
-from orchard.data.examples import Example, Role, Turn, shorten
+from orchard.data.examples import Example
 from orchard.data.special_tokens import Piece, PieceEncoder, SpecialTokens
+from orchard.data.turns import Role, Turn, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
