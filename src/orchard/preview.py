@@ -1,7 +1,8 @@
 """Examples as the model sees them: their tokens, what of them is learned, what was cut.
 
 Colors help, and nothing is said by color alone: ``[`` and ``]`` are around what is learned, ``{``
-and ``}`` around special tokens, and ``|`` stands between tokens.
+and ``}`` around special tokens, and ``|`` stands between tokens. A character that is split over
+several tokens is shown with the last of them.
 """
 
 from __future__ import annotations
@@ -206,13 +207,14 @@ def _joined(
     """Return tokens with marks around and between them, and the style of each part."""
     parts: list[tuple[str, str]] = []
     before = False
-    for number, (text, index) in enumerate(zip(token_texts(ids, tokenizer), ids, strict=True)):
-        now = is_learned[number]
+    for text, index, now in zip(token_texts(ids, tokenizer), ids, is_learned, strict=True):
+        if not text:
+            continue
         if before and not now:
             parts.append(("]", _BETWEEN))
         if now and not before:
             parts.append(("[", _BETWEEN))
-        elif number and not (before and not now):
+        elif parts and not (before and not now):
             parts.append(("|", _BETWEEN))
         before = now
         style = _LEARNED if now else ""

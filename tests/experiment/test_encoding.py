@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from chat_styles import CHATML, STYLES
 from federations import short_model
@@ -41,6 +43,12 @@ def chat_model(folder: Path, *, template: str = CHATML, ends: object = 0) -> Pat
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    rows = tensors["model.embed_tokens.weight"]
+    tensors["model.embed_tokens.weight"] = torch.cat((rows, rows[:2]))
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    write_json(folder / "config.json", {**config, "vocab_size": len(rows) + 2})
     write_json(folder / "generation_config.json", {"eos_token_id": ends})
     return folder
 

@@ -62,13 +62,17 @@ class ChatLayout:
         lead: What the response begins with: blanks that a tokenizer joins to its first word.
         response: The response's place.
         special_ids: The special tokens of its own words, in order.
+        last_ids: The ids of its last words, behind which the response goes on.
+        end_ids: The special tokens that end the response: one, or none.
     """
 
     words: tuple[str, ...]
     slots: tuple[Slot, ...]
     lead: str
     response: Slot
-    special_ids: tuple[int, ...] = ()
+    special_ids: tuple[int, ...]
+    last_ids: tuple[int, ...]
+    end_ids: tuple[int, ...]
 
     def pieces(self, texts: Sequence[str]) -> list[Piece]:
         """Return everything before the response, with these texts as the turns."""
@@ -128,13 +132,19 @@ def read_layout(
         start = place + len(marks[turn])
     words.append(prompt[start:])
     slots = [slot(turn, words[number + 1]) for number, (_, turn) in enumerate(places)]
-    ids, _ = encoder.encode([Piece(prompt, is_own=True)])
+    response = slot(len(roles), tail)
+
+    def ids_of(own: str) -> tuple[int, ...]:
+        return tuple(encoder.encode([Piece(own, is_own=True)])[0])
+
     return ChatLayout(
         words=tuple(words),
         slots=tuple(slots),
         lead=lead,
-        response=slot(len(roles), tail),
-        special_ids=tuple(encoder.special_ids(ids)),
+        response=response,
+        special_ids=tuple(encoder.special_ids(ids_of(prompt))),
+        last_ids=ids_of(words[-1]),
+        end_ids=tuple(encoder.special_ids(ids_of(response.end))),
     )
 
 

@@ -98,11 +98,8 @@ class Wording:
     @property
     def end_id(self) -> int:
         """The token that ends a response: that of the chat template where it writes one."""
-        end = self.layout(("user",)).response.end if self.template == "chat" else ""
-        if end:
-            ids = self.encoder.special_ids(self.encoder.encode([Piece(end, is_own=True)])[0])
-            return ids[-1]
-        return int(self.tokenizer.eos_token_id)
+        ends = self.layout(("user",)).end_ids if self.template == "chat" else ()
+        return ends[-1] if ends else int(self.tokenizer.eos_token_id)
 
     def parts(self, history: Sequence[Turn], text: str) -> list[list[Piece]]:
         """Return what stands before a response; each part is encoded for itself.
@@ -140,8 +137,13 @@ class Wording:
         ids: list[int] = []
         labels: list[int] = []
         is_chat = self.template == "chat"
+        expected: Sequence[int] = ()
+        if is_chat:
+            expected = self.layout([*(turn.role for turn in history), "user"]).special_ids
         for number, part in enumerate(self.parts(history, text)):
-            part_ids, learned = self.encoder.encode(part, begins=not is_chat and number == 0)
+            part_ids, learned = self.encoder.encode(
+                part, begins=not is_chat and number == 0, expected=expected
+            )
             if not is_chat and number % 2:  # a turn of the assistant
                 part_ids.append(int(self.tokenizer.eos_token_id))
                 learned = [True] * len(part_ids)
@@ -151,8 +153,7 @@ class Wording:
                 for index, is_learned in zip(part_ids, learned, strict=True)
             ]
         if is_chat and self.special == "text":
-            layout = self.layout([*(turn.role for turn in history), "user"])
-            self._check_special(ids, layout.special_ids, text)
+            self._check_special(ids, expected, text)
         return ids, labels
 
     def encode_response(self, roles: Sequence[Role], text: str) -> list[int]:
@@ -167,15 +168,17 @@ class Wording:
         ]
         # A tokenizer may begin a text otherwise than it goes on, so it goes on from the template's
         # last words, unless these and the response share a token.
-        before = [Piece(layout.words[-1], is_own=True)]
-        start, _ = self.encoder.encode(before)
-        whole, _ = self.encoder.encode([*before, *pieces])
+        start = list(layout.last_ids)
+        whole, _ = self.encoder.encode(
+            [Piece(layout.words[-1], is_own=True), *pieces],
+            expected=[*self.encoder.special_ids(start), *layout.end_ids],
+        )
         ids = whole[len(start) :]
         if whole[: len(start)] != start:
-            ids, _ = self.encoder.encode(pieces)
+            ids, _ = self.encoder.encode(pieces, expected=layout.end_ids)
         if self.special == "text":
-            self._check_special(ids, [self.end_id] if layout.response.end else [], text)
-        return ids if layout.response.end else [*ids, int(self.tokenizer.eos_token_id)]
+            self._check_special(ids, layout.end_ids, text)
+        return ids if layout.end_ids else [*ids, int(self.tokenizer.eos_token_id)]
 
     def _check_special(self, ids: Sequence[int], expected: Sequence[int], text: str) -> None:
         found = self.encoder.special_ids(ids)
