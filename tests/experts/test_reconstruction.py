@@ -109,7 +109,7 @@ def unnormalized() -> nn.Module:
 
 
 @pytest.mark.parametrize("family", [*EVERY, "unnormalized"])
-def test_losses_and_choices_equal_brute_force_on_the_real_layer(family: str) -> None:
+def test_losses_and_choices_equal_brute_force(family: str) -> None:
     model = unnormalized() if family == "unnormalized" else FAMILIES[family]()
     view, batches = view_moe(model), corpus()
 

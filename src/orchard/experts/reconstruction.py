@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from orchard.models.view.lone import lone_weights
+from orchard.models.view.lone import LoneExperts, read_lone
 from orchard.models.view.moe import MoELayer, MoEView
 
 RunExpert: TypeAlias = Callable[[int, int, torch.Tensor], torch.Tensor]
@@ -63,7 +63,7 @@ def reconstruction_losses(
     takers = []
     for index, (layer, loss_E) in enumerate(zip(view.layers, losses, strict=True)):
         run = partial(run_expert, index) if run_expert else layer.run_expert
-        takers.append((layer, partial(_add_norms, loss_E, layer, run)))
+        takers.append((layer, partial(_add_norms, loss_E, read_lone(layer), run)))
     num_batches = read_layers(view, takers, batches)
     if num_batches == 0:
         raise ValueError(
@@ -141,15 +141,18 @@ class _Reader:
 
 def _add_norms(
     loss_E: torch.Tensor,
-    layer: MoELayer,
+    lone: LoneExperts,
     run: Callable[[int, torch.Tensor], torch.Tensor],
     x_TD: torch.Tensor,
     routed_TD: torch.Tensor,
 ) -> None:
     """Add one batch's norms to a layer's losses."""
     whole_TD = routed_TD.double()
-    for expert, weight_T in enumerate(lone_weights(layer, x_TD)):
-        alone_TD = run(expert, x_TD).double() * weight_T[:, None]
+    weights_ET = None if lone.is_one else lone.weights(x_TD)
+    for expert in range(len(loss_E)):
+        alone_TD = run(expert, x_TD).double()
+        if weights_ET is not None:
+            alone_TD *= weights_ET[expert, :, None]
         loss_E[expert] += torch.linalg.vector_norm(whole_TD - alone_TD).cpu()
 
 

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orchard.models.view.lone import lone_weights, takes_sigmoids
+from orchard.models.view.lone import LoneExperts, read_lone
 from orchard.models.view.moe import MoELayer
 
 NORM, FITTED = "norm", "fitted"
@@ -80,6 +80,7 @@ def token_terms(
     routed_TD: Tensor,
     *,
     run: Callable[[int, Tensor], Tensor] | None = None,
+    lone: LoneExperts | None = None,
 ) -> TokenTerms:
     """Run every expert once and keep inner products.
 
@@ -88,18 +89,19 @@ def token_terms(
         x_TD: What it reads.
         routed_TD: F, the output of its routed experts.
         run: How one expert is run on token states; None = as the layer holds it.
+        lone: How its router weighs a lone expert; None = it is asked.
 
     Raises:
         ValueError: Router logits are too far apart for float64.
     """
     num_experts, num_tokens = layer.num_experts, x_TD.shape[0]
     width = routed_TD.shape[-1]
-    run = run or layer.run_expert
+    run, lone = run or layer.run_expert, lone or read_lone(layer)
     y_ETD = x_TD.new_empty(num_experts, num_tokens, width)
     for expert in range(num_experts):
         y_ETD[expert] = run(expert, x_TD)
-    weight_ET = _weights(layer, x_TD)
-    alone_ET = lone_weights(layer, x_TD)
+    weight_ET = _weights(lone, x_TD)
+    alone_ET = None if lone.is_one else lone.weights(x_TD)
     # The differences of all experts, and F behind them: one product gives all that is kept.
     size = num_experts + 1
     rows = weight_ET.new_empty(min(num_tokens, _GRAM_TOKENS), size, width)
@@ -108,7 +110,8 @@ def token_terms(
         block = slice(start, start + _GRAM_TOKENS)
         own = rows[: len(products[block])]
         own[:, :-1] = y_ETD[:, block].transpose(0, 1)
-        own[:, :-1] *= alone_ET[:, block].T[..., None]
+        if alone_ET is not None:
+            own[:, :-1] *= alone_ET[:, block].T[..., None]
         own[:, -1] = routed_TD[block]
         own[:, :-1] -= own[:, -1:]
         torch.bmm(own, own.mT, out=products[block])
@@ -120,13 +123,14 @@ def token_terms(
     )
 
 
-def _weights(layer: MoELayer, x_TD: Tensor) -> Tensor:
+def _weights(lone: LoneExperts, x_TD: Tensor) -> Tensor:
+    layer = lone.layer
     rows = layer.router_tensors()
     bias = rows.get("bias")
     logits_TE = functional.linear(
         x_TD.double(), rows["weight"].double(), None if bias is None else bias.double()
     )
-    if takes_sigmoids(layer):
+    if lone.takes_sigmoids:
         logits_TE = functional.logsigmoid(logits_TE)
     logits_TE -= logits_TE.amax(-1, keepdim=True)
     gap = -float(logits_TE.min()) if logits_TE.numel() else 0.0

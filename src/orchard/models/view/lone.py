@@ -9,6 +9,7 @@ router runs with the scores of all other experts far below any real one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,49 +23,83 @@ from orchard.models.view.routers import find_rows, read_router_output
 
 _FAR = 1e4  # exp(-10000) is 0 in every dtype, and float16 still holds it
 _PRODUCTS = (functional.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__)
+_SCORES = (0.0, 2.0, -3.0)
 _SIGMOIDS = 1.4621171572600098  # sigmoid(1) / sigmoid(0); e for a softmax
 
 
-@torch.no_grad()
-def lone_weights(layer: MoELayer, x_TD: Tensor) -> Tensor:
-    """Return what the block multiplies each expert's output with where it is the only one.
+@dataclass(frozen=True)
+class LoneExperts:
+    """How a layer's router weighs experts, each alone and some together.
 
-    Args:
+    Attributes:
         layer: The layer.
-        x_TD: What the block reads.
+        factor_E: The weight of each lone expert where it is the same for every token, (E,) float64;
+            None where it is not.
+        takes_sigmoids: Whether the weights of several go by sigmoids of scores, not by
+            exponentials.
+    """
 
-    Returns:
-        (E, T), float64.
+    layer: MoELayer
+    factor_E: Tensor | None
+    takes_sigmoids: bool
+
+    @property
+    def is_one(self) -> bool:
+        """Whether every lone expert answers as it is: products with 1 can be left out."""
+        return self.factor_E is not None and bool((self.factor_E == 1).all())
+
+    @torch.no_grad()
+    def weights(self, x_TD: Tensor) -> Tensor:
+        """Return what the block multiplies each expert's output with where it is the only one.
+
+        Args:
+            x_TD: What the block reads.
+
+        Returns:
+            (E, T), float64.
+        """
+        if self.factor_E is not None:
+            return self.factor_E.to(x_TD.device)[:, None].expand(-1, len(x_TD))
+        return _lone_weights(self.layer, x_TD, scores_T=None)
+
+
+@torch.no_grad()
+def read_lone(layer: MoELayer) -> LoneExperts:
+    """Let a router weigh a few tokens, to see what it gives a lone expert.
 
     Raises:
         ValueError: The router's scores are no product with one row per expert.
     """
-    weights = [
-        _route(layer, x_TD, [expert], scores=None).get(expert)
-        for expert in range(layer.num_experts)
-    ]
-    zero_T = torch.zeros(len(x_TD), dtype=torch.float64, device=x_TD.device)
-    return torch.stack([zero_T if own_T is None else own_T for own_T in weights])
+    weight_ED = layer.router_tensors()["weight"]
+    generator = torch.Generator().manual_seed(0)
+    x_TD = torch.randn(len(_SCORES), weight_ED.shape[1], generator=generator).to(weight_ED)
+    weights_ET = _lone_weights(layer, x_TD, scores_T=torch.tensor(_SCORES))
+    spread_E = weights_ET.amax(1) - weights_ET.amin(1)
+    is_constant = bool((spread_E <= 1e-6 * weights_ET.abs().amax(1)).all())
+    factor_E = weights_ET[:, 0].clone() if is_constant else None
+    return LoneExperts(layer, factor_E, _takes_sigmoids(layer, x_TD[:1]))
 
 
-@torch.no_grad()
-def takes_sigmoids(layer: MoELayer) -> bool:
-    """Say whether the weights of several experts go by sigmoids of scores, not by exponentials.
+def _lone_weights(layer: MoELayer, x_TD: Tensor, *, scores_T: Tensor | None) -> Tensor:
+    scores_TX = None if scores_T is None else scores_T[:, None]
+    return torch.stack(
+        [
+            _route(layer, x_TD, [expert], scores_TX=scores_TX)[expert]
+            for expert in range(layer.num_experts)
+        ]
+    )
 
-    Raises:
-        ValueError: As ``lone_weights``.
-    """
+
+def _takes_sigmoids(layer: MoELayer, x_TD: Tensor) -> bool:
     if layer.num_experts < 2 or layer.top_k < 2:
         return False
-    weight_ED = layer.router_tensors()["weight"]
-    x_TD = weight_ED.new_zeros(1, weight_ED.shape[1])
-    pair = _route(layer, x_TD, [0, 1], scores=(1.0, 0.0))
-    first, second = float(pair.get(0, 0.0)), float(pair.get(1, 0.0))
+    pair = _route(layer, x_TD, [0, 1], scores_TX=torch.tensor([[1.0, 0.0]]))
+    first, second = float(pair[0]), float(pair[1])
     return second > 0 and abs(first / second - _SIGMOIDS) < 0.01
 
 
 def _route(
-    layer: MoELayer, x_TD: Tensor, experts: Sequence[int], *, scores: Sequence[float] | None
+    layer: MoELayer, x_TD: Tensor, experts: Sequence[int], *, scores_TX: Tensor | None
 ) -> dict[int, Tensor]:
     """Return the weights (T,) of some experts where there are no others, by expert.
 
@@ -72,10 +107,10 @@ def _route(
         layer: The layer.
         x_TD: What its block reads.
         experts: Which.
-        scores: To take in the place of what the router makes of ``x_TD``.
+        scores_TX: Theirs, to take in the place of what the router makes of ``x_TD``.
     """
     width = layer.router_tensors()["weight"].shape[1]
-    others = _WithoutOthers(layer.num_experts, width, experts, scores)
+    others = _WithoutOthers(layer.num_experts, width, experts, scores_TX)
     enter = layer.router.register_forward_pre_hook(others.begin)
     leave = layer.router.register_forward_hook(others.end, always_call=True)
     try:
@@ -144,11 +179,11 @@ class _WithoutOthers(TorchFunctionMode):
     """While a router runs, the scores of all but some experts are far below any real one."""
 
     def __init__(
-        self, num_experts: int, width: int, experts: Sequence[int], scores: Sequence[float] | None
+        self, num_experts: int, width: int, experts: Sequence[int], scores_TX: Tensor | None
     ) -> None:
         super().__init__()
         self._shapes = ((num_experts, width), (width, num_experts))
-        self._experts, self._scores = list(experts), scores
+        self._experts, self._scores_TX = list(experts), scores_TX
         self.is_seen = False
 
     def begin(self, *_: Any) -> None:
@@ -169,11 +204,10 @@ class _WithoutOthers(TorchFunctionMode):
             return result
         self.is_seen = True
         alone = torch.full_like(result, -_FAR)
-        alone[..., self._experts] = (
-            result[..., self._experts]
-            if self._scores is None
-            else torch.tensor(self._scores, dtype=result.dtype, device=result.device)
-        )
+        own = result[..., self._experts]
+        if self._scores_TX is not None:
+            own = self._scores_TX.to(own).expand(own.shape)
+        alone[..., self._experts] = own
         return alone
 
     def _is_scoring(self, args: tuple[Any, ...]) -> bool:
