@@ -368,3 +368,28 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_all_experts_are_the_only_set_of_their_number() -> None:
     found: tuple[LayerSearch, ...] = search_grafts(many_experts(), corpus(1), sizes=[MANY])
     assert all(own.sets[MANY].experts == tuple(range(MANY)) for own in found)
+
+
+@pytest.mark.parametrize(("family", "scale"), [("deepseek_v2", 1.5), ("deepseek_v3", 2.5)])
+@pytest.mark.parametrize("size", [1, 2])
+def test_sets_of_a_scaled_family_are_compared_on_the_scale_of_the_layer(
+    family: str, scale: float, size: int
+) -> None:
+    view, batches = view_moe(FAMILIES[family]().double()), corpus()
+    found = search_grafts(view, batches, sizes=[size])
+    for index, own in enumerate(see_layers(view, batches)):
+        layer = view.layers[index]
+        best = (math.inf, ())
+        for experts in itertools.combinations(range(layer.num_experts), size):
+            missing = 0.0
+            for x_TD, routed_TD in own:
+                logits_TE = x_TD @ layer.router_tensors()["weight"].T
+                scores_TE = logits_TE.sigmoid() if family == "deepseek_v3" else logits_TE.exp()
+                weights_TK = scores_TE[:, list(experts)]
+                weights_TK = scale * weights_TK / weights_TK.sum(-1, keepdim=True)
+                answers = [layer.run_expert(expert, x_TD) for expert in experts]
+                y_TD = sum(w_T[:, None] * y for w_T, y in zip(weights_TK.T, answers, strict=True))
+                missing += float((routed_TD - y_TD).detach().norm())
+            best = min(best, (missing, experts))
+        assert found[index].sets[size].experts == best[1]
+        assert found[index].sets[size].loss == pytest.approx(best[0], rel=1e-5)

@@ -21,8 +21,10 @@ from orchard.experts.reconstruction import (
 from orchard.models.view.detection import view_moe
 from orchard.models.view.moe import MoELayer, MoEView
 from tiny_adapted import adapt, stir
-from tiny_models import EXPERTS, FAMILIES, VOCABULARY, WIDTH, batch_of
+from tiny_models import EXPERTS, FAMILIES, VOCABULARY, WIDTH, batch_of, build
 
+LONE = {"deepseek_v2": 1.5, "deepseek_v3": 2.5}  # routed_scaling_factor, where it is not 1
+EVERY = [family for family in FAMILIES if family != "switch"]  # an encoder-decoder
 SOME = ["qwen2_moe", "deepseek_v3", "deepseek_moe_16b", "gpt_oss", "granitemoe", "afmoe", "mixtral"]
 
 
@@ -69,6 +71,8 @@ def shared_output(layer: MoELayer, x_BSD: Tensor) -> Tensor:
 def expert_output(layer: MoELayer, expert: int, x_TD: Tensor) -> Tensor:
     """Compute one expert's output from its tensors and the family's own formula."""
     t = layer.expert_tensors(expert)
+    if "gate_proj" not in t:  # Nemotron-H
+        return nn.functional.relu(x_TD @ t["up_proj"].T).square() @ t["down_proj"].T
     gate, up = x_TD @ t["gate_proj"].T, x_TD @ t["up_proj"].T
     if "gate_proj_bias" in t:  # GPT-OSS
         gate = (gate + t["gate_proj_bias"]).clamp(max=7.0)
@@ -79,20 +83,42 @@ def expert_output(layer: MoELayer, expert: int, x_TD: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def brute_force(view: MoEView, batches: list[Tensor]) -> list[Tensor]:
+def brute_force(
+    view: MoEView, batches: list[Tensor], weigh: Callable[[MoELayer, int, Tensor], Tensor]
+) -> list[Tensor]:
+    """Put each expert in the place of the layer's routed output, with what a router gives it."""
     losses = {layer.name: torch.zeros(EXPERTS, dtype=torch.float64) for layer in view.layers}
     for layer, x_BSD, y_BSD in see_blocks(view, batches):
         routed_TD = (y_BSD - shared_output(layer, x_BSD)).reshape(-1, WIDTH)
         for expert in range(EXPERTS):
-            alone_TD = expert_output(layer, expert, x_BSD.reshape(-1, WIDTH))
+            x_TD = x_BSD.reshape(-1, WIDTH)
+            alone_TD = expert_output(layer, expert, x_TD) * weigh(layer, expert, x_TD)[:, None]
             losses[layer.name][expert] += (routed_TD - alone_TD).double().square().sum().sqrt()
     return list(losses.values())
 
 
-@pytest.mark.parametrize("family", SOME)
+def sigmoid_of_score(layer: MoELayer, expert: int, x_TD: Tensor) -> Tensor:
+    return torch.sigmoid(x_TD @ layer.router_tensors()["weight"][expert])
+
+
+def unnormalized() -> nn.Module:
+    """Build a DeepSeek-V3 whose weights are sigmoids, not divided by their sum."""
+    config = copy.deepcopy(FAMILIES["deepseek_v3"]().config)
+    model = build("DeepseekV3Config", **{**config.to_dict(), "norm_topk_prob": False})
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", [*EVERY, "unnormalized"])
 def test_losses_and_choices_equal_brute_force(family: str) -> None:
-    view, batches = view_moe(FAMILIES[family]()), corpus()
-    losses, expected = reconstruction_losses(view, batches), brute_force(view, batches)
+    model = unnormalized() if family == "unnormalized" else FAMILIES[family]()
+    view, batches = view_moe(model), corpus()
+
+    def weigh(layer: MoELayer, expert: int, x_TD: Tensor) -> Tensor:
+        if family == "unnormalized":
+            return 2.5 * sigmoid_of_score(layer, expert, x_TD)
+        return torch.full((len(x_TD),), LONE.get(family, 1.0))
+
+    losses, expected = reconstruction_losses(view, batches), brute_force(view, batches, weigh)
     assert len(losses) == len(expected) == len(view.layers)
     for found, brute in zip(losses, expected, strict=True):
         torch.testing.assert_close(found, brute, rtol=1e-4, atol=1e-4)

@@ -41,6 +41,7 @@ from orchard.experts.subset_losses import (
     token_terms,
     tokens_at_a_time,
 )
+from orchard.models.view.lone import read_lone
 from orchard.models.view.moe import MoELayer, MoEView
 
 MAX_SETS = 50_000  # three of 60 are 34,220, three of 64 are 41,664
@@ -182,6 +183,7 @@ class _Search:
     counts: list[_Count] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.lone = read_lone(self.layer)
         self.steps = self._steps()
         self.counts = next(self.steps)
 
@@ -191,7 +193,9 @@ class _Search:
         square = 0.0
         for start in range(0, len(x_TD), step):
             block = slice(start, start + step)
-            terms = token_terms(self.layer, x_TD[block], routed_TD[block], run=self.run)
+            terms = token_terms(
+                self.layer, x_TD[block], routed_TD[block], run=self.run, lone=self.lone
+            )
             square += float(terms.output_T.sum())
             for count in self.counts:
                 if isinstance(count, GraftBound):

@@ -3,17 +3,16 @@
 For every MoE layer, by one forward pass of the intact model over the client's calibration tokens:
 
 1. take what the block reads, X, and the output of its routed experts, F(X);
-2. run every routed expert e alone, with weight 1, and call that F(X; {e}); shared experts cancel
-   in the difference;
+2. run every routed expert e alone, with the weight that the family's own router gives an expert
+   when there is no other, and call that F(X; {e}); shared experts cancel in the difference;
 3. add the Frobenius norm of F(X) - F(X; {e}), in float64, over the batches;
 4. choose the expert with the smallest sum; of equals, the first.
 
-Weight 1 is what the model would give a lone expert where the weights of the chosen are a softmax
-that sums to 1. Where a family scales them, F(X) has the scale and F(X; {e}) has not, and the choice
-depends on it: DeepSeek-V2 and V3 multiply by ``routed_scaling_factor``, V3 after a sigmoid instead
-of a softmax. With a factor above 1 experts with large outputs then look closer to the layer than
-they are; where weights add up to less than 1 (``norm_topk_prob = false``) those with small outputs
-do. ``fitted`` in ``graft_search`` forgives the scale of a whole set.
+That weight is 1 where a softmax over the scores is taken, of which one is left. DeepSeek-V2 and V3
+multiply by ``routed_scaling_factor``, and a family that takes sigmoids and does not normalize them
+has a weight for each token (``models/view/lone.py``). So both sides of the difference are on one
+scale. Where the weights of the chosen add up to less than 1 (``norm_topk_prob = false``), experts
+with small outputs are favored; ``fitted`` in ``graft_search`` forgives the scale of a whole set.
 
 Nothing is cached: each batch is reduced to one number per layer and expert while it passes
 through the model, so memory does not grow with the number of tokens or layers.
@@ -33,6 +32,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from orchard.models.view.lone import LoneExperts, read_lone
 from orchard.models.view.moe import MoELayer, MoEView
 
 RunExpert: TypeAlias = Callable[[int, int, torch.Tensor], torch.Tensor]
@@ -63,7 +63,7 @@ def reconstruction_losses(
     takers = []
     for index, (layer, loss_E) in enumerate(zip(view.layers, losses, strict=True)):
         run = partial(run_expert, index) if run_expert else layer.run_expert
-        takers.append((layer, partial(_add_norms, loss_E, run)))
+        takers.append((layer, partial(_add_norms, loss_E, read_lone(layer), run)))
     num_batches = read_layers(view, takers, batches)
     if num_batches == 0:
         raise ValueError(
@@ -141,14 +141,18 @@ class _Reader:
 
 def _add_norms(
     loss_E: torch.Tensor,
+    lone: LoneExperts,
     run: Callable[[int, torch.Tensor], torch.Tensor],
     x_TD: torch.Tensor,
     routed_TD: torch.Tensor,
 ) -> None:
     """Add one batch's norms to a layer's losses."""
     whole_TD = routed_TD.double()
+    weights_ET = None if lone.is_one else lone.weights(x_TD)
     for expert in range(len(loss_E)):
         alone_TD = run(expert, x_TD).double()
+        if weights_ET is not None:
+            alone_TD *= weights_ET[expert, :, None]
         loss_E[expert] += torch.linalg.vector_norm(whole_TD - alone_TD).cpu()
 
 

@@ -1,11 +1,14 @@
 """How far every set of a layer's experts is from the layer, without running an expert again.
 
-A set C of experts answers with the softmax over its own router logits:
+A set C of experts answers with the mean of what each answers alone, by the family's own scores:
 
-    F(x; C) = sum_i w_i E_i(x),    w_i = e_i / sum_j e_j,    e_i = exp(logit_i),    i, j in C
+    F(x; C) = sum_i w_i F(x; {i}),    w_i = e_i / sum_j e_j,    i, j in C
+
+e_i is exp(logit_i), or sigmoid(logit_i) where the family takes sigmoids, and F(x; {i}) is E_i(x)
+times the weight of a lone expert: 1, or ``routed_scaling_factor`` (``models/view/lone.py``).
 
 Weights add up to 1, so what C lacks is the same mean of what each of its experts lacks alone:
-F(x; C) - F(x) = sum_i w_i D_i with D_i = E_i(x) - F(x). Its squared norm is
+F(x; C) - F(x) = sum_i w_i D_i with D_i = F(x; {i}) - F(x). Its squared norm is
 
     sum_ij e_i e_j <D_i, D_j> / (sum_i e_i)^2
 
@@ -13,11 +16,10 @@ so a token's (E, E) inner products of the D_i, taken once, give the exact loss o
 are float64 throughout: dot products of a model's numbers lose nothing that a comparison could
 notice, and no large terms cancel, as they would in |F|^2 - 2 <F, F(C)> + |F(C)|^2.
 
-All experts of a set have a weight, also where a set is larger than the model's top-k. Logits are
-the products of router rows and token states, plus the router's bias, whatever the family makes of
-them afterwards (a sigmoid, groups, ``routed_scaling_factor``): that is what a graft's own router
-computes. F(x) is the model's own, with all of that, so on DeepSeek-V2 and V3 a set's answer and the
-layer's are on two scales under ``norm``; ``fitted`` takes the best common factor.
+All experts of a set have a weight, also where a set is larger than the model's top-k, and groups
+of experts do not count. Logits are the products of router rows and token states, plus the router's
+bias. F(x) is the model's own, with everything that the family makes of them. PhiMoE's sparsemixer
+is taken for a softmax, and where sigmoids are not normalized a set is still a mean.
 
 Source: F(x; C) and the loss: Lu et al., 2024, arXiv:2402.14800 (Expert_Sparsity), as FLEx (Liu et
 al., 2025, arXiv:2506.00965) uses it. The inner products are ours.
@@ -34,6 +36,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from orchard.models.view.lone import LoneExperts, read_lone
 from orchard.models.view.moe import MoELayer
 
 NORM, FITTED = "norm", "fitted"
@@ -77,6 +80,7 @@ def token_terms(
     routed_TD: Tensor,
     *,
     run: Callable[[int, Tensor], Tensor] | None = None,
+    lone: LoneExperts | None = None,
 ) -> TokenTerms:
     """Run every expert once and keep inner products.
 
@@ -85,17 +89,19 @@ def token_terms(
         x_TD: What it reads.
         routed_TD: F, the output of its routed experts.
         run: How one expert is run on token states; None = as the layer holds it.
+        lone: How its router weighs a lone expert; None = it is asked.
 
     Raises:
         ValueError: Router logits are too far apart for float64.
     """
     num_experts, num_tokens = layer.num_experts, x_TD.shape[0]
     width = routed_TD.shape[-1]
-    run = run or layer.run_expert
+    run, lone = run or layer.run_expert, lone or read_lone(layer)
     y_ETD = x_TD.new_empty(num_experts, num_tokens, width)
     for expert in range(num_experts):
         y_ETD[expert] = run(expert, x_TD)
-    weight_ET = _weights(layer, x_TD)
+    weight_ET = _weights(lone, x_TD)
+    alone_ET = None if lone.is_one else lone.weights(x_TD)
     # The differences of all experts, and F behind them: one product gives all that is kept.
     size = num_experts + 1
     rows = weight_ET.new_empty(min(num_tokens, _GRAM_TOKENS), size, width)
@@ -104,6 +110,8 @@ def token_terms(
         block = slice(start, start + _GRAM_TOKENS)
         own = rows[: len(products[block])]
         own[:, :-1] = y_ETD[:, block].transpose(0, 1)
+        if alone_ET is not None:
+            own[:, :-1] *= alone_ET[:, block].T[..., None]
         own[:, -1] = routed_TD[block]
         own[:, :-1] -= own[:, -1:]
         torch.bmm(own, own.mT, out=products[block])
@@ -115,12 +123,15 @@ def token_terms(
     )
 
 
-def _weights(layer: MoELayer, x_TD: Tensor) -> Tensor:
+def _weights(lone: LoneExperts, x_TD: Tensor) -> Tensor:
+    layer = lone.layer
     rows = layer.router_tensors()
     bias = rows.get("bias")
     logits_TE = functional.linear(
         x_TD.double(), rows["weight"].double(), None if bias is None else bias.double()
     )
+    if lone.takes_sigmoids:
+        logits_TE = functional.logsigmoid(logits_TE)
     logits_TE -= logits_TE.amax(-1, keepdim=True)
     gap = -float(logits_TE.min()) if logits_TE.numel() else 0.0
     if gap > _LARGEST_GAP:

@@ -109,12 +109,12 @@ def build_view(config: Any, path: str) -> MoEView:
         )
     try:
         return view_config(config)
-    except ValueError:
-        raise
     except Exception as error:  # whatever a model class makes of numbers that do not fit
+        if isinstance(error, ValueError) and "\n" not in str(error):
+            raise
         raise ValueError(
             f"model.path must lead to a model, got {path}, whose config.json describes none "
-            f"({first_line(error)}); correct it"
+            f"that can be built ({first_line(error)}); correct it, or choose another checkpoint"
         ) from error
 
 
