@@ -22,7 +22,7 @@ from orchard.communication.messages import (
     decode_update,
     encode_task,
     encode_update,
-    read_header,
+    read_update_header,
 )
 
 SETTINGS = LocalSettings(steps=5, epochs=0, learning_rate=4e-5)
@@ -96,9 +96,8 @@ def test_the_same_message_has_the_same_bytes() -> None:
 
 def test_the_header_can_be_read_alone() -> None:
     message = encode_update(update_of({"a": torch.ones(1000)}))
-    header = read_header(message[: len(message) - 4000])
-    assert header["client_id"] == "office é/1"
-    assert header["kind"] == "update"
+    header = read_update_header(message[: len(message) - 4000])
+    assert (header.client_id, header.round_number) == ("office é/1", 3)
 
 
 @pytest.mark.parametrize("decode", [decode_task, decode_update])

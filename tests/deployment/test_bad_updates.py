@@ -72,7 +72,7 @@ def rewritten(change: Callable[[dict[str, Any]], object], tensors: Any = None) -
         "client_id": "bad",
         "round_number": 1,
         "weight": dict.fromkeys(SHARED, 4.0),
-        "metrics": {"client/train_loss": "+1.0e+00"},
+        "metrics": {"client/train_loss": 1.0},
     }
     change(header)
     delta = dict(honest("bad").delta) if tensors is None else tensors
@@ -136,8 +136,8 @@ BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
     "an absurd norm": (lambda: with_delta(FIRST, value_of(1e20)), "norm of the update"),
     "a norm a little too large": (lambda: with_delta(FIRST, value_of(200.0)), "norm of the update"),
     "a negative weight": (lambda: with_weight(-1.0), "weight of"),
-    "a weight that is NaN": (lambda: with_weight(float("nan")), "weight of"),
-    "an infinite weight": (lambda: with_weight(float("inf")), "weight of"),
+    "a weight that is NaN": (lambda: with_weight(float("nan")), "finite numbers, got NaN"),
+    "an infinite weight": (lambda: with_weight(float("inf")), "finite numbers, got Infinity"),
     "an absurd weight": (lambda: with_weight(1e30), "weight of"),
     "a weight without a tensor": (
         lambda: rewritten(lambda h: h["weight"].__setitem__("layers.0.router.9", 1.0)),
@@ -148,15 +148,15 @@ BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
         "names of delta",
     ),
     "a metric that is NaN": (
-        lambda: rewritten(lambda h: h["metrics"].__setitem__("client/train_loss", "nan")),
-        "metric",
+        lambda: rewritten(lambda h: h["metrics"].__setitem__("client/train_loss", float("nan"))),
+        "finite numbers, got NaN",
     ),
     "a metric that is no number": (
         lambda: rewritten(lambda h: h["metrics"].__setitem__("client/train_loss", "low")),
-        "could not convert",
+        "missing or wrong",
     ),
     "a metric that hides another": (
-        lambda: rewritten(lambda h: h["metrics"].__setitem__("kind", "1.0")),
+        lambda: rewritten(lambda h: h["metrics"].__setitem__("kind", 1.0)),
         "client/name",
     ),
     "a shape below zero": (
@@ -200,10 +200,13 @@ class Scripted:
 
     def _reply(self, ticket: str, site: str, header: Mapping[str, Any]) -> Reply:
         if header["kind"] == "join":
-            return Reply(ticket, {"site": site})
+            return Reply(ticket, {"site": site, "num_examples": 4})
+        header_of = {"site": site, "base_digest": "base"}
         if site != "bad":
-            return Reply(ticket, {}, encoded(honest(site, header["round"])))
-        return Reply(ticket, error="away") if self.bad is None else Reply(ticket, {}, self.bad)
+            return Reply(ticket, header_of, encoded(honest(site, header["round"])))
+        if self.bad is None:
+            return Reply(ticket, error="away")
+        return Reply(ticket, header_of, self.bad)
 
 
 def run_round(folder: Path, bad: bytes | None) -> ServerState:

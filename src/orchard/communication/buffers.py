@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from orchard.communication import door
+
 _ALIGNMENT = 8  # of the first tensor, in bytes
 Buffer: TypeAlias = bytes | bytearray
 
@@ -85,8 +87,8 @@ def view_tensors(buffer: Buffer, layout: Mapping[str, Any]) -> dict[str, torch.T
     base, tensors = position, {}
     try:
         entries = [
-            (*about["data_offsets"], name, _DTYPES[about["dtype"]], about["shape"])
-            for name, about in layout.items()
+            (*about.data_offsets, name, _DTYPES[about.dtype], about.shape)
+            for name, about in door.read_tensors(layout).items()
         ]
         entries.sort(key=itemgetter(0, 1))
         with warnings.catch_warnings():

@@ -19,6 +19,7 @@ import torch
 
 from orchard.communication import messages
 from orchard.communication.messages import Task, Update
+from orchard.communication.sparsification import TopK
 from orchard.communication.stages import RESERVED, Cast, Stage
 from orchard.trees import Tree, Widened, digest, select, subtract
 
@@ -201,8 +202,13 @@ class Channel:
         """
         return messages.encode_update(update, encode=Codec(self.uplink).encode)
 
-    def unpack_update(self, message: bytes | bytearray) -> Update:
+    def unpack_update(self, message: bytes | bytearray, shared: Tree | None = None) -> Update:
         """Return the update that the server reads from ``message``.
+
+        Args:
+            message: As it came.
+            shared: The global tree, where the sender may be hostile: what the message claims to
+                hold is compared with it before memory is taken for it.
 
         Its tensors are for reading only. Where nothing was done but to cast them, each is widened
         when it is read: who adds one after the other to a sum never holds all of them in float32.
@@ -214,7 +220,11 @@ class Channel:
         """
         if len(self.uplink) == 1 and isinstance(self.uplink[0], Cast):
             return messages.decode_update(message, decode=Widened)
-        return messages.decode_update(message, decode=Codec(self.uplink).decode)
+        stages = self.uplink
+        if shared is not None:
+            shapes = {name: tuple(tensor.shape) for name, tensor in shared.items()}
+            stages = tuple(s.expecting(shapes) if isinstance(s, TopK) else s for s in stages)
+        return messages.decode_update(message, decode=Codec(stages).decode)
 
 
 def _advance(held: Tree, moves: Tree, whole: Codec) -> Tree:

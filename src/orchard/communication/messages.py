@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
+from orchard.communication import door
 from orchard.communication.buffers import Buffer, join_tensors, view_tensors
 from orchard.results import Metrics
 from orchard.trees import Tree
@@ -90,33 +90,47 @@ class Update:
             )
 
 
-def _pack(tensors: Tree, header: Mapping[str, Any]) -> bytes:
-    return join_tensors(tensors, metadata={_HEADER_KEY: json.dumps(header, allow_nan=False)})
+_Header = TypeVar("_Header", door.TaskHeader, door.UpdateHeader)
 
 
-def read_header(message: Buffer) -> dict[str, Any]:
-    """Return the JSON header of an encoded message, without touching its tensors.
+def _pack(tensors: Tree, header: str) -> bytes:
+    return join_tensors(tensors, metadata={_HEADER_KEY: header})
+
+
+def read_update_header(message: Buffer) -> door.UpdateHeader:
+    """Return what an encoded update says of itself, without touching its tensors.
 
     Raises:
-        ValueError: The bytes are not a message of this package.
+        ValueError: The bytes are no update.
     """
-    return _read_headers(message)[0]
+    return _read_headers(message, "update", door.UpdateHeader)[0]
 
 
-def _read_headers(message: Buffer) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what this package and what safetensors wrote about a message."""
+def _read_headers(
+    message: Buffer, kind: str, header_type: type[_Header]
+) -> tuple[_Header, dict[str, Any]]:
+    """Return what this package and what safetensors wrote about a message of this kind."""
     try:
-        size = int.from_bytes(message[:8], "little")
-        layout = json.loads(bytes(message[8 : 8 + size]))
-        content = json.loads(layout.pop("__metadata__")[_HEADER_KEY])
+        layout = door.read_layout(message)
+        text = layout.pop("__metadata__")[_HEADER_KEY]
+        if not isinstance(text, str):
+            raise TypeError(_HEADER_KEY)
+        found = door.kind_of(text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"message must be a safetensors buffer with an orchard header, got {len(message)} "
-            "bytes of something else; check that both sides run the same version"
+            f"bytes of something else ({error}); check that both sides run the same version"
         ) from error
-    if not isinstance(content, dict):
-        raise ValueError("message header must be a JSON object, got another type; resend it")
-    return content, layout
+    article = "an" if kind == "update" else "a"
+    if found != kind:
+        raise ValueError(f"message must be {article} {kind}, got {found}; check who sent it")
+    try:
+        return door.read_message_header(text, header_type), layout
+    except door.MalformedError as error:
+        raise ValueError(
+            f"message header must have every field of its kind, got {article} {kind} in which one "
+            f"is missing or wrong ({error})"
+        ) from error
 
 
 def encode_task(task: Task, *, encode: Recode = dict) -> bytes:
@@ -128,7 +142,7 @@ def encode_task(task: Task, *, encode: Recode = dict) -> bytes:
         "evaluate_local": task.evaluate_local,
         "since": task.since,
     }
-    return _pack(encode(task.shared), header)
+    return _pack(encode(task.shared), json.dumps(header, allow_nan=False))
 
 
 def decode_task(message: Buffer) -> Task:
@@ -137,15 +151,16 @@ def decode_task(message: Buffer) -> Task:
     Raises:
         ValueError: The bytes are not a task.
     """
-    with _checked_header(message, "task") as (header, layout):
-        return Task(
-            round_number=int(header["round_number"]),
-            # A copy: what a client makes of its task must not reach another's.
-            shared=view_tensors(bytearray(message), layout),
-            settings=LocalSettings(**header["settings"]),
-            evaluate_local=bool(header["evaluate_local"]),
-            since=str(header["since"]),
-        )
+    header, layout = _read_headers(message, "task", door.TaskHeader)
+    own = header.settings
+    return Task(
+        round_number=header.round_number,
+        # A copy: what a client makes of its task must not reach another's.
+        shared=view_tensors(bytearray(message), layout),
+        settings=LocalSettings(own.steps, own.epochs, own.learning_rate),
+        evaluate_local=header.evaluate_local,
+        since=header.since,
+    )
 
 
 def encode_update(update: Update, *, encode: Recode = dict) -> bytes:
@@ -162,10 +177,13 @@ def encode_update(update: Update, *, encode: Recode = dict) -> bytes:
         "client_id": update.client_id,
         "round_number": update.round_number,
         "weight": dict(update.weight),
-        # Of one width, so that a message is as long however long its seconds are.
-        "metrics": {name: f"{value:+.16e}" for name, value in update.metrics.items()},
+        "metrics": {},
     }
-    return _pack(encode(update.delta), header)
+    # Numbers of one width, so that a message is as long however long its seconds are.
+    metrics = ", ".join(f"{json.dumps(n)}: {v:>27.16e}" for n, v in update.metrics.items())
+    text = json.dumps(header, allow_nan=False)
+    assert text.endswith("{}}")
+    return _pack(encode(update.delta), f"{text[:-3]}{{{metrics}}}}}")
 
 
 def decode_update(message: Buffer, *, decode: Recode = dict) -> Update:
@@ -176,29 +194,11 @@ def decode_update(message: Buffer, *, decode: Recode = dict) -> Update:
     Raises:
         ValueError: The bytes are not an update.
     """
-    with _checked_header(message, "update") as (header, layout):
-        return Update(
-            client_id=str(header["client_id"]),
-            round_number=int(header["round_number"]),
-            delta=decode(view_tensors(message, layout)),
-            weight={name: float(weight) for name, weight in header["weight"].items()},
-            metrics={name: float(value) for name, value in header["metrics"].items()},
-        )
-
-
-@contextmanager
-def _checked_header(message: Buffer, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Yield the headers of a message of this kind; what they lack is an error in the message."""
-    header, layout = _read_headers(message)
-    if header.get("kind") != kind:
-        article = "an" if kind == "update" else "a"
-        raise ValueError(
-            f"message must be {article} {kind}, got {header.get('kind')}; check who sent it"
-        )
-    try:
-        yield header, layout
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"message header must have every field of its kind, got a {kind} in which {error} is "
-            "missing or wrong; check that both sides run the same version"
-        ) from error
+    header, layout = _read_headers(message, "update", door.UpdateHeader)
+    return Update(
+        client_id=header.client_id,
+        round_number=header.round_number,
+        delta=decode(view_tensors(message, layout)),
+        weight=header.weight,
+        metrics=header.metrics,
+    )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -33,9 +34,12 @@ class TopK:
     Attributes:
         share: Of the values, in [0.0001, 1]: what a tensor takes once it is read is bounded by
             what was sent over this.
+        shapes: What the receiver expects, by name; None = anything within that bound. Nothing is
+            taken for a tensor of another shape.
     """
 
     share: float
+    shapes: Mapping[str, tuple[int, ...]] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         """Check the share.
@@ -48,6 +52,10 @@ class TopK:
                 f"communication.top_k must be 0 or in {_SMALLEST_SHARE}..1, got {self.share}; "
                 "send at least one value of ten thousand"
             )
+
+    def expecting(self, shapes: Mapping[str, tuple[int, ...]]) -> TopK:
+        """Return a stage that decodes tensors of these shapes alone."""
+        return replace(self, shapes=shapes)
 
     def count(self, num_values: int) -> int:
         """Return how many of so many values are sent."""
@@ -89,6 +97,10 @@ class TopK:
         unread = blob.numpy()
         for name, shape in zip(names, shapes, strict=True):
             values, num_values = tree[name], math.prod(shape)
+            if self.shapes is not None and self.shapes.get(name) != shape:
+                raise ValueError(
+                    f"shape of {name} must be {self.shapes.get(name)}, got {shape}; {_RESEND}"
+                )
             # The number that is sent bounds the shape that a message can claim.
             if values.shape != (self.count(num_values),):
                 raise ValueError(

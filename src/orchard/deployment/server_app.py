@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchard.engine.coordinator import SITES_FILE, Coordinator
+from orchard.engine.evaluations import measured_ranges
 from orchard.engine.exchange import Patience, Post
 from orchard.engine.processes import end_when_free, only_one
 from orchard.engine.progress import Lines, make_console
@@ -25,11 +26,12 @@ from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import load_tokenizer, threads
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import read_recipe, to_toml
+from orchard.recipe.reading import read_recipe, to_toml, words
 from orchard.reports import build_result
 from orchard.results import write_json
 from orchard.seeding import Seeds
 from orchard.server.admission import Admission
+from orchard.server.beside import Bounds
 from orchard.server.checkpoint import ServerState
 from orchard.strategies.strategy import Strategy, start_server
 from orchard.trees import digest
@@ -122,5 +124,10 @@ def build_coordinator(
         ),
         admission=Admission(options.max_update_norm, options.max_weight),
         reporter=Lines(make_console()),
+        bounds=Bounds(
+            options.max_norm_ratio, options.max_examples, is_equal=options.weights == "equal"
+        ),
+        max_move=options.max_move,
+        ranges=measured_ranges(words(recipe.evaluation.metrics)),
         methods=recorded_as(recipe).digests,
     )

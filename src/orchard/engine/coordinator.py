@@ -12,30 +12,31 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.channel import Broadcast, Channel
-from orchard.communication.messages import LocalSettings, Task, Update
-from orchard.engine.coverage import Coverage
+from orchard.communication.door import RoundDone
+from orchard.communication.messages import LocalSettings, Task
+from orchard.engine.evaluations import Ranges, measured_ranges, models_due
 from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
 from orchard.engine.inbox import Arrived, Inbox
-from orchard.engine.intake import Intake
+from orchard.engine.intake import Asked, Intake, describe
 from orchard.engine.joining import wait_for_sites
 from orchard.engine.progress import Reporter
-from orchard.engine.simulator import Schedule, rounds_since_sent, sample_clients
+from orchard.engine.rounds import Rounds, summarize
+from orchard.engine.simulator import Schedule, sample_clients
 from orchard.engine.stragglers import Stragglers
-from orchard.process_memory import peak_memory_bytes
 from orchard.results import MetricsLog, write_json
 from orchard.seeding import Seeds
 from orchard.server.admission import Admission
+from orchard.server.beside import Bounds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from orchard.strategies.strategy import Strategy, update_server
+from orchard.strategies.strategy import Strategy
 
 log = logging.getLogger(__name__)
 Begin: TypeAlias = Callable[[int], tuple[Strategy, ServerState]]
@@ -59,6 +60,9 @@ class Coordinator:
         patience: How long is waited for what.
         admission: Which updates are let in.
         reporter: Shows progress.
+        bounds: What an update may be beside the others of its round.
+        max_move: Largest L2 norm by which a round moves the global tree; 0 = see ``check_move``.
+        ranges: What sites may measure.
         methods: Methods that do not come with Orchard to the digests of their sources, which every
             site must have too.
     """
@@ -74,6 +78,9 @@ class Coordinator:
     patience: Patience
     admission: Admission
     reporter: Reporter
+    bounds: Bounds = field(default_factory=Bounds)
+    max_move: float = 0.0
+    ranges: Ranges = field(default_factory=measured_ranges)
     methods: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -86,13 +93,14 @@ class Coordinator:
             self.base_digest,
             inbox=Inbox(self.folder / "inbox"),
             audit=self._audit,
+            ranges=self.ranges,
         )
         self._stragglers = Stragglers()
 
-    def join(self, post: Post, *, num_sites: int) -> tuple[str, ...]:
-        """Wait for the sites of the run, and return their names in order.
+    def join(self, post: Post, *, num_sites: int) -> dict[str, int | None]:
+        """Wait for the sites of the run, and return their names in order, with their examples.
 
-        A resumed run has the sites it began with.
+        A resumed run has the sites it began with, and each must have as many examples as then.
 
         Args:
             post: Carries requests.
@@ -102,7 +110,10 @@ class Coordinator:
             TimeoutError: Too few joined in time.
         """
         path = self.folder / SITES_FILE
-        known = tuple(json.loads(path.read_text())) if path.exists() else ()
+        known: dict[str, int | None] = {}
+        if path.exists():
+            saved = json.loads(path.read_text())
+            known = saved if isinstance(saved, dict) else dict.fromkeys(saved)
         request = Request({"kind": "join", **self._what_runs()})
         joined = wait_for_sites(
             post,
@@ -113,11 +124,22 @@ class Coordinator:
             intake=self._intake,
             reporter=self.reporter,
         )
-        if known:
-            return known
-        sites = tuple(sorted(joined))
-        write_json(path, list(sites))
+        sites = known or dict(sorted(joined.items()))
+        if not known:
+            write_json(path, sites)
         return sites
+
+    def _rounds(self, joined: Mapping[str, int | None]) -> Rounds:
+        rounds = Rounds(
+            self._intake,
+            self._log,
+            self.reporter,
+            bounds=self.bounds,
+            max_move=self.max_move,
+            staleness=self.patience.staleness,
+        )
+        rounds.join(joined)
+        return rounds
 
     def _what_runs(self) -> dict[str, Any]:
         """Return what every request names the run by."""
@@ -144,49 +166,52 @@ class Coordinator:
             title="coordinated", num_rounds=self.schedule.num_rounds, round_number=done
         )
         try:
-            sites = self.join(post, num_sites=num_sites)
+            joined = self.join(post, num_sites=num_sites)
+            sites, rounds = tuple(joined), self._rounds(joined)
             strategy, state = begin(len(sites))
             state = saved or state
             while state.round_number < self.schedule.num_rounds:
-                state = self._round(strategy, post, sites, state)
-            if models := self._models_due(state.round_number):
-                self._evaluate(post, sites, state, models)
+                state = self._round(strategy, post, sites, state, rounds)
+            if due := self._due(sites, state.round_number):
+                self._evaluate(post, sites, state, due)
         finally:
             self.reporter.end()
         return state
 
-    def _models_due(self, round_number: int) -> tuple[str, ...]:
-        """Return which models are still to be evaluated as they are after a round."""
-        done = {
-            model
-            for line in self._log.read()
-            if line["kind"] == "evaluation" and line["round"] == round_number
-            for values in line["clients"].values()
-            for model in {key.partition("/")[0] for key in values}
-        }
-        due = set()
-        if round_number == 0:
-            due = set(self.schedule.models) & {"base"}
-        elif self.schedule.has_evaluation(round_number):
-            due = set(self.schedule.models) & {"global", "personal"}
-        return tuple(sorted(due - done))
-
     def _round(
-        self, strategy: Strategy, post: Post, sites: Sequence[str], state: ServerState
+        self,
+        strategy: Strategy,
+        post: Post,
+        sites: Sequence[str],
+        state: ServerState,
+        rounds: Rounds,
     ) -> ServerState:
         """Run one round, again where too few answered, and commit it."""
         started = time.monotonic()
         number, fewest = state.round_number + 1, max(self.patience.quorum, 1)
         self.channel.reset()
-        arrived = self._intake.inbox.take_up(sites, round_number=number)
+        inbox, asked = self._intake.inbox, self._asked(number)
+        arrived = inbox.take_up(
+            sites,
+            round_number=number,
+            look=lambda message, own: self._intake.look_again(message, own, asked, state.shared),
+            refuse=lambda own, error: rounds.set_apart(own, describe(error)),
+        )
         self.channel.uplink_bytes += sum(own.num_bytes for own in arrived)
+        refused = set(inbox.set_apart_in(number))
         task = self.schedule.task(number, state.shared)
         broadcast = self.channel.broadcast(task, state.held)
         for attempt in range(1, self.patience.attempts + 1):
-            have = {own.client_id for own in arrived}
-            arrived += self._ask_round(post, sites, state, broadcast, have)
-            if len(arrived) >= fewest:
-                break
+            settled = {own.client_id for own in arrived} | refused
+            arrived += self._ask_round(post, sites, state, broadcast, settled)
+            arrived, odd = rounds.settle(arrived, sites)
+            refused |= odd
+            made = rounds.combine(strategy, state, arrived) if len(arrived) >= fewest else None
+            if made is not None:
+                refused |= {own.client_id for own, _ in made.culprits}
+                arrived = list(made.counted)
+                if len(arrived) >= fewest:
+                    break
             log.warning(
                 "round %d, attempt %d: %d of at least %d updates",
                 number,
@@ -201,19 +226,16 @@ class Coordinator:
                 f"{self.patience.attempts} attempts; look at audit.jsonl for the reasons, and "
                 "start the coordinator again with --resume"
             )
-        order = {site: index for index, site in enumerate(sites)}
-        arrived.sort(key=lambda own: (order[own.client_id], own.round_number))
-        lines: list[dict[str, Any]] = []
-        coverage = Coverage(state.shared, rounds_since_sent(self._log))
-        state = update_server(strategy, state, self._read(arrived, number, lines, coverage))
+        state = made.state
         if self.channel.differences is not None:
             holders = tuple(own.client_id for own in arrived)
             state = replace(state, held=broadcast.task.shared, holders=holders)
-        summary = self._summarize(lines, seconds=time.monotonic() - started) | coverage.summary()
-        for line in (*lines, {"kind": "round", "round": number, **summary}):
+        seconds = time.monotonic() - started
+        summary = summarize(made.lines, arrived, self.channel, seconds=seconds)
+        for line in (*made.lines, {"kind": "round", "round": number, **summary, **made.covered}):
             self._log.append(line)
         save_checkpoint(self.folder / "checkpoints", state, about=self.about)
-        self._intake.inbox.throw_away(arrived)
+        inbox.throw_away(arrived)
         self.reporter.completed(
             number,
             loss=summary.get("round/train_loss"),
@@ -221,57 +243,73 @@ class Coordinator:
         )
         return state
 
+    def _asked(
+        self, round_number: int, *, trains: bool = True, models: Collection[str] = ()
+    ) -> Asked:
+        local = "local" in self.schedule.models and self.schedule.has_evaluation(round_number)
+        return Asked(round_number, trains=trains, models=models, local=local)
+
     def _ask_round(
         self,
         post: Post,
         sites: Sequence[str],
         state: ServerState,
         broadcast: Broadcast,
-        have: Set[str],
+        settled: Set[str],
     ) -> list[Arrived]:
-        """Ask the cohort to train and, where it is due, everybody to evaluate.
+        """Ask the cohort to train and, where it is due, sites to evaluate.
 
         Args:
             post: Carries requests.
             sites: Of the run, in order.
             state: Before the round.
             broadcast: The round's task.
-            have: Sites whose update is there; they are not asked to train again.
+            settled: Sites whose update is there or was set apart; they are not asked to train.
 
         Returns:
             The updates that were let in, those of earlier rounds among them.
         """
         number = state.round_number + 1
-        models = self._models_due(state.round_number)
+        due = self._due(sites, state.round_number)
         arrived = self._collect_late(post, state)
         busy = self._stragglers.busy
-        cohort = set(sample_clients(sites, self.schedule, self.seeds, number)) - have - busy
-        asked = [site for site in sites if site in cohort or (models and site not in busy)]
+        cohort = set(sample_clients(sites, self.schedule, self.seeds, number)) - settled - busy
+        asked = {
+            site: self._asked(number, trains=site in cohort, models=due.get(site, ()))
+            for site in sites
+            if site in cohort or (site in due and site not in busy)
+        }
         late: dict[str, str] = {}
-        measured: dict[str, Mapping[str, Any]] = {}
+        measured: dict[str, RoundDone] = {}
 
         def request(site: str, body: bytes) -> Request:
-            return self._request(site, sites, number, body, models, trains=site in cohort)
+            return self._request(site, sites, body, asked[site])
 
         requests = {
             site: request(site, broadcast.since if site in state.holders else broadcast.whole)
             for site in asked
         }
         self.reporter.working(f"{len(cohort)} sites train", share=0.0)
-        for answer in self._exchange(post, requests, late):
-            if answer.header.get("lacks_values"):  # it lost what differences are to
+        for position, answer in enumerate(self._exchange(post, requests, late), start=1):
+            own = asked[answer.site]
+            taken = self._intake.take(answer, own, state.shared, is_last=False)
+            if taken.lacks_values:  # it lost what differences are to
                 whole = {answer.site: request(answer.site, broadcast.whole)}
                 (answer,) = self._exchange(post, whole, late)
-            measured[answer.site] = answer.header
-            if answer.site in cohort or answer.failure or "refused" in answer.header:
-                arrived += self._intake.admit(answer, state.shared, round_number=number)
+                taken = self._intake.take(answer, own, state.shared)
+            if taken.arrived is not None:
+                arrived.append(taken.arrived)
+            if taken.reply is not None:
+                measured[answer.site] = taken.reply
             self.reporter.working(
-                f"{len(measured)} of {len(asked)} sites answered",
-                share=len(measured) / len(asked),
+                f"{position} of {len(asked)} sites answered", share=position / len(asked)
             )
         self._stragglers.add(late, round_number=number)
         self._log_evaluation(sites, state, measured)
         return arrived
+
+    def _due(self, sites: Sequence[str], round_number: int) -> dict[str, tuple[str, ...]]:
+        return models_due(self.schedule, self._log, sites, round_number=round_number)
 
     def _exchange(
         self, post: Post, requests: Mapping[str, Request], late: dict[str, str] | None = None
@@ -280,24 +318,15 @@ class Coordinator:
             post, requests, self.patience, seconds=self.patience.round_seconds, late=late
         )
 
-    def _request(
-        self,
-        site: str,
-        sites: Sequence[str],
-        round_number: int,
-        body: bytes,
-        models: Sequence[str],
-        *,
-        trains: bool,
-    ) -> Request:
+    def _request(self, site: str, sites: Sequence[str], body: bytes, asked: Asked) -> Request:
         """Return what a site is asked in a round, and write it down."""
         self.channel.downlink_bytes += len(body)
         self._audit.write(
             "asked",
             site=site,
-            round=round_number,
-            trains=trains,
-            evaluates=list(models),
+            round=asked.round_number,
+            trains=asked.trains,
+            evaluates=list(asked.models),
             bytes=len(body),
             sha256=content_digest(body),
         )
@@ -307,42 +336,48 @@ class Coordinator:
             "site": site,
             "index": sites.index(site),
             "num_clients": len(sites),
-            "round": round_number,
-            "evaluate": list(models),
-            "train": trains,
+            "round": asked.round_number,
+            "evaluate": list(asked.models),
+            "train": asked.trains,
         }
         return Request(header, body)
 
     def _evaluate(
-        self, post: Post, sites: Sequence[str], state: ServerState, models: Sequence[str]
+        self,
+        post: Post,
+        sites: Sequence[str],
+        state: ServerState,
+        due: Mapping[str, Sequence[str]],
     ) -> None:
-        """Evaluate the last round's models at all sites."""
+        """Evaluate the last round's models at the sites that have not yet."""
         number = state.round_number + 1
         task = Task(number, state.shared, LocalSettings(0, 0, 0.0))
         body = self.channel.broadcast(task, {}).whole
-        requests = {
-            site: self._request(site, sites, number, body, models, trains=False) for site in sites
+        asked = {
+            site: self._asked(number, trains=False, models=models) for site, models in due.items()
         }
-        measured: dict[str, Mapping[str, Any]] = {}
-        self.reporter.working(f"{len(sites)} sites evaluate", share=0.0)
+        requests = {site: self._request(site, sites, body, own) for site, own in asked.items()}
+        measured: dict[str, RoundDone] = {}
+        self.reporter.working(f"{len(asked)} sites evaluate", share=0.0)
         for answer in self._exchange(post, requests):
-            measured[answer.site] = answer.header
-            if reason := answer.failure or str(answer.header.get("refused", "")):
-                self._intake.refuse(answer.site, number, reason)
+            taken = self._intake.take(answer, asked[answer.site], state.shared)
+            if taken.reply is not None:
+                measured[answer.site] = taken.reply
         self._log_evaluation(sites, state, measured)
 
     def _log_evaluation(
-        self, sites: Sequence[str], state: ServerState, headers: Mapping[str, Mapping[str, Any]]
+        self, sites: Sequence[str], state: ServerState, replies: Mapping[str, RoundDone]
     ) -> None:
         """Log what sites measured of the models after a round."""
-        measured = self._intake.measured(sites, headers, round_number=state.round_number)
-        if measured.clients:
+        own = {site: replies[site] for site in sites if site in replies}
+        clients = {site: dict(reply.evaluation) for site, reply in own.items() if reply.evaluation}
+        if clients:
             self._log.append(
                 {
                     "kind": "evaluation",
                     "round": state.round_number,
-                    "seconds": measured.seconds,
-                    "clients": measured.clients,
+                    "seconds": max(own[site].evaluation_seconds for site in clients),
+                    "clients": clients,
                 }
             )
 
@@ -356,55 +391,9 @@ class Coordinator:
                 continue
             reply = late.reply
             answer = Answer(late.site, reply.header, reply.body, reply.error)
-            arrived += self._intake.admit(answer, state.shared, round_number=late.round_number)
+            # What it measured is of a model that has moved on; it is looked at and not kept.
+            asked = self._asked(late.round_number, models=("base", "global", "personal"))
+            taken = self._intake.take(answer, asked, state.shared)
+            if taken.arrived is not None:
+                arrived.append(taken.arrived)
         return arrived
-
-    def _read(
-        self,
-        arrived: Sequence[Arrived],
-        round_number: int,
-        lines: list[dict[str, Any]],
-        coverage: Coverage,
-    ) -> Iterator[Update]:
-        """Yield updates from disk, one at a time, and note their metrics."""
-        for position, own in enumerate(arrived):
-            update = self.channel.unpack_update(own.path.read_bytes())
-            if own.round_number != round_number:
-                discount = self.patience.staleness ** (round_number - own.round_number)
-                weight = {name: discount * value for name, value in update.weight.items()}
-                update = replace(update, weight=weight)
-            lines.append(
-                {
-                    **update.metrics,
-                    "kind": "client",
-                    "round": round_number,
-                    "client": update.client_id,
-                }
-            )
-            coverage.add(update)
-            self.reporter.working("updates are aggregated", share=position / len(arrived))
-            yield update
-
-    def _summarize(self, lines: Sequence[Mapping[str, Any]], *, seconds: float) -> dict[str, Any]:
-        """Return one round's numbers; sites work at the same time, so the slowest one counts."""
-        losses = [line["client/train_loss"] for line in lines if "client/train_loss" in line]
-        busy = [
-            math.fsum(
-                line.get(f"client/{what}_seconds", 0.0)
-                for what in ("prepare", "train", "evaluation")
-            )
-            for line in lines
-        ]
-        return {
-            **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
-            "round/num_clients": len(lines),
-            "round/num_dropped_out": len(lines) - len(losses),
-            "round/seconds": seconds,
-            "round/prepare_seconds": max(line.get("client/prepare_seconds", 0.0) for line in lines),
-            "round/train_seconds": max(line.get("client/train_seconds", 0.0) for line in lines),
-            "round/evaluation_seconds": 0.0,
-            "round/overhead_seconds": seconds - max(busy),
-            "round/uplink_bytes": self.channel.uplink_bytes,
-            "round/downlink_bytes": self.channel.downlink_bytes,
-            "round/peak_memory_bytes": peak_memory_bytes(),
-        }

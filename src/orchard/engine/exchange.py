@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from orchard.communication.readable import readable
+
 log = logging.getLogger(__name__)
 
 
@@ -186,7 +188,8 @@ def _collect(
             settled.append(Answer(site, failure=reply.error))
         else:
             wait = 0.0 if reply.is_lost else patience.poll_seconds * 2**own.attempts
-            log.warning("%s: %s; asking again in %.1f seconds", site, reply.error, wait)
+            why = readable(reply.error)
+            log.warning("%s: %s; asking again in %.1f seconds", site, why, wait)
             pending[site] = _Pending(
                 own.request, attempts=own.attempts - reply.is_lost, wait_until=now + wait
             )

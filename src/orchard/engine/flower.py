@@ -7,6 +7,7 @@ Flower is its Grid: connected nodes, messages, replies.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -14,9 +15,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
+from orchard.communication.door import read_failure, read_introduction
+from orchard.communication.readable import readable
 from orchard.engine.exchange import Post, Reply
 from orchard.engine.flower_messages import pack, unpack
 
+log = logging.getLogger(__name__)
 # Flower's codes for a message, its reply or its node that is not there any more.
 _LOST = frozenset({3, 4, 5})
 _TRAIN, _QUERY = "train", "query"
@@ -60,8 +64,12 @@ class FlowerPost:
     def _learn_names(self) -> None:
         for reply in self.collect(list(self._introductions)):
             node_id = self._introductions.pop(reply.ticket)
-            if not reply.error and reply.header.get("site"):
-                self._names[node_id] = str(reply.header["site"])
+            if reply.error:
+                continue
+            try:
+                self._names[node_id] = read_introduction(reply.header).site
+            except ValueError as error:
+                log.warning("node %d has no name: %s", node_id, error)
 
     def send(self, site: str, header: Mapping[str, Any], body: bytes) -> str:
         """Send a request to a connected site, and return Flower's id of the message."""
@@ -82,17 +90,18 @@ class FlowerPost:
                 replies.append(
                     Reply(
                         ticket,
-                        error=f"Flower error {error.code}: {error.reason}",
+                        error=readable(f"Flower error {error.code}: {error.reason}"),
                         is_lost=error.code in _LOST,
                     )
                 )
                 continue
             try:
                 header, body = unpack(message.content)
+                failure = read_failure(header)
             except ValueError as error:
-                replies.append(Reply(ticket, error=str(error)))
+                replies.append(Reply(ticket, error=readable(str(error))))
                 continue
-            replies.append(Reply(ticket, header, body, error=str(header.get("error", ""))))
+            replies.append(Reply(ticket, header, body, error=failure))
         return replies
 
 

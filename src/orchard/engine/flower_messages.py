@@ -13,6 +13,9 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from orchard.communication.door import read_header_text
+from orchard.communication.readable import readable
+
 _HEADER, _BODY, _STYPE = "header", "body", "orchard.message"
 
 
@@ -31,18 +34,18 @@ def unpack(records: RecordDict) -> tuple[dict[str, Any], bytes]:
         ValueError: The records are of another app.
     """
     try:
-        header = json.loads(str(records.config_records[_HEADER]["json"]))
+        text = records.config_records[_HEADER]["json"]
+        if not isinstance(text, str):
+            raise TypeError("a header that is no text")
         body = b""
         if _BODY in records:
             array = records.array_records[_BODY]["message"]
             if array.stype != _STYPE:
-                raise ValueError(array.stype)
+                raise ValueError("arrays of another kind")
             body = array.data
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"records must be a message of orchard, got others ({error}); check that both sides "
-            "run the same version"
+            f"records must be a message of orchard, got others ({readable(str(error))}); check "
+            "that both sides run the same version"
         ) from error
-    if not isinstance(header, dict):
-        raise ValueError("header must be a JSON object, got another type; check who sent it")
-    return header, body
+    return read_header_text(text), body

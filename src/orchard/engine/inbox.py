@@ -1,14 +1,20 @@
-"""Updates that were let in, on disk until they are aggregated, so that a crash loses none."""
+"""Updates that were let in, on disk until they are aggregated, so that a crash loses none.
+
+One that brought the aggregation down is moved to the quarantine, with the reason beside it: its
+owner can look at it, and no restart meets it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import json
+import os
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchard.communication.audit import content_digest
-from orchard.communication.messages import read_header
-from orchard.results import write_atomically
+from orchard.communication.messages import read_update_header
+from orchard.results import write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,20 @@ class Arrived:
         round_number: Which round's task it answers.
         path: Where it lies.
         num_bytes: Its length.
+        norm: L2 norm of the update.
+        weight: The largest that it gives a name.
     """
 
     client_id: str
     round_number: int
     path: Path
     num_bytes: int
+    norm: float = 0.0
+    weight: float = 0.0
+
+    def weighed(self, norm: float, weight: float) -> Arrived:
+        """Return it with what was found in it."""
+        return replace(self, norm=norm, weight=weight)
 
 
 @dataclass(frozen=True)
@@ -33,10 +47,15 @@ class Inbox:
     """A folder of updates.
 
     Attributes:
-        folder: Its path; it need not exist yet.
+        folder: Its path; it need not exist yet. The quarantine is beside it.
     """
 
     folder: Path
+
+    @property
+    def quarantine(self) -> Path:
+        """Where updates lie that must not be aggregated."""
+        return self.folder.with_name("quarantine")
 
     def put(self, client_id: str, round_number: int, message: bytes) -> Arrived:
         """Keep an update; when this returns it is on disk."""
@@ -44,20 +63,51 @@ class Inbox:
         write_atomically(path, message)
         return Arrived(client_id, round_number, path, len(message))
 
-    def take_up(self, clients: Collection[str], *, round_number: int) -> list[Arrived]:
-        """Return the updates for a round that came before a crash, and throw the others away."""
+    def take_up(
+        self,
+        clients: Collection[str],
+        *,
+        round_number: int,
+        look: Callable[[bytes, Arrived], Arrived] = lambda message, own: own,
+        refuse: Callable[[Arrived, Exception], None] = lambda own, error: None,
+    ) -> list[Arrived]:
+        """Return the updates for a round that came before a crash, and throw the others away.
+
+        Args:
+            clients: Whose updates count.
+            round_number: Which round's do.
+            look: Checks a message again, as when it came.
+            refuse: Told of one that does not pass, which goes to the quarantine.
+        """
         arrived = []
         for path in sorted(self.folder.glob("round_*")):
             message = path.read_bytes()
-            header = read_header(message)
-            client_id = str(header["client_id"])
-            if int(header["round_number"]) == round_number and client_id in clients:
-                arrived.append(Arrived(client_id, round_number, path, len(message)))
-            else:
-                path.unlink()
+            own = Arrived("", round_number, path, len(message))
+            try:
+                header = read_update_header(message)
+                own = replace(own, client_id=header.client_id, round_number=header.round_number)
+                if header.round_number != round_number or header.client_id not in clients:
+                    path.unlink()
+                    continue
+                arrived.append(look(message, own))
+            except ValueError as error:
+                refuse(own, error)
         return arrived
 
     def throw_away(self, arrived: Sequence[Arrived]) -> None:
-        """Delete updates that a checkpoint has in it."""
+        """Delete updates that a checkpoint has in it, or that do not count."""
         for own in arrived:
             own.path.unlink(missing_ok=True)
+
+    def set_apart(self, own: Arrived, reason: str) -> None:
+        """Move an update to the quarantine, with the reason."""
+        self.quarantine.mkdir(parents=True, exist_ok=True)
+        about = {"site": own.client_id, "round": own.round_number, "reason": reason}
+        write_json(self.quarantine / f"{own.path.name}.json", about)
+        if own.path.exists():
+            os.replace(own.path, self.quarantine / own.path.name)
+
+    def set_apart_in(self, round_number: int) -> frozenset[str]:
+        """Return whose updates of a round are in the quarantine; they are not asked for again."""
+        found = self.quarantine.glob(f"round_{round_number:06d}_*.json")
+        return frozenset(json.loads(path.read_text())["site"] for path in found)

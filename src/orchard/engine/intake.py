@@ -3,32 +3,54 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
+from dataclasses import dataclass, field
 
+from orchard.communication import door
 from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.channel import Channel
+from orchard.communication.messages import Update
+from orchard.communication.readable import readable
+from orchard.engine.evaluations import Ranges, measured_ranges
 from orchard.engine.exchange import Answer
 from orchard.engine.inbox import Arrived, Inbox
-from orchard.server.admission import Admission
+from orchard.server.admission import Admission, check_measured
+from orchard.strategies.expert_names import is_router
 from orchard.trees import Tree
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What sites measured of models.
+class Asked:
+    """What one site was asked in a round.
 
     Attributes:
-        clients: Site to metric to value; sites whose values are no finite numbers are not in it.
-        seconds: The longest that one of them took.
+        round_number: The task's.
+        trains: Whether to train.
+        models: Which models to evaluate.
+        local: Whether to evaluate right after training.
     """
 
-    clients: Mapping[str, Mapping[str, float]]
-    seconds: float
+    round_number: int
+    trains: bool = True
+    models: Collection[str] = ()
+    local: bool = False
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What of a site's answer counts.
+
+    Attributes:
+        reply: What it says; None where it was refused.
+        arrived: Its update, kept on disk; None where there is none.
+        lacks_values: Whether it has to be sent the values whole.
+    """
+
+    reply: door.RoundDone | None = None
+    arrived: Arrived | None = None
+    lacks_values: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,6 +63,9 @@ class Intake:
         base_digest: Of the base model, which every site must hold too.
         inbox: Keeps what was let in until it is aggregated.
         audit: Is told of both.
+        ranges: What sites may measure.
+        examples: Site to how many examples it joined with; None where it did not say.
+        accepted: Site to how many examples it counts for; None where no site said how many it has.
     """
 
     channel: Channel
@@ -48,66 +73,123 @@ class Intake:
     base_digest: str
     inbox: Inbox
     audit: AuditLog
+    ranges: Ranges = field(default_factory=measured_ranges)
+    examples: dict[str, int | None] = field(default_factory=dict)
+    accepted: dict[str, int | None] = field(default_factory=dict)
 
-    def admit(self, answer: Answer, shared: Tree, *, round_number: int) -> list[Arrived]:
-        """Check what a site sent for a round and keep it on disk; none where it is refused.
+    def take(self, answer: Answer, asked: Asked, shared: Tree, *, is_last: bool = True) -> Taken:
+        """Check what a site answers, and keep its update on disk.
+
+        An answer of which any part is refused counts for nothing.
 
         Args:
             answer: Of one site.
+            asked: What it answers.
             shared: The global tree, whose names and shapes an update must have.
-            round_number: Which round's task it answers.
+            is_last: Whether a site that lacks values cannot be sent them now.
         """
-        reason = answer.failure or str(answer.header.get("refused", ""))
-        base = answer.header.get("base_digest", self.base_digest)
-        if not reason and base != self.base_digest:
-            reason = f"base model must be {self.base_digest[:12]}, got {str(base)[:12]}"
-        num_names = 0
-        if not reason:
-            try:
-                self.admission.check_header(answer.body, shared)
-                update = self.channel.unpack_update(answer.body)
-                self.admission.check(
-                    update, client_id=answer.site, round_number=round_number, shared=shared
-                )
-                num_names = len(update.delta)
-            except ValueError as error:
-                reason = str(error)
-        if reason:
-            self.refuse(answer.site, round_number, reason)
-            return []
+        try:
+            reply = self._read(answer, is_last=is_last)
+            if isinstance(reply, door.LacksValues):
+                return Taken(lacks_values=True)
+            check_measured(reply.evaluation, models=asked.models, metrics=self.ranges)
+            if not asked.trains:
+                return Taken(reply)
+            update, norm = self.look(answer.body, answer.site, asked, shared)
+        except Exception as error:  # whatever a message does to us is the message's fault
+            self.refuse(answer.site, asked.round_number, describe(error))
+            return Taken()
         self.channel.uplink_bytes += len(answer.body)
-        arrived = self.inbox.put(answer.site, round_number, answer.body)
+        arrived = self.inbox.put(answer.site, asked.round_number, answer.body)
         self.audit.write(
             "received",
             site=answer.site,
-            round=round_number,
-            num_names=num_names,
+            round=asked.round_number,
+            num_names=len(update.delta),
             bytes=len(answer.body),
             sha256=content_digest(answer.body),
         )
-        return [arrived]
+        return Taken(reply, arrived.weighed(norm, max(update.weight.values(), default=0.0)))
+
+    def _read(self, answer: Answer, *, is_last: bool) -> door.RoundDone | door.LacksValues:
+        if answer.failure:
+            raise ValueError(answer.failure)
+        reply = door.read_round_reply(answer.header)
+        if reply.site not in (None, answer.site):
+            raise ValueError(f"site must be {answer.site}, who was asked, got {reply.site}")
+        if isinstance(reply, door.Refused):
+            raise ValueError(f"{reply.refused} ({reply.option})" if reply.option else reply.refused)
+        if isinstance(reply, door.LacksValues):
+            if is_last:
+                raise ValueError("site must read whole values, got an answer that it lacks some")
+            return reply
+        if reply.base_digest != self.base_digest:
+            raise ValueError(
+                f"base model must be {self.base_digest[:12]}, got {reply.base_digest[:12]}"
+            )
+        return reply
+
+    def look(self, message: bytes, site: str, asked: Asked, shared: Tree) -> tuple[Update, float]:
+        """Return the update that a message holds, and its L2 norm.
+
+        Raises:
+            ValueError: It must not be aggregated.
+        """
+        self.admission.check_header(message, shared)
+        update = self.channel.unpack_update(message, shared)
+        norm = self.admission.check(
+            update,
+            client_id=site,
+            round_number=asked.round_number,
+            shared=shared,
+            local=self.ranges if asked.local else {},
+            most=self.most(site, shared),
+        )
+        joined, now = self.examples.get(site), update.metrics.get("client/num_examples")
+        if joined is not None and now not in (None, joined):
+            raise ValueError(
+                f"site must have the {joined} training examples that it joined with, got {now:g}; "
+                "bring back its data, or start another run"
+            )
+        return update, norm
+
+    def look_again(self, message: bytes, own: Arrived, asked: Asked, shared: Tree) -> Arrived:
+        """Return an update that lay on disk with what is found in it.
+
+        Raises:
+            ValueError: It must not be aggregated.
+        """
+        update, norm = self.look(message, own.client_id, asked, shared)
+        return own.weighed(norm, max(update.weight.values(), default=0.0))
+
+    def most(self, site: str, shared: Tree, *, is_said: bool = True) -> dict[str, float] | None:
+        """Return name to the largest weight that a site can have for it; None = it never said.
+
+        A name counts as many times as the site has examples, or once. A router may count by
+        preference, which is at most the number of experts.
+
+        Args:
+            site: Whose.
+            shared: The global tree.
+            is_said: Whether by the examples that it joined with, or by those that it counts for.
+        """
+        number = self.examples.get(site) if is_said else None
+        number = self.accepted.get(site) if number is None else number
+        if number is None:
+            return None
+        limit = float(max(number, 1))
+        return {
+            name: max(limit, float(len(shared))) if is_router(name) else limit for name in shared
+        }
 
     def refuse(self, site: str, round_number: int, reason: str) -> None:
         """Write down that something of a site was refused, and why."""
+        reason = readable(reason)
         self.audit.write("refused", site=site, round=round_number, reason=reason)
         log.warning("round %d, %s: %s", round_number, site, reason)
 
-    def measured(
-        self, sites: Sequence[str], headers: Mapping[str, Mapping[str, Any]], *, round_number: int
-    ) -> Measured:
-        """Read what sites measured of the models after a round; what is no number is refused."""
-        clients: dict[str, dict[str, float]] = {}
-        seconds = [0.0]
-        for site in sites:
-            header = headers.get(site, {})
-            try:
-                values = {str(k): float(v) for k, v in dict(header.get("evaluation", {})).items()}
-                seconds.append(float(header.get("evaluation_seconds", 0.0)))
-            except (TypeError, ValueError):
-                values = {"": math.nan}
-            if not all(math.isfinite(v) for v in (*values.values(), seconds[-1])):
-                self.refuse(site, round_number, "evaluation must be finite numbers")
-                seconds.pop()
-            elif values:
-                clients[site] = values
-        return Measured(clients, max(seconds))
+
+def describe(error: Exception) -> str:
+    """Return what an error says, with its type where it is none that a check raises."""
+    name = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+    return readable(f"{name}{error}")

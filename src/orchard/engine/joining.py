@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Mapping
 
-from orchard.engine.exchange import Patience, Post, Request, exchange
+from orchard.communication import door
+from orchard.communication.readable import readable
+from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
 from orchard.engine.intake import Intake
 from orchard.engine.progress import Reporter
 
@@ -17,18 +19,21 @@ def wait_for_sites(
     post: Post,
     request: Request,
     *,
-    known: Collection[str],
+    known: Mapping[str, int | None],
     expected: int,
     patience: Patience,
     intake: Intake,
     reporter: Reporter,
-) -> set[str]:
+) -> dict[str, int | None]:
     """Ask every site that is online to join, and return those that did.
+
+    With each goes how many examples it has; None where it does not say.
 
     Args:
         post: Carries requests.
         request: What a site is asked, which may refuse.
-        known: The sites of a run that is resumed; no other is asked. Empty = anybody.
+        known: The sites of a run that is resumed, to how many examples each joined with; no other
+            is asked. Empty = anybody.
         expected: The wait ends when so many have joined.
         patience: How long is waited, and how few are enough.
         intake: Writes down who joined and who refused.
@@ -38,21 +43,25 @@ def wait_for_sites(
         TimeoutError: Too few joined in time.
     """
     end = time.monotonic() + patience.join_seconds
-    joined: set[str] = set()
+    joined: dict[str, int | None] = {}
     refused: dict[str, str] = {}
     while len(joined) < expected and time.monotonic() < end:
         reporter.working(f"{len(joined)} of {expected} sites joined", share=0.0)
-        new = post.online() - joined - refused.keys()
+        new = post.online() - joined.keys() - refused.keys()
         asked = {site: request for site in sorted(new) if not known or site in known}
         for answer in exchange(post, asked, patience, seconds=max(end - time.monotonic(), 0.0)):
             if answer.failure:
-                log.warning("%s has not joined yet: %s", answer.site, answer.failure)
-            elif reason := str(answer.header.get("refused", "")):
-                refused[answer.site] = reason
-                intake.refuse(answer.site, 0, reason)
-            else:
-                joined.add(answer.site)
-                intake.audit.write("joined", site=answer.site, round=0)
+                why = readable(answer.failure)
+                log.warning("%s has not joined yet: %s", answer.site, why)
+                continue
+            try:
+                number = _read(answer, known)
+            except ValueError as error:
+                refused[answer.site] = readable(str(error))
+                intake.refuse(answer.site, 0, str(error))
+                continue
+            joined[answer.site] = number
+            intake.audit.write("joined", site=answer.site, round=0, num_examples=number)
         if len(joined) < expected:
             time.sleep(patience.poll_seconds)
     if len(joined) < min(patience.quorum, expected) or not joined:
@@ -64,3 +73,23 @@ def wait_for_sites(
             "deployment.join_seconds, or lower deployment.quorum"
         )
     return joined
+
+
+def _read(answer: Answer, known: Mapping[str, int | None]) -> int | None:
+    """Return how many examples a site joins with; None where it does not say.
+
+    Raises:
+        ValueError: It does not join, or is not the one that joined before.
+    """
+    reply = door.read_join_reply(answer.header)
+    if isinstance(reply, door.Refused):
+        raise ValueError(f"{reply.refused} ({reply.option})" if reply.option else reply.refused)
+    if reply.site != answer.site:
+        raise ValueError(f"site must be {answer.site}, who was asked, got {reply.site}")
+    before = known.get(answer.site)
+    if before is not None and reply.num_examples != before:
+        raise ValueError(
+            f"site must have the {before} training examples that it joined the run with, got "
+            f"{reply.num_examples}; bring back its data, or start another run"
+        )
+    return reply.num_examples

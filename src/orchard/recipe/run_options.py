@@ -39,7 +39,24 @@ class DataOptions:
     """Examples, and which client holds them."""
 
     path: str = option(
-        "", "JSON Lines file, folder with one file per client, Hugging Face name, or orchard:world."
+        "",
+        "File (JSON Lines, JSON, CSV, TSV, parquet), folder with one file per client, Hugging Face "
+        "name, or orchard:world.",
+    )
+    format: str = option(
+        "auto",
+        "What rows are; auto = recognized by their columns, and said. The columns that the options "
+        "below name; instruction, input, output; question, answer; prompt, completion; input, "
+        "output; a list of turns with role and content; one with from and value.",
+        choices=(
+            *("auto", "instruction", "alpaca", "question_answer", "prompt_completion"),
+            *("input_output", "messages", "sharegpt"),
+        ),
+    )
+    bad_rows: str = option(
+        "error",
+        "A row that is no example: an error, or left out and counted.",
+        choices=("error", "skip"),
     )
     subset: str = option("", "Configuration of a Hugging Face data set.")
     split: str = option("train", "Split of a Hugging Face data set.")
@@ -47,6 +64,13 @@ class DataOptions:
     context: str = option("context", "Column with the context; empty = none.")
     response: str = option("response", "Column with the response.")
     category: str = option("category", "Column with the category; empty = none.")
+    system: str = option("system", "Column with a system turn; empty = none.")
+    history: str = option(
+        "history", "Column with the turns before, a list of pairs or of turns; empty = none."
+    )
+    conversation: str = option(
+        "", "Column with the turns of a conversation; empty = messages or conversations."
+    )
     wording: str = option(
         "",
         "Instead of an instruction column, its words; {COLUMN} stands for the text of that column.",
@@ -71,6 +95,17 @@ class DataOptions:
     template: str = option(
         "alpaca", "How an example becomes text.", choices=("alpaca", "chat", "plain")
     )
+    special_tokens: str = option(
+        "text",
+        "Special tokens that stand in data, such as <|im_start|>: encoded as the text that they "
+        "are, or allowed to be tokens, with which a row can forge turns.",
+        choices=("text", "allow"),
+    )
+    learn: str = option(
+        "every",
+        "Of several turns: loss on every turn of the assistant, or on the last only.",
+        choices=("every", "last"),
+    )
     max_tokens: int = option(512, "Longest example, in tokens.", minimum=8)
     partition: str = option(
         "iid",
@@ -87,6 +122,12 @@ class DataOptions:
     )
     test_per_category: int = option(
         0, "If above 0, one test set for all clients, so many of each category.", minimum=0
+    )
+    min_examples: int = option(
+        0,
+        "Clients with fewer examples are left out, and named; 0 = none is, and one that is too "
+        "small for data.test_size is an error.",
+        minimum=0,
     )
     duplicates: str = option(
         "report",
@@ -202,7 +243,12 @@ class DeploymentOptions:
     sites: int = option(0, "Sites that take part; 0 = those with a key.", minimum=0)
     quorum: int = option(0, "Fewest updates of a round that counts; 0 = of all sites.", minimum=0)
     join_seconds: float = option(600.0, "Wait for sites to join.", above=0)
-    round_seconds: float = option(3600.0, "Wait for the answers of a round.", above=0)
+    round_seconds: float = option(
+        3600.0,
+        "Wait for the answers of a round; Flower keeps a message for 12 hours.",
+        above=0,
+        maximum=43200.0,
+    )
     probe_seconds: float = option(
         30.0, "Without an answer for so long, a site is asked whether it still works.", above=0
     )
@@ -216,4 +262,28 @@ class DeploymentOptions:
     max_update_norm: float = option(
         0.0, "An update of a larger L2 norm is refused; 0 = any finite one.", minimum=0
     )
+    max_norm_ratio: float = option(
+        10.0,
+        "An update whose L2 norm is above so many times the median of its round is refused, from "
+        "three updates on; 0 = never.",
+        minimum=0,
+    )
     max_weight: float = option(1e9, "A larger weight of a name is refused.", above=0)
+    max_examples: int = option(
+        0,
+        "Most examples that one site counts for, whatever it joined with; 0 = ten times the median "
+        "of the sites.",
+        minimum=0,
+    )
+    weights: str = option(
+        "examples",
+        "What a site counts: what its method says, within the examples that it joined with; or "
+        "equal, the same as every other.",
+        choices=("examples", "equal"),
+    )
+    max_move: float = option(
+        0.0,
+        "Largest L2 norm by which a round may move the global tree; 0 = a hundred times the norm "
+        "of the tree, of the longest update, or 1, whichever is most.",
+        minimum=0,
+    )

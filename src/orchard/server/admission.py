@@ -6,19 +6,22 @@ with a reason, and the round goes on as if its client had not answered.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from orchard.communication import door
 from orchard.communication.messages import Update
+from orchard.communication.stages import RESERVED
 from orchard.trees import Tree
 
-_MAX_METRICS = 10_000
+MAX_METRICS = 1_000
 _METRIC = re.compile(r"(client|local)/[\w.,-]{1,200}")
+SMALLEST_WEIGHT = 1e-24
+"""A weight is 0 or at least this: what is smaller is 0 in float32, and a mean over it NaN."""
 
 
 class RefusedUpdate(ValueError):
@@ -39,8 +42,7 @@ class Admission:
 
     def max_bytes(self, shared: Tree) -> int:
         """Return how long a message may be: the tree in float32, and a header of its names."""
-        values = sum(4 * tensor.numel() for tensor in shared.values())
-        return values + 65536 + sum(512 + 4 * len(name) for name in shared)
+        return sum(4 * tensor.numel() for tensor in shared.values()) + _header_bytes(shared)
 
     def check_header(self, message: bytes, shared: Tree) -> None:
         """Check what a message claims to hold, without decoding a tensor.
@@ -52,6 +54,8 @@ class Admission:
         Raises:
             RefusedUpdate: It claims something else than tensors of this tree.
         """
+        if not isinstance(message, bytes | bytearray):
+            raise RefusedUpdate("message must be bytes, got another type")
         if len(message) > self.max_bytes(shared):
             raise RefusedUpdate(
                 f"message must have at most {self.max_bytes(shared)} bytes, got {len(message)}"
@@ -63,27 +67,42 @@ class Admission:
                 f"header of {size}"
             )
         try:
-            header = json.loads(message[8 : 8 + size])
-            tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
-            claimed = {name: tuple(entry["shape"]) for name, entry in tensors.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise RefusedUpdate("message must have a safetensors header, got none") from error
-        for name, shape in claimed.items():
-            if not all(isinstance(n, int) and n >= 0 for n in shape):
-                raise RefusedUpdate(f"shape of {name} must be of whole numbers, got {shape}")
+            layout = door.read_layout(message, max_bytes=_header_bytes(shared))
+            layout.pop("__metadata__", None)
+            tensors = door.read_tensors(layout)
+        except door.MalformedError as error:
+            raise RefusedUpdate(
+                "message must have a safetensors header, of names with shapes and places in whole "
+                f"numbers, got another: {error}"
+            ) from error
+        for name in tensors:
+            if not name.startswith(RESERVED):
+                _check_name(name, shared)
 
-    def check(self, update: Update, *, client_id: str, round_number: int, shared: Tree) -> None:
-        """Check a decoded update.
+    def check(
+        self,
+        update: Update,
+        *,
+        client_id: str,
+        round_number: int,
+        shared: Tree,
+        local: Mapping[str, tuple[float, float]] | None = None,
+        most: Mapping[str, float] | None = None,
+    ) -> float:
+        """Check a decoded update, and return its L2 norm.
 
         Args:
             update: What was decoded.
             client_id: Who was asked.
             round_number: What for.
             shared: The global tree that the task held.
+            local: What the task asked to be measured after training, to its range; None = anything.
+            most: Name to the largest weight that this client can have for it; None = ``max_weight``
+                for all.
 
         Raises:
             RefusedUpdate: It is for another round, from another client, of other names or shapes,
-                not finite, too large, or has a weight that is none.
+                not finite, too large, has a weight that is none, or a metric that nobody asked for.
         """
         if update.client_id != client_id:
             raise RefusedUpdate(
@@ -93,8 +112,7 @@ class Admission:
             raise RefusedUpdate(f"round must be {round_number}, got {update.round_number}")
         squares = 0.0
         for name, tensor in update.delta.items():
-            if name not in shared:
-                raise RefusedUpdate(f"{name} must be a name of the global tree, got another")
+            _check_name(name, shared)
             expected = shared[name].shape
             if tensor.shape != expected:
                 raise RefusedUpdate(
@@ -113,20 +131,73 @@ class Admission:
             )
         if norm > torch.finfo(torch.float32).max:
             raise RefusedUpdate(f"norm of the update must fit float32, got {norm:g}")
-        self._check_weights(update.weight)
-        if len(update.metrics) > _MAX_METRICS:
-            raise RefusedUpdate(
-                f"metrics must be at most {_MAX_METRICS}, got {len(update.metrics)}"
-            )
-        for name, value in update.metrics.items():
-            if not _METRIC.fullmatch(name):
-                raise RefusedUpdate(f"metric must be client/name or local/name, got {name[:80]!r}")
-            if not math.isfinite(value):
-                raise RefusedUpdate(f"metric {name} must be finite, got {value}")
+        self._check_weights(update.weight, most)
+        _check_metrics(update.metrics, local)
+        return norm
 
-    def _check_weights(self, weights: Mapping[str, float]) -> None:
+    def _check_weights(
+        self, weights: Mapping[str, float], most: Mapping[str, float] | None
+    ) -> None:
         for name, weight in weights.items():
-            if not math.isfinite(weight) or not 0 <= weight <= self.max_weight:
+            limit = self.max_weight
+            if most is not None:
+                limit = min(limit, most.get(name, limit))
+            if not math.isfinite(weight) or not 0 <= weight <= limit:
+                raise RefusedUpdate(f"weight of {name} must be in 0..{limit:g}, got {weight}")
+            if 0 < weight < SMALLEST_WEIGHT:
                 raise RefusedUpdate(
-                    f"weight of {name} must be in 0..{self.max_weight:g}, got {weight}"
+                    f"weight of {name} must be 0 or at least {SMALLEST_WEIGHT:g}, got {weight}"
                 )
+
+
+def check_measured(
+    values: Mapping[str, float],
+    *,
+    models: Collection[str],
+    metrics: Mapping[str, tuple[float, float]],
+) -> None:
+    """Check what a client measured of models.
+
+    Args:
+        values: ``model/metric`` to value.
+        models: Which models it was asked to measure.
+        metrics: Which metrics, to the range that a value is in.
+
+    Raises:
+        RefusedUpdate: It is of another model, another metric, or out of range.
+    """
+    for key, value in values.items():
+        model, _, metric = key.partition("/")
+        if model not in models or metric not in metrics:
+            raise RefusedUpdate(
+                f"{key} must be a metric that was asked for, of a model that was, got another"
+            )
+        low, high = metrics[metric]
+        if not low <= value <= high:  # false for NaN
+            raise RefusedUpdate(f"{key} must be in {low:g}..{high:g}, got {value}")
+
+
+def _header_bytes(shared: Tree) -> int:
+    return 65536 + sum(512 + 4 * len(name) for name in shared)
+
+
+def _check_name(name: str, shared: Tree) -> None:
+    if name not in shared:
+        raise RefusedUpdate(f"{name} must be a name of the global tree, got another")
+
+
+def _check_metrics(
+    metrics: Mapping[str, float], local: Mapping[str, tuple[float, float]] | None
+) -> None:
+    if len(metrics) > MAX_METRICS:
+        raise RefusedUpdate(f"metrics must be at most {MAX_METRICS}, got {len(metrics)}")
+    for name, value in metrics.items():
+        if not _METRIC.fullmatch(name):
+            raise RefusedUpdate(f"metric must be client/name or local/name, got {name[:80]!r}")
+        low, high = -door.MAX_VALUE, door.MAX_VALUE
+        if name.endswith("_seconds"):
+            low, high = 0.0, door.MAX_SECONDS
+        if name.startswith("local/") and local is not None:
+            check_measured({name: value}, models=("local",), metrics=local)
+        if not low <= value <= high:  # false for NaN
+            raise RefusedUpdate(f"metric {name} must be in {low:g}..{high:g}, got {value}")

@@ -32,6 +32,10 @@ _Kernel: TypeAlias = Callable[[Tensor], Tensor]
 """From the values of a name, (C, ...) float32, to one value."""
 
 
+class TooFewContributorsError(ValueError):
+    """No name came from enough clients to say who is the odd one out."""
+
+
 @dataclass(frozen=True)
 class RobustSettings:
     """How much of a round may be wrong.
@@ -75,7 +79,7 @@ def _refuse_few(values: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
     """Return the names that enough clients sent.
 
     Raises:
-        ValueError: No name is one.
+        TooFewContributorsError: No name is one.
     """
     few = [name for name, own in values.items() if len(own) < MIN_CONTRIBUTORS]
     if few:
@@ -87,7 +91,7 @@ def _refuse_few(values: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
             few[0],
         )
     if values and len(few) == len(values):
-        raise ValueError(
+        raise TooFewContributorsError(
             f"robust aggregation must have at least {MIN_CONTRIBUTORS} clients that sent a name, "
             f"got {max(map(len, values.values()))}; use server.aggregation = mean, or more clients"
         )

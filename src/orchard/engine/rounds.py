@@ -1,0 +1,191 @@
+"""Which updates of a round count, for how much, and what they make."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchard.communication.channel import Channel
+from orchard.communication.messages import Update
+from orchard.engine.combining import Combined, Combiner
+from orchard.engine.coverage import Coverage
+from orchard.engine.inbox import Arrived
+from orchard.engine.intake import Intake
+from orchard.engine.progress import Reporter
+from orchard.engine.simulator import rounds_since_sent
+from orchard.process_memory import peak_memory_bytes
+from orchard.results import MetricsLog
+from orchard.server.beside import Bounds, bounded, round_median, too_heavy
+from orchard.server.checkpoint import ServerState
+from orchard.server.moves import check_move
+from orchard.strategies.strategy import Strategy
+from orchard.trees import select
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Rounds:
+    """Makes rounds of what the intake let in.
+
+    Attributes:
+        intake: Where updates came in.
+        log: Of the run's metrics.
+        reporter: Shows progress.
+        bounds: What an update may be beside the others of its round.
+        max_move: Largest L2 norm by which a round moves the global tree; 0 = see ``check_move``.
+        staleness: What a late update counts, to the power of the rounds that it is late.
+    """
+
+    intake: Intake
+    log: MetricsLog
+    reporter: Reporter
+    bounds: Bounds
+    max_move: float
+    staleness: float
+
+    def join(self, examples: Mapping[str, int | None]) -> None:
+        """Note how many examples each site joined with, and say where it counts for fewer."""
+        self.intake.examples.update(examples)
+        accepted = self.bounds.accepted(examples)
+        self.intake.accepted.update(accepted)
+        for site, number in examples.items():
+            if number is not None and number != accepted[site]:
+                logger.warning(
+                    "%s counts for %s examples, not for the %s that it joined with; see "
+                    "deployment.max_examples",
+                    site,
+                    accepted[site],
+                    number,
+                )
+
+    def settle(
+        self, arrived: Sequence[Arrived], sites: Sequence[str]
+    ) -> tuple[list[Arrived], set[str]]:
+        """Return the updates that count, in the order of sites, and whose are out of bounds.
+
+        A site counts once, by its newest update.
+        """
+        newest = {own.client_id: own for own in sorted(arrived, key=lambda own: own.round_number)}
+        for own in arrived:
+            if own is not newest[own.client_id]:
+                self._drop(
+                    own,
+                    f"came late, beside the update of round "
+                    f"{newest[own.client_id].round_number}; a site counts once",
+                )
+        kept = [newest[site] for site in sites if site in newest]
+        long, bound = self.bounds.too_long([own.norm for own in kept], self._medians())
+        for own in (kept[i] for i in long):
+            self._drop(
+                own,
+                f"norm of the update must be at most {bound:g}, "
+                f"{self.bounds.max_norm_ratio:g} times the median of its round, got "
+                f"{own.norm:g}; see deployment.max_norm_ratio",
+            )
+        never_said = [self.intake.accepted.get(own.client_id) is None for own in kept]
+        heavy, most = too_heavy([own.weight for own in kept], unbounded=never_said)
+        for own in (kept[i] for i in heavy if i not in long):
+            self._drop(
+                own,
+                f"weight must be at most {most:g} where a site has not said how many "
+                f"examples it has, got {own.weight:g}",
+            )
+        odd = {kept[i].client_id for i in (*long, *heavy)}
+        return [own for own in kept if own.client_id not in odd], odd
+
+    def _medians(self) -> list[float]:
+        """Return the median norms of the updates of earlier rounds."""
+        return [
+            line["round/median_update_norm"]
+            for line in self.log
+            if line["kind"] == "round" and "round/median_update_norm" in line
+        ]
+
+    def _drop(self, own: Arrived, reason: str) -> None:
+        self.intake.refuse(own.client_id, own.round_number, reason)
+        self.intake.inbox.throw_away([own])
+
+    def set_apart(self, own: Arrived, reason: str) -> None:
+        """Move an update to the quarantine, and say why."""
+        self.intake.refuse(own.client_id, own.round_number, f"{reason}; set apart in quarantine/")
+        self.intake.inbox.set_apart(own, reason)
+
+    def combine(
+        self, strategy: Strategy, state: ServerState, arrived: Sequence[Arrived]
+    ) -> Combined | None:
+        """Return what the updates of a round make, and set apart those that bring it down."""
+
+        def working(position: int) -> None:
+            self.reporter.working("updates are aggregated", share=position / len(arrived))
+
+        def check(after: ServerState, own: Sequence[Arrived]) -> None:
+            longest = max((one.norm for one in own), default=0.0)
+            check_move(state, after, longest=longest, max_move=self.max_move)
+
+        made = Combiner(
+            strategy,
+            state,
+            read=lambda own: self._read(own, state),
+            check=check,
+            coverage=lambda: Coverage(state.shared, rounds_since_sent(self.log)),
+            working=working,
+        ).combine(arrived)
+        for own, reason in made.culprits if made else ():
+            self.set_apart(own, reason)
+        return made
+
+    def _read(self, own: Arrived, state: ServerState) -> Update:
+        """Return an update from disk, as much as it counts; a name without weight is left alone."""
+        update = self.intake.channel.unpack_update(own.path.read_bytes(), state.shared)
+        most = self.intake.most(own.client_id, state.shared, is_said=False)
+        discount = self.staleness ** (state.round_number + 1 - own.round_number)
+        weight = bounded(update.weight, most=most or {})
+        weight = {
+            name: discount * (1.0 if self.bounds.is_equal else value)
+            for name, value in weight.items()
+            if value > 0
+        }
+        delta = update.delta
+        if len(weight) < len(delta):
+            delta = select(delta, weight)
+        return replace(update, delta=delta, weight=weight)
+
+
+def summarize(
+    lines: Sequence[Mapping[str, Any]],
+    arrived: Sequence[Arrived],
+    channel: Channel,
+    *,
+    seconds: float,
+) -> dict[str, Any]:
+    """Return one round's numbers; sites work at the same time, so the slowest one counts."""
+    losses = [line["client/train_loss"] for line in lines if "client/train_loss" in line]
+    longest = {
+        what: max((line.get(f"client/{what}_seconds", 0.0) for line in lines), default=0.0)
+        for what in ("prepare", "train")
+    }
+    busy = [
+        math.fsum(
+            line.get(f"client/{what}_seconds", 0.0) for what in ("prepare", "train", "evaluation")
+        )
+        for line in lines
+    ]
+    middle = round_median([own.norm for own in arrived])
+    return {
+        **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
+        "round/num_clients": len(lines),
+        "round/num_dropped_out": len(lines) - len(losses),
+        "round/seconds": seconds,
+        "round/prepare_seconds": longest["prepare"],
+        "round/train_seconds": longest["train"],
+        "round/evaluation_seconds": 0.0,
+        "round/overhead_seconds": seconds - max(busy, default=0.0),
+        "round/uplink_bytes": channel.uplink_bytes,
+        "round/downlink_bytes": channel.downlink_bytes,
+        "round/peak_memory_bytes": peak_memory_bytes(),
+        **({"round/median_update_norm": middle} if middle else {}),
+    }

@@ -1,0 +1,119 @@
+"""What arrives in Flower's records, from whoever it is."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("flwr")
+from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, RecordDict
+
+from orchard.communication.door import MAX_HEADER_BYTES
+from orchard.communication.readable import MAX_TEXT
+from orchard.engine import flower
+from orchard.engine.exchange import Reply
+from orchard.engine.flower import FlowerPost
+from orchard.engine.flower_messages import pack, unpack
+from orchard.recipe.run_options import DeploymentOptions
+
+
+@pytest.fixture(autouse=True)
+def _outside_an_app(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Flower makes a message only in the process of an app.
+    monkeypatch.setattr(flower, "Message", lambda *arguments: arguments)
+
+
+def records(text: Any) -> RecordDict:
+    return RecordDict({"header": ConfigRecord({"json": text})})
+
+
+class Grid:
+    """Hands over what a test puts in, as the reply to ``ticket``."""
+
+    def __init__(self, content: Any = None, error: Any = None) -> None:
+        self.reply = SimpleNamespace(
+            metadata=SimpleNamespace(reply_to_message_id="ticket"),
+            content=content,
+            error=error,
+            has_error=lambda: error is not None,
+        )
+
+    def get_nodes(self) -> list[Any]:
+        return [SimpleNamespace(node_id=7, name="", last_activated_at=0)]
+
+    def push_messages(self, messages: Any) -> list[str]:
+        return ["ticket" for _ in messages]
+
+    def pull_messages(self, tickets: Any) -> list[Any]:
+        return [self.reply]
+
+
+def collected(content: Any = None, error: Any = None) -> Reply:
+    (reply,) = FlowerPost(Grid(content, error)).collect(["ticket"])  # type: ignore[arg-type]
+    return reply
+
+
+def test_a_reply_crosses_as_it_was_packed() -> None:
+    header = {"site": "north", "base_digest": "b"}
+    reply = collected(pack(header, b"body"))
+    assert (reply.header, reply.body, reply.error) == (header, b"body", "")
+
+
+OTHERS = {
+    "deep": records("[" * 60_000),
+    "deep objects": records('{"a":' * 12_000),
+    "long": records('{"error": "' + "x" * MAX_HEADER_BYTES + '"}'),
+    "a number": records(5),
+    "a list": records("[1]"),
+    "a key twice": records('{"site": "a", "site": "b"}'),
+    "infinity": records('{"evaluation_seconds": Infinity}'),
+    "no header": RecordDict(),
+    "another app's arrays": RecordDict(
+        {
+            "header": ConfigRecord({"json": "{}"}),
+            "body": ArrayRecord({"message": Array("uint8", (1,), "numpy.ndarray", b"x")}),
+        }
+    ),
+    "an error that is none": records('{"error": {"a": 1}}'),
+    "a long error": records(json.dumps({"error": "x\n" * 100_000})),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_reply_is_an_error_of_its_site(kind: str) -> None:
+    reply = collected(OTHERS[kind])
+    assert reply.error
+    assert reply.error.isprintable()
+    assert len(reply.error) <= MAX_TEXT
+
+
+def test_what_flower_says_of_a_node_is_cut_too() -> None:
+    reply = collected(error=SimpleNamespace(code=3, reason="\x1b[2J" * 10_000))
+    assert reply.is_lost
+    assert reply.error.isprintable()
+    assert len(reply.error) <= MAX_TEXT
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "../up", "x" * 65, 5, None, ["a"]])
+def test_a_node_that_gives_itself_no_name_of_a_site_has_none(name: Any) -> None:
+    post = FlowerPost(Grid(pack({"site": name}, b"")))  # type: ignore[arg-type]
+    assert post.online() == frozenset()
+
+
+def test_a_node_without_a_key_has_the_name_that_it_gives_itself() -> None:
+    post = FlowerPost(Grid(pack({"site": "north"}, b"")))  # type: ignore[arg-type]
+    post.online()
+    assert post.online() == {"north"}
+
+
+def test_a_request_is_read_by_the_same_rules() -> None:
+    with pytest.raises(ValueError, match="nested at most"):
+        unpack(records("[" * 60_000))
+
+
+def test_no_round_is_longer_than_flower_keeps_its_messages() -> None:
+    longest = DeploymentOptions.__dataclass_fields__["round_seconds"].metadata["maximum"]
+    assert longest <= DEFAULT_TTL

@@ -1,0 +1,338 @@
+"""What one hostile site cannot do to a round: poison it, own it, end it, or end the next start."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save
+
+from orchard.communication.channel import Channel
+from orchard.communication.messages import Update
+from orchard.communication.sparsification import TopK
+from orchard.engine.exchange import Patience
+from orchard.server.aggregation import mean
+from orchard.server.beside import Bounds
+from orchard.server.optimizers import Adaptive
+from orchard.server.robust import RobustSettings, robust_aggregate
+from orchard.strategies.strategy import Strategy
+from orchard.trees import Tree
+from scripted import (
+    EXAMPLES,
+    FIRST,
+    PATIENCE,
+    SECOND,
+    SHARED,
+    SITES,
+    Bad,
+    Header,
+    ScriptedPost,
+    header_of,
+    honest,
+    raw_update,
+    reasons,
+    run,
+    update_header,
+)
+from sites import same
+
+
+def sends(make: Callable[[Header], bytes]) -> Bad:
+    """Answer evaluation honestly, and training with what ``make`` returns."""
+    return lambda asked: (header_of("bad", asked), make(asked) if asked["train"] else b"")
+
+
+def full(value: float, weight: float = EXAMPLES) -> Bad:
+    tensors = {name: torch.full_like(tensor, value) for name, tensor in SHARED.items()}
+    return sends(
+        lambda asked: raw_update(
+            update_header(asked, weight=dict.fromkeys(SHARED, weight)), tensors
+        )
+    )
+
+
+def without(folder: Path, **facts: Any) -> Any:
+    return run(folder / "without", ScriptedPost(None), **facts)[0].shared
+
+
+POISONED = {
+    "a delta near float32's end": full(8e37),
+    "such a one with a huge weight": full(8e37, 1e9),
+    "a delta whose mean is beyond the bound": full(1e30),
+    "a long one": full(60.0),
+    "a weight that it does not have": full(3.0, 1e9),
+    "one example too many": full(3.0, EXAMPLES + 1.0),
+    "a weight that is nothing in float32": full(3.0, 1e-46),
+    "a denormal weight": full(3.0, 1e-320),
+}
+
+
+@pytest.mark.parametrize("kind", POISONED)
+@pytest.mark.parametrize("num_rounds", [1, 2])
+def test_a_poisoned_update_changes_nothing(kind: str, num_rounds: int, tmp_path: Path) -> None:
+    expected = without(tmp_path, num_rounds=num_rounds)
+    state, result = run(tmp_path / "run", ScriptedPost(POISONED[kind]), num_rounds=num_rounds)
+    assert same(state.shared, expected)
+    assert len(reasons(tmp_path / "run")) == num_rounds
+    assert result["num_rounds"] == num_rounds
+
+
+def test_a_site_that_joins_with_more_counts_for_what_is_accepted(tmp_path: Path) -> None:
+    def run_with(number: int, **facts: Any) -> float:
+        folder = tmp_path / f"{number}-{facts}"
+        joins = lambda asked: {"site": "bad", "num_examples": number}  # noqa: E731
+        bad = sends(
+            lambda asked: raw_update(
+                update_header(
+                    asked,
+                    weight=dict.fromkeys(SHARED, float(number)),
+                    metrics={"client/num_examples": float(number)},
+                )
+            )
+        )
+        state, _ = run(folder, ScriptedPost(bad, joins), num_rounds=1, **facts)
+        return float(state.shared[FIRST][0, 0])
+
+    def mean_with(weight: float) -> float:
+        return (4 * 1 + 4 * 2 + weight * 3) / (8 + weight)
+
+    assert run_with(8) == pytest.approx(mean_with(8))
+    # Ten times the median of 4, 4 and a billion.
+    assert run_with(10**9) == pytest.approx(mean_with(40))
+    assert run_with(10**9, bounds=Bounds(max_examples=4)) == pytest.approx(2.0)
+    assert run_with(10**9, bounds=Bounds(is_equal=True)) == pytest.approx(2.0)
+
+
+def test_a_site_that_never_says_how_much_it_has_is_held_to_the_others(tmp_path: Path) -> None:
+    post = ScriptedPost(full(-3.0, 1e9), joins=lambda asked: {"site": "bad"})
+    state, _ = run(tmp_path / "run", post, num_rounds=1)
+    assert same(state.shared, without(tmp_path, num_rounds=1))
+    assert "weight of" in reasons(tmp_path / "run")[0]
+
+
+@pytest.mark.parametrize("weight", [0.0, 1e-46, 1e-320])
+def test_a_name_that_only_the_hostile_site_sends_without_weight_stays(
+    weight: float, tmp_path: Path
+) -> None:
+    class First(ScriptedPost):
+        def _reply(self, ticket: str, site: str, header: Header) -> Any:
+            self.shared = {FIRST: SHARED[FIRST]} if site != "bad" else SHARED
+            reply = super()._reply(ticket, site, header)
+            self.shared = SHARED
+            return reply
+
+    bad = sends(lambda asked: raw_update(update_header(asked, weight={FIRST: 4.0, SECOND: weight})))
+    state, result = run(tmp_path / "run", First(bad))
+    assert state.shared[SECOND].tolist() == [0.0] * 3
+    assert torch.isfinite(state.shared[FIRST]).all()
+    assert result["num_rounds"] == 2
+
+
+@pytest.mark.parametrize("rule", ["adagrad", "adam", "yogi"])
+def test_one_update_does_not_freeze_an_adaptive_server(rule: str, tmp_path: Path) -> None:
+    strategy = Strategy(optimizer=Adaptive(rule, lr=0.1))
+    frozen = lambda asked: full(1e18 if asked["round"] == 1 else 3.0)(asked)  # noqa: E731
+    state, _ = run(tmp_path / "run", ScriptedPost(frozen), strategy=strategy, num_rounds=4)
+    undisturbed = run(tmp_path / "other", ScriptedPost(full(3.0)), strategy=strategy, num_rounds=4)[
+        0
+    ]
+    moved, expected = (float(s.shared[FIRST][0, 0]) for s in (state, undisturbed))
+    assert moved > 0.9 * expected > 0
+
+
+@pytest.mark.parametrize("kernel", ["clipped_mean", "mean"])
+def test_the_weight_alone_is_not_enough(kernel: str, tmp_path: Path) -> None:
+    strategy = Strategy()
+    if kernel != "mean":
+        strategy = Strategy(aggregate=robust_aggregate(RobustSettings(kernel)))
+    state, _ = run(tmp_path / "run", ScriptedPost(full(-3.0, 1e9)), strategy=strategy, num_rounds=1)
+    # Without the third site a robust kernel has too few, and the tree stays.
+    assert float(state.shared[FIRST][0, 0]) == pytest.approx(1.5 if kernel == "mean" else 0.0)
+
+
+class Trap(RuntimeError):
+    """What an aggregation raises that nobody foresaw."""
+
+
+def breaks_on(*values: float) -> Strategy:
+    def aggregate(updates: Iterable[Update], shared: Tree) -> Tree:
+        def look(update: Update) -> Update:
+            if float(update.delta[FIRST][0, 0]) in values:
+                raise Trap("no update should do this\n\x1b[2J")
+            return update
+
+        return mean(map(look, updates))
+
+    return Strategy(aggregate=aggregate)
+
+
+def test_what_breaks_the_aggregation_is_set_apart_and_the_round_goes_on(tmp_path: Path) -> None:
+    expected = without(tmp_path)
+    post = ScriptedPost(full(7.0))
+    state, _ = run(tmp_path / "run", post, strategy=breaks_on(7.0))
+    assert same(state.shared, expected)
+    kept = sorted((tmp_path / "run" / "quarantine").glob("*.json"))
+    assert [json.loads(path.read_text())["site"] for path in kept] == ["bad", "bad"]
+    assert all(path.with_suffix("").stat().st_size > 0 for path in kept)
+    (reason, _) = reasons(tmp_path / "run")
+    assert "Trap: no update should do this\\x0a" in reason
+    assert reason.isprintable()
+
+
+def test_what_breaks_only_after_the_last_update_is_found_too(tmp_path: Path) -> None:
+    def aggregate(updates: Iterable[Update], shared: Tree) -> Tree:
+        held = list(updates)
+        if any(float(update.delta[FIRST][0, 0]) == 7.0 for update in held):
+            raise Trap
+        return mean(held)
+
+    strategy = Strategy(aggregate=aggregate)
+    state, _ = run(tmp_path / "run", ScriptedPost(full(7.0)), strategy=strategy)
+    assert same(state.shared, without(tmp_path))
+
+
+def test_a_restart_does_not_meet_it_again(tmp_path: Path) -> None:
+    strategy, folder = breaks_on(7.0), tmp_path / "run"
+    quorum = Patience(quorum=3, attempts=1, poll_seconds=0.0, round_seconds=0.5)
+    with pytest.raises(TimeoutError, match="at least 3 updates, got 2"):
+        run(folder, ScriptedPost(full(7.0)), strategy=strategy, num_rounds=1, patience=quorum)
+    post = ScriptedPost(full(7.0))
+    state, _ = run(folder, post, strategy=strategy, num_rounds=1)
+    assert same(state.shared, without(tmp_path, num_rounds=1))
+    assert [site for site, asked in post.asked if asked["kind"] == "round"] == []
+
+
+def test_an_update_that_was_damaged_on_disk_is_set_apart(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    quorum = Patience(quorum=3, attempts=1, poll_seconds=0.0, round_seconds=0.5)
+    with pytest.raises(TimeoutError):
+        run(folder, ScriptedPost(None), num_rounds=1, patience=quorum)
+    damaged, _ = sorted((folder / "inbox").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    state, _ = run(folder, ScriptedPost(full(3.0)), num_rounds=1)
+    # Its site was asked again.
+    assert state.shared[FIRST].unique().tolist() == [2.0]
+
+
+def test_a_failure_that_no_update_causes_is_told_as_it_is(tmp_path: Path) -> None:
+    def aggregate(updates: Iterable[Update], shared: Tree) -> Tree:
+        list(updates)
+        raise Trap("always")
+
+    with pytest.raises(Trap, match="always"):
+        run(tmp_path / "run", ScriptedPost(full(3.0)), strategy=Strategy(aggregate=aggregate))
+    assert not (tmp_path / "run" / "quarantine").exists()
+    assert reasons(tmp_path / "run") == []
+
+
+def test_a_tree_that_moves_too_far_is_not_committed(tmp_path: Path) -> None:
+    def aggregate(updates: Iterable[Update], shared: Tree) -> Tree:
+        held = list(updates)
+        far = any(float(update.delta[FIRST][0, 0]) == 7.0 for update in held)
+        return {FIRST: torch.full((4, 3), 1e6 if far else 1.5), SECOND: torch.full((3,), 1.5)}
+
+    strategy = Strategy(aggregate=aggregate)
+    state, _ = run(tmp_path / "run", ScriptedPost(full(7.0)), strategy=strategy, num_rounds=1)
+    assert state.shared[FIRST].unique().tolist() == [1.5]
+    assert "must move the global tree by at most" in reasons(tmp_path / "run")[0]
+    bad = ScriptedPost(full(7.0))
+    state, _ = run(tmp_path / "far", bad, strategy=strategy, num_rounds=1, max_move=1e9)
+    assert state.shared[FIRST].unique().tolist() == [1e6]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e38])
+def test_a_tree_that_is_not_finite_is_not_committed(value: float, tmp_path: Path) -> None:
+    def aggregate(updates: Iterable[Update], shared: Tree) -> Tree:
+        held = list(updates)
+        far = any(float(update.delta[FIRST][0, 0]) == 7.0 for update in held)
+        return {FIRST: torch.full((4, 3), value if far else 1.5)}
+
+    strategy = Strategy(aggregate=aggregate)
+    state, _ = run(tmp_path / "run", ScriptedPost(full(7.0)), strategy=strategy, num_rounds=1)
+    assert state.shared[FIRST].unique().tolist() == [1.5]
+
+
+def test_a_robust_kernel_with_too_few_keeps_the_tree_and_goes_on(tmp_path: Path) -> None:
+    strategy = Strategy(aggregate=robust_aggregate(RobustSettings("median")))
+
+    def away_once(asked: Header) -> Any:
+        return ({"refused": "away"}, b"") if asked["round"] == 1 else full(3.0)(asked)
+
+    state, result = run(tmp_path / "run", ScriptedPost(away_once), strategy=strategy)
+    assert result["num_rounds"] == 2
+    assert state.shared[FIRST].unique().tolist() == [2.0]
+
+
+def test_top_k_is_compared_with_the_task_before_it_is_decoded(tmp_path: Path) -> None:
+    number = 4_000
+    claimed = number * 10_000
+    positions = torch.from_numpy(np.arange(number, dtype="<u4").view(np.uint8).copy())
+
+    def huge(asked: Header) -> bytes:
+        tensors = {
+            FIRST: torch.zeros(number, dtype=torch.bfloat16),
+            "#shapes": torch.tensor([1, claimed]),
+            "#positions": positions,
+        }
+        header = json.dumps(update_header(asked, weight={FIRST: 4.0}))
+        return save(tensors, metadata={"orchard": header})
+
+    channel = Channel(uplink=(TopK(1e-4),))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    state, _ = run(tmp_path / "run", ScriptedPost(sends(huge), channel=channel), num_rounds=1)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 40_000  # KiB; what is claimed would be 160 MB
+    assert "shape of" in reasons(tmp_path / "run")[0]
+    expected = run(tmp_path / "other", ScriptedPost(None, channel=channel), num_rounds=1)[0].shared
+    assert same(state.shared, expected)
+
+
+def test_a_late_site_counts_once_in_a_round(tmp_path: Path) -> None:
+    """The fault was 2.25 in the place of 2: an answer of round 1 beside that of round 2."""
+
+    def is_slow(site: str, asked: Header) -> bool:
+        is_over = (tmp_path / "run" / "checkpoints" / "round_000001").exists()
+        return site == "bad" and asked.get("round") == 1 and not is_over
+
+    late = Patience(
+        quorum=2,
+        attempts=1,
+        poll_seconds=0.0,
+        round_seconds=0.1,
+        probe_seconds=9.0,
+        accept_late=True,
+        staleness=1.0,
+    )
+    post = ScriptedPost(full(3.0), slow=is_slow)
+    state, _ = run(tmp_path / "run", post, patience=late)
+    assert state.shared[FIRST].unique().tolist() == [1.5 + 2.0]
+    assert "a site counts once" in reasons(tmp_path / "run")[-1]
+
+
+def test_a_busy_site_is_measured_when_it_is_free(tmp_path: Path) -> None:
+    done = tmp_path / "run" / "checkpoints"
+
+    def is_slow(site: str, asked: Header) -> bool:
+        # It trains for round 2 until that is over, when the others have been measured.
+        return site == "bad" and asked.get("round") == 2 and not (done / "round_000002").exists()
+
+    own = Patience(**{**vars(PATIENCE), "round_seconds": 0.1})
+    post = ScriptedPost(sends(lambda asked: raw_update(update_header(asked))), slow=is_slow)
+    _, result = run(tmp_path / "run", post, patience=own, models=("global",), num_rounds=2)
+    assert result["metrics"]["global"]["loss"].keys() == set(SITES)
+
+
+def test_honest_sites_are_never_refused(tmp_path: Path) -> None:
+    def answers(asked: Header) -> Any:
+        body = Channel().pack_update(honest("bad", asked["round"])) if asked["train"] else b""
+        return header_of("bad", asked), body
+
+    run(tmp_path / "run", ScriptedPost(answers), models=("base", "global", "personal"))
+    assert [reasons(tmp_path / "run", site) for site in SITES] == [[], [], []]
