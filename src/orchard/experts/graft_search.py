@@ -71,11 +71,13 @@ class ExpertSet:
         loss: Their loss, at least 0, in the units of the layer's output.
         lower_bound: What no set of as many experts can do better than; ``loss`` itself where all
             were tried, 0 where nothing is known.
+        second_loss: That of the best other set that was tried; None where there was none.
     """
 
     experts: tuple[int, ...]
     loss: float
     lower_bound: float
+    second_loss: float | None = None
 
     @property
     def is_exact(self) -> bool:
@@ -241,14 +243,16 @@ class _Search:
             order = losses_N.sort(stable=True).indices[:BEAM].tolist()
             every = enumerate(itertools.combinations(range(num_experts), size))
             sets = {index: experts for index, experts in every if index in {chosen, *order}}
-            found[size] = ExpertSet(sets[chosen], loss, loss)
+            second = next((float(losses_N[index]) for index in order if index != chosen), None)
+            found[size] = ExpertSet(sets[chosen], loss, loss, second)
             beams[size] = [(float(losses_N[index]), sets[index]) for index in order]
         for size in hard:
             start = max(s for s in beams if s < size)
             beams[size] = yield from self._grow(beams[start], size)
             loss, experts = beams[size][0]
             lower_bound = bounds[size].value() if size in bounds else 0.0
-            found[size] = ExpertSet(experts, loss, min(lower_bound, loss))
+            second = beams[size][1][0] if len(beams[size]) > 1 else None
+            found[size] = ExpertSet(experts, loss, min(lower_bound, loss), second)
         return {size: found[size] for size in self.sizes}
 
     def _grow(self, beam: list[_Found], size: int) -> Generator[list[_Count], None, list[_Found]]:

@@ -43,7 +43,11 @@ TakeBatch: TypeAlias = Callable[[torch.Tensor, torch.Tensor], None]
 
 @torch.inference_mode()
 def reconstruction_losses(
-    view: MoEView, batches: Iterable[torch.Tensor], *, run_expert: RunExpert | None = None
+    view: MoEView,
+    batches: Iterable[torch.Tensor],
+    *,
+    run_expert: RunExpert | None = None,
+    output_norms: list[float] | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """Return how far every expert alone is from its layer.
 
@@ -52,6 +56,7 @@ def reconstruction_losses(
         batches: Token ids (B, S) without padding. The loss is a sum of norms per batch, so equal
             batches are needed for equal weight.
         run_expert: How one expert is run; None = as the model holds it.
+        output_norms: Becomes the loss of no expert at all, one number per layer.
 
     Returns:
         One float64 tensor (E,) per MoE layer, in forward order.
@@ -60,10 +65,16 @@ def reconstruction_losses(
         ValueError: There is no batch.
     """
     losses = [torch.zeros(layer.num_experts, dtype=torch.float64) for layer in view.layers]
-    takers = []
+    takers: list[tuple[MoELayer, TakeBatch]] = []
     for index, (layer, loss_E) in enumerate(zip(view.layers, losses, strict=True)):
         run = partial(run_expert, index) if run_expert else layer.run_expert
         takers.append((layer, partial(_add_norms, loss_E, read_lone(layer), run)))
+    if output_norms is not None:
+        output_norms[:] = [0.0] * len(takers)
+        takers = [
+            (layer, partial(_add_output_norm, output_norms, index, take))
+            for index, (layer, take) in enumerate(takers)
+        ]
     num_batches = read_layers(view, takers, batches)
     if num_batches == 0:
         raise ValueError(
@@ -154,6 +165,18 @@ def _add_norms(
         if weights_ET is not None:
             alone_TD *= weights_ET[expert, :, None]
         loss_E[expert] += torch.linalg.vector_norm(whole_TD - alone_TD).cpu()
+
+
+def _add_output_norm(
+    norms: list[float],
+    index: int,
+    take: TakeBatch,
+    x_TD: torch.Tensor,
+    routed_TD: torch.Tensor,
+) -> None:
+    """Add the norm of what a layer answers to one batch, and hand the batch on."""
+    norms[index] += float(torch.linalg.vector_norm(routed_TD.double()))
+    take(x_TD, routed_TD)
 
 
 def choose_by_reconstruction(losses: Sequence[torch.Tensor]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ that the budget does not count.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -128,14 +128,19 @@ def choose_experts(
     Deterministic for a client and its data: chosen again, they are the same.
 
     Returns:
-        For each layer, its experts in ascending order; and, where sets of experts were compared,
-        ``client/graft_loss_LAYER``, the share of the layer's output that they miss, and
-        ``client/graft_loss_bound_LAYER``, what no set of as many is below.
+        For each layer, its experts in ascending order; and as metrics ``client/graft_expert_LAYER``
+        (of several ``client/graft_expert_LAYER_0`` and so on). Where experts were compared also the
+        share of the layer's output that they miss, which of no expert at all is 1:
+        ``client/graft_loss_LAYER``, of the second best ``client/graft_loss_second_LAYER``, and for
+        sets ``client/graft_loss_bound_LAYER``, what no set of as many is below. Beside them stand
+        ``client/graft_loss_none_LAYER``, that 1, and ``client/graft_output_norm_LAYER``, what all
+        are shares of, in the units of the layer's output.
     """
     view, number = client.model.view, settings.num_experts
     if settings.choice == "random":
         generator = client.seeds.generator("random expert", client.client_id)
-        return choose_at_random(view, generator, num_experts=number), {}
+        drawn = choose_at_random(view, generator, num_experts=number)
+        return drawn, _numbered(view, drawn)
     calibration = blocks(
         _calibration_examples(client, settings),
         block_tokens=settings.calibration_tokens,
@@ -145,8 +150,17 @@ def choose_experts(
         device = next(base.model.parameters()).device
         batches = batch_blocks(calibration, batch_size=8, device=device)
         if number == 1 and settings.search.loss == NORM:
-            losses = reconstruction_losses(base, batches, run_expert=run_expert)
-            return tuple((expert,) for expert in choose_by_reconstruction(losses)), {}
+            norms: list[float] = []
+            losses = reconstruction_losses(base, batches, run_expert=run_expert, output_norms=norms)
+            alone = tuple((expert,) for expert in choose_by_reconstruction(losses))
+            metrics = _numbered(view, alone)
+            for layer, loss_E, (expert,), norm in zip(
+                view.layers, losses, alone, norms, strict=True
+            ):
+                others = sorted(loss_E[torch.arange(len(loss_E)) != expert].tolist())
+                second = others[0] if others else None
+                metrics |= _losses(layer.name, float(loss_E[expert]), second, norm)
+            return alone, metrics
         sizes = range(1, number + 1) if settings.budget else [number]
         found = search_grafts(
             base, list(batches), sizes=sizes, settings=settings.search, run_expert=run_expert
@@ -155,18 +169,44 @@ def choose_experts(
     if settings.budget:
         shares = [{n: _share(own, best.loss) for n, best in own.sets.items()} for own in found]
         numbers = allocate(shares, budget=settings.budget)
-    metrics: dict[str, float] = {}
+    experts = tuple(own.sets[size].experts for own, size in zip(found, numbers, strict=True))
+    metrics = _numbered(view, experts)
     for layer, own, size in zip(view.layers, found, numbers, strict=True):
         best = own.sets[size]
-        metrics[f"client/graft_loss_{layer.name}"] = _share(own, best.loss)
+        metrics |= _losses(layer.name, best.loss, best.second_loss, own.output_norm)
         metrics[f"client/graft_loss_bound_{layer.name}"] = _share(own, best.lower_bound)
-    experts = (own.sets[size].experts for own, size in zip(found, numbers, strict=True))
-    return tuple(experts), metrics
+    return experts, metrics
+
+
+def _numbered(view: MoEView, experts: Sequence[Sequence[int]]) -> dict[str, float]:
+    """Return the experts of each layer as metrics."""
+    metrics: dict[str, float] = {}
+    for layer, own in zip(view.layers, experts, strict=True):
+        for position, expert in enumerate(own):
+            place = f"_{position}" if len(own) > 1 else ""
+            metrics[f"client/graft_expert_{layer.name}{place}"] = expert
+    return metrics
+
+
+def _losses(layer: str, loss: float, second: float | None, norm: float) -> dict[str, float]:
+    """Return the losses of one layer's choice as metrics; ``norm`` is that of no expert."""
+    metrics = {
+        f"client/graft_loss_{layer}": _over(norm, loss),
+        f"client/graft_loss_none_{layer}": _over(norm, norm),
+        f"client/graft_output_norm_{layer}": norm,
+    }
+    if second is not None:
+        metrics[f"client/graft_loss_second_{layer}"] = _over(norm, second)
+    return metrics
 
 
 def _share(found: LayerSearch, loss: float) -> float:
     """Return a loss over that of no expert at all."""
-    return loss / found.output_norm if found.output_norm else loss
+    return _over(found.output_norm, loss)
+
+
+def _over(norm: float, loss: float) -> float:
+    return loss / norm if norm else loss
 
 
 def _numbers(tensor: torch.Tensor) -> tuple[int, ...]:
