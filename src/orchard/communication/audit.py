@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchard.results import writing
+
 AUDIT_FILE = "audit.jsonl"
 _START = "0" * 64
 
@@ -58,7 +60,7 @@ class AuditLog:
         entry = {"time": time.time(), "event": event, **facts, "previous": self._last}
         line = json.dumps(entry, allow_nan=False).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
