@@ -17,6 +17,7 @@ from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import run_experiment
 from orchard.recipe.reading import read_recipe
 from orchard.results import write_json
+from orchard.tables import print_table
 
 # Which of a run's models a person uses at the end of each method.
 _MODEL = {"local": "personal", "fedavg": "global", "flex": "personal"}
@@ -76,7 +77,7 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
     }
     write_json(folder / "summary.json", summary)
     console.print()
-    console.print(_table(methods))
+    print_table(console, _table(methods))
     console.print(f"\n{conclude(methods)}", highlight=False)
     console.print(
         f"{summary['seconds']:.0f} seconds; everything is in {folder}. "

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from orchard.cli import sites
+from orchard.cli.encodings import write_what_the_terminal_knows
 from orchard.cli.errors import BAD_INPUT, FAILED
 from orchard.cli.errors import clear_errors as _clear_errors
 from orchard.cli.parameters import (
@@ -94,6 +95,7 @@ def run(
         from orchard.engine.processes import leaves_on_termination
         from orchard.engine.progress import choose_reporter, make_console
         from orchard.reports import run_sentence
+        from orchard.tables import print_table
 
         prepared = prepare(resolved.recipe, out=folder, resume=resume, track=track or ())
     console = make_console()
@@ -109,7 +111,7 @@ def run(
         leaves_on_termination(),
     ):
         result = execute(prepared, progress=choose_reporter(console), warn=note)
-    console.print(result.table())
+    print_table(console, result.table(), num_keys=2)
     console.print(run_sentence(result.record, folder), highlight=False)
 
 
@@ -183,10 +185,11 @@ def partition(
         from orchard.engine.progress import make_console
         from orchard.experiment.holdings import build_federation
         from orchard.reports import partition_table
+        from orchard.tables import print_table
 
         federation = build_federation(_resolve(recipe, overrides).recipe)
         console = make_console()
-        console.print(partition_table(federation.train, federation.test))
+        print_table(console, partition_table(federation.train, federation.test))
         for note in federation.notes():
             console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
 
@@ -220,13 +223,14 @@ def plan(
         from orchard.api import plan as make_plan
         from orchard.engine.progress import make_console
         from orchard.experiment.planning import plan_as_json, plan_sentences, plan_table
+        from orchard.tables import print_table
 
         made = make_plan(_resolve(recipe, overrides).recipe)
         if as_json:
             print(plan_as_json(made))
             return
         console = make_console()
-        console.print(plan_table(made))
+        print_table(console, plan_table(made))
         for sentence in plan_sentences(made):
             console.print(sentence, style="yellow", highlight=False)
         for note in made.notes:
@@ -363,5 +367,6 @@ def compare(
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line, in a terminal of any encoding."""
+    write_what_the_terminal_knows()
     app()

@@ -48,6 +48,7 @@ def coordinate(
     from orchard.engine.processes import leaves_on_termination
     from orchard.engine.progress import make_console
     from orchard.reports import result_table, run_sentence
+    from orchard.tables import print_table
 
     stopped = partial(where_it_stopped, folder, resolved.recipe.server.rounds)
     with (
@@ -56,7 +57,7 @@ def coordinate(
     ):
         result = run_coordinator(resolved.recipe, options, num_sites=num_sites)
     console = make_console()
-    console.print(result_table(result))
+    print_table(console, result_table(result), num_keys=2)
     console.print(run_sentence(result, folder), highlight=False)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from orchard.communication.readable import readable
+from orchard.results import writing
 
 AUDIT_FILE = "audit.jsonl"
 MAX_TEXT = 1000
@@ -61,7 +62,7 @@ class AuditLog:
         entry = {"time": time.time(), "event": event, **bounded, "previous": self._last}
         line = json.dumps(entry, allow_nan=False).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
+        with writing(self.path), self.path.open("ab") as file:
             # What a full disk let through of an earlier line is no line.
             file.truncate(self._size)
             file.write(line + b"\n")

@@ -64,6 +64,7 @@ from orchard.trees import digest
 
 log = logging.getLogger(__name__)
 
+
 # What is wrong with data shows some of it, and is for this site's log alone.
 @dataclass(frozen=True)
 class _Session:

@@ -15,6 +15,10 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
+
+# Columns of a screen: below the first a bar has no place, below the second neither elapsed time.
+_WIDE, _MIDDLING, _SHORT_TITLE = 110, 80, 14
 
 
 class Reporter(Protocol):
@@ -84,17 +88,20 @@ class Bar:
     """A progress bar with round, loss, bytes and time left."""
 
     def __init__(self, console: Console) -> None:
-        """Draw on ``console``."""
+        """Draw on ``console``; on a narrow one without what can be missed."""
+        is_wide, is_middling = console.width >= _WIDE, console.width >= _MIDDLING
+        # A terminal that knows ASCII alone has no dots to spin.
+        spinner = SpinnerColumn("dots" if console.encoding.startswith("utf") else "line")
+        title = Column(no_wrap=True, max_width=console.width if is_wide else _SHORT_TITLE)
         self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("[bold]{task.fields[title]}"),
-            BarColumn(bar_width=24),
+            spinner,
+            TextColumn("[bold]{task.fields[title]}", table_column=title),
+            *((BarColumn(bar_width=24),) if is_wide else ()),
             TextColumn("round {task.fields[round]}"),
             TextColumn("[dim]{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
+            *((TimeElapsedColumn(), TextColumn("left")) if is_middling else ()),
             TimeRemainingColumn(),
-            TextColumn("[dim]{task.fields[what]}"),
+            *((TextColumn("[dim]{task.fields[what]}"),) if is_wide else ()),
             console=console,
         )
         self._task: TaskID | None = None
