@@ -195,3 +195,12 @@ def test_the_folder_of_an_older_run_is_taken_up(tmp_path: Path) -> None:
     state, _ = run(tmp_path / "run", ScriptedPost(says()), num_rounds=1)
     assert state.round_number == 1
     assert reasons(tmp_path / "run") == []
+
+
+def test_a_log_with_a_metric_that_nobody_knows_has_a_result(tmp_path: Path) -> None:
+    """Such a line was taken once, and made the result impossible, whoever took part later."""
+    line = {"kind": "evaluation", "round": 0, "seconds": 1.0, "clients": {}}
+    line["clients"] = {"bad": {"base/foo": 1.0, "base/loss": 2.0}}
+    MetricsLog(tmp_path / "run" / "metrics.jsonl").append(line)
+    _, result = run(tmp_path / "run", ScriptedPost(None), num_rounds=1, models=MODELS)
+    assert result["metrics"]["base"].keys() == {"loss"}
