@@ -27,11 +27,12 @@ from orchard.deployment.consent import Refusal, SiteSettings
 from orchard.deployment.site_recipe import own_recipe
 from orchard.engine.processes import only_one
 from orchard.engine.worker import serve, watches_parent
+from orchard.experiment.data_record import DATA_FILE, check_data, record_data
 from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
-from orchard.experiment.preparation import Seat, prepare_experiment
+from orchard.experiment.preparation import Experiment, Seat, prepare_experiment
 from orchard.experiment.run_folder import folder_name
-from orchard.experiment.running import build_clients, load_model
+from orchard.experiment.running import build_clients, load_model, slow_ways_of
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
@@ -99,6 +100,7 @@ class SiteWorker:
             )
         except (ValueError, OSError) as error:
             raise Refusal(f"the recipe must fit this site: {error}") from error
+        self._pin_data(str(header["run"]), experiment)
         num_examples = len(experiment.train[self._settings.name])
         self._audit.write(
             "joined", run=header["run"], strategy=recipe.strategy.name, num_examples=num_examples
@@ -191,11 +193,25 @@ class SiteWorker:
             strategy = build_strategy(recipe, num_clients=num_clients)
         except (ValueError, OSError) as error:
             raise Refusal(f"the recipe must fit this site: {error}") from error
+        folder = self._pin_data(str(header["run"]), experiment)
         model = self._model(recipe, experiment.tokenizer)
-        folder = self._settings.store / "personal" / folder_name(str(header["run"]))
+        for sentence in slow_ways_of(experiment, model):
+            log.warning("%s", sentence)
         (client,) = build_clients(experiment, model, folder)
         self._sessions = {key: _Session(recipe, client, strategy, build_channel(recipe))}
         return self._sessions[key]
+
+    def _pin_data(self, run: str, experiment: Experiment) -> Path:
+        """Return the folder of a run, with which this site takes part with the same data alone."""
+        folder = self._settings.store / "personal" / folder_name(run)
+        if (folder / DATA_FILE).exists():
+            try:
+                check_data(folder, experiment.digest, what=f"this site's part in run {run}")
+            except ValueError as error:
+                raise Refusal(str(error)) from error
+        else:
+            record_data(folder, experiment.digest)
+        return folder
 
     def _model(self, recipe: Recipe, tokenizer: Any) -> AdaptedModel:
         """Return the warm model, loaded where it is not the one that the recipe needs."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ from orchard.client.training import TrainingSettings
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings
+from orchard.evaluation.slow_ways import slow_ways
+from orchard.experiment.data_record import check_data, record_data
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import Transform, passed_name
 from orchard.experiment.preparation import Experiment, count_truncated
 from orchard.experiment.run_folder import (
+    RECIPE_FILE,
     begin_folder,
     check_folder,
     facts_of,
@@ -34,6 +39,8 @@ from orchard.results import write_json
 from orchard.seeding import Seeds
 from orchard.strategies.strategy import Strategy, start_server
 from orchard.trees import digest
+
+log = logging.getLogger(__name__)
 
 
 def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
@@ -77,6 +84,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
         length_normalization=recipe.evaluation.length_normalization,  # type: ignore[arg-type]
+        keeps_answers=recipe.evaluation.keep_answers,
     )
     submodels = SubmodelSource(
         path=recipe.model.path,
@@ -107,6 +115,20 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
     ]
 
 
+def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
+    """Return a sentence for each fast way that a run asks for and its model cannot go."""
+    recipe, held = experiment.recipe, experiment.train.values()
+    metrics = frozenset(words(recipe.evaluation.metrics))
+    is_evaluated = bool(words(recipe.evaluation.models))
+    return slow_ways(
+        model,
+        longest=max(len(example.input_ids) for examples in held for example in examples),
+        packs=recipe.client.packing,
+        answers=is_evaluated and bool(metrics & {"rouge_l", "exact_match"}),
+        chooses=is_evaluated and "accuracy" in metrics,
+    )
+
+
 def build_schedule(recipe: Recipe) -> Schedule:
     """Return what happens in which round."""
     client, server, evaluation = recipe.client, recipe.server, recipe.evaluation
@@ -123,6 +145,30 @@ def build_schedule(recipe: Recipe) -> Schedule:
     )
 
 
+def check_run(
+    folder: Path,
+    experiment: Experiment,
+    *,
+    resume: bool,
+    passed: Strategy | Transform | None = None,
+) -> None:
+    """Check that a run of ``experiment`` may be written to ``folder``, or goes on in it.
+
+    Args:
+        folder: Of the run.
+        experiment: The checked recipe and its data.
+        resume: Whether a run that is there may be continued.
+        passed: The method, where it was passed as an object.
+
+    Raises:
+        ValueError: The folder holds a run, and ``resume`` is not set, or the recipe, a method or
+            the data is another.
+    """
+    check_folder(folder, experiment.recipe, resume=resume, passed=passed)
+    if (folder / RECIPE_FILE).exists():
+        check_data(folder, experiment.digest, what=f"the run in {folder}")
+
+
 def run_experiment(
     experiment: Experiment,
     *,
@@ -130,6 +176,7 @@ def run_experiment(
     reporter: Reporter,
     model: AdaptedModel | None = None,
     strategy: Strategy | Transform | None = None,
+    warn: Callable[[str], None] = log.warning,
 ) -> dict[str, Any]:
     """Run, or go on running, an experiment in ``folder``, and write its result there.
 
@@ -141,6 +188,7 @@ def run_experiment(
         strategy: A method of your own: a function from a strategy to a strategy, which joins the
             recipe's methods, or a ``Strategy`` in the place of them. The run is recorded under its
             name, and goes on with it alone.
+        warn: Told once of every fast way that the model cannot go.
 
     Returns:
         The content of ``result.json``.
@@ -149,16 +197,19 @@ def run_experiment(
         ValueError: The folder holds another run, or the method cannot be put on.
     """
     recipe = experiment.recipe
-    check_folder(folder, recipe, resume=True, passed=strategy)
+    check_run(folder, experiment, resume=True, passed=strategy)
     recorded = recorded_as(recipe, strategy)
     if isinstance(strategy, Strategy):
         method = strategy
     else:
         own = {passed_name(strategy): strategy} if strategy else {}
         method = build_strategy(recipe, num_clients=len(experiment.train), own=own)
+    record_data(folder, experiment.digest)
     begin_folder(folder, recorded)
     with threads(recipe.model.num_threads):
         model = model or load_model(recipe, experiment.tokenizer)
+        for sentence in slow_ways_of(experiment, model):
+            warn(sentence)
         clients = build_clients(experiment, model, folder / "clients")
         seeds = Seeds(recipe.seed)
         state = simulate(
