@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from orchard.data.templates import encode
+from orchard.data.templates import Wording, encode
 from orchard.evaluation.loss import forward_losses
 from orchard.experiment.holdings import build_federation
 from orchard.experiment.running import load_model
@@ -43,9 +43,10 @@ def fedavg(recipe: Recipe) -> dict[str, torch.Tensor]:
 
 def train_rounds(recipe: Recipe, model: AdaptedModel) -> dict[str, torch.Tensor]:
     """Train and average, round by round."""
-    seeds, options, tokenizer = Seeds(recipe.seed), recipe.client, model.tokenizer
+    seeds, options = Seeds(recipe.seed), recipe.client
+    wording = Wording("plain", model.tokenizer)
     data = {
-        client: [encode(e, "plain", tokenizer, max_tokens=recipe.data.max_tokens) for e in examples]
+        client: [encode(e, wording, max_tokens=recipe.data.max_tokens) for e in examples]
         for client, examples in build_federation(recipe).train.items()
     }
     names = model.adapter_names

@@ -35,7 +35,7 @@ CARD_HEADINGS = (
     "What is a guess",
     "What it was checked against",
 )
-WITH_RECIPE = ("run", "show", "partition", "plan")
+WITH_RECIPE = ("run", "show", "partition", "preview", "plan")
 
 _FENCE = re.compile(r"^(```+|~~~+)[ ]*(\S*)[^\n]*\n(.*?)^\1[ ]*$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"!?\[[^\]]*\]\(\s*<?([^)\s>]+)>?[^)]*\)")

@@ -51,6 +51,12 @@ def site_recipe(method: str, data: Path, *overrides: str) -> Recipe:
     return replace(recipe, data=own)
 
 
+def changed(whole: Recipe, key: str, value: Any) -> Recipe:
+    """Return a recipe in which one option is another."""
+    section, _, name = key.partition(".")
+    return replace(whole, **{section: replace(getattr(whole, section), **{name: value})})
+
+
 @dataclass
 class LocalPost:
     """Hands requests to workers in this process, each when its reply is asked for.
@@ -101,7 +107,8 @@ class LocalPost:
             ) -> Reply:
                 # As over a network: what JSON cannot hold does not arrive.
                 own, content = self.workers[site].handle(json.loads(json.dumps(header)), body)
-                return Reply(ticket, json.loads(json.dumps(own)), content)
+                own = json.loads(json.dumps(own))
+                return Reply(ticket, own, content, error=own.get("error", ""))
 
             reply = self.meddle(site, header, answer)
             if reply is LATER:
@@ -126,7 +133,8 @@ def make_workers(
                 path.stem,
                 stores / path.stem,
                 stores / path.stem / "socket",
-                consent(Consent(str(path), model=short_model())),
+                # Few rows, so that tests are short; what may leave is tested with enough of them.
+                consent(Consent(str(path), model=short_model(), min_test=1, decimals=20)),
             )
         )
         for path in sorted(data.glob("*.jsonl"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from orchard.data.templates import IGNORED, Encoded
+from orchard.data.encoded import IGNORED, Encoded
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.targets import LoraSettings
 from orchard.models.view.detection import view_moe
@@ -26,8 +26,8 @@ class NumberTokenizer:
     pad_token_id = 0
     eos_token_id = 2
 
-    def batch_decode(self, ids: torch.Tensor, *, skip_special_tokens: bool) -> list[str]:
-        kept = [[i for i in row if i > 2 or not skip_special_tokens] for row in ids.tolist()]
+    def batch_decode(self, ids: Sequence[Sequence[int]], *, skip_special_tokens: bool) -> list[str]:
+        kept = [[i for i in row if i > 2 or not skip_special_tokens] for row in ids]
         return [" ".join(map(str, row)) for row in kept]
 
 
@@ -67,7 +67,7 @@ def example_of(length: int, prompt_length: int, *, seed: int = 0) -> Encoded:
     generator = torch.Generator().manual_seed(1000 * seed + length)
     ids = [*torch.randint(3, VOCABULARY, (length - 1,), generator=generator).tolist(), 2]
     labels = [IGNORED] * prompt_length + ids[prompt_length:]
-    return Encoded(input_ids=ids, labels=labels, prompt_length=prompt_length)
+    return Encoded(input_ids=ids, labels=labels, prompt_length=prompt_length, is_ended=True)
 
 
 def examples(num: int = 8) -> list[Encoded]:

@@ -136,12 +136,12 @@ def run(num_sites: int, *, rounds: int, is_large: bool = False) -> dict[str, Any
         recipe = folder / "recipe.toml"
         recipe.write_text(RECIPE)
         options = [f"server.rounds={rounds}"]
-        site_options: list[str] = []
+        site_options = ["--min-test", "1"]  # few rows, so that rounds are short
         if is_large:
             model = folder / "model"
             write_random_checkpoint(model, LARGE, dtype="float32", seed=0)
             load_tokenizer("orchard:tiny").save_pretrained(model)
-            site_options = ["--model", str(model)]
+            site_options += ["--model", str(model)]
             options += [f"model.path={model}", "model.lora_targets=", "model.full_targets=all"]
         federation = Processes(folder / "federation", data, site_options)
         run_folder = folder / "run"

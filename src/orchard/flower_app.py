@@ -6,15 +6,18 @@ imports no model code.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from orchard.communication.refusals import Code
 from orchard.engine.flower_messages import pack, unpack
 from orchard.engine.worker import WorkerError, ask
 
+log = logging.getLogger(__name__)
 client_app = ClientApp()
 server_app = ServerApp()
 
@@ -32,14 +35,19 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
+    # What this process may say is a code: an error's message may hold what is private here.
     try:
         header, body = unpack(message.content)
         socket = Path(str(context.node_config["socket"]))
         reply, content = ask(
             socket, header, body, seconds=float(context.node_config["patience_seconds"])
         )
-    except (WorkerError, ValueError) as error:
-        reply, content = {"error": str(error)}, b""
+    except WorkerError as error:
+        log.warning("%s", error)
+        reply, content = {"error": str(error.code)}, b""
+    except Exception:
+        log.exception("a message could not be handed to the worker")
+        reply, content = {"error": str(Code.FAILED)}, b""
     return Message(pack(reply, content), reply_to=message)
 
 

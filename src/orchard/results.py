@@ -27,7 +27,7 @@ _CPU_FEATURES = (
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+def write_atomically(path: Path, content: bytes | bytearray, *, mode: int = 0o666) -> None:
     """Replace the file at ``path`` so that a crash leaves the old content or the new, never half.
 
     Writes beside the target, flushes to disk, renames, and flushes the folder.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from orchard import trees
-from orchard.client.store import ClientStore, Personal
+from orchard.client.store import ClientStore, DamagedError, Personal, set_aside
 
 
 def personal(value: float) -> Personal:
@@ -113,3 +115,65 @@ def test_personal_tensors_are_no_mapping() -> None:
     assert not hasattr(kept, "items")
     with pytest.raises(TypeError):
         {**kept}  # type: ignore[dict-item]  # noqa: B018
+
+
+def newest(store: ClientStore) -> Path:
+    return max(store.folder.glob("*.safetensors"))
+
+
+def test_every_flipped_bit_of_a_file_is_found_out(store: ClientStore) -> None:
+    store.save(personal(1.0), round_number=1)
+    content = newest(store).read_bytes()
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= 1 << (position % 8)
+        newest(store).write_bytes(changed)
+        with pytest.raises(DamagedError, match=r"round_000001\.safetensors must be as"):
+            store.load(before_round=2)
+
+
+@pytest.mark.parametrize("left", [0, 7, 100, -1])
+def test_a_file_that_was_cut_off_is_found_out(left: int, store: ClientStore) -> None:
+    store.save(personal(1.0), round_number=1)
+    newest(store).write_bytes(newest(store).read_bytes()[:left])
+    with pytest.raises(DamagedError, match=r"round_000001\.safetensors"):
+        store.load(before_round=2)
+
+
+def test_what_was_written_elsewhere_is_no_version(store: ClientStore, tmp_path: Path) -> None:
+    other = ClientStore(tmp_path / "clients" / "office 2", store.base_digest)
+    other.save(personal(3.0), round_number=2)
+    store.save(personal(1.0), round_number=1)
+    renamed = store.folder / "round_000002.safetensors"
+    for foreign in (newest(other), newest(store)):  # of another client, and of another round
+        shutil.copy(foreign, renamed)
+        with pytest.raises(DamagedError, match="what was written for round"):
+            store.load(before_round=3)
+    save_file(dict(personal(4.0).tensors), renamed)
+    with pytest.raises(DamagedError, match="without a checksum"):
+        store.load(before_round=3)
+    shutil.copytree(store.folder, store.folder / "held", dirs_exist_ok=True)
+    with pytest.raises(DamagedError):  # what it keeps is not what it was sent
+        store.beside("held").load(before_round=2)
+
+
+def test_a_damaged_version_is_set_aside_and_the_one_before_it_is_next(store: ClientStore) -> None:
+    for number in (1, 2):
+        store.save(personal(float(number)), round_number=number)
+    for expected in (1, None):
+        newest(store).write_bytes(b"damaged")
+        with pytest.raises(DamagedError) as caught:
+            store.load(before_round=3)
+        assert set_aside(caught.value) == expected
+        assert value_of(store.load(before_round=3)) == expected
+    assert len(list((store.folder / "damaged").iterdir())) == 2
+
+
+def test_rounds_far_ahead_make_no_client_lose_where_it_was(store: ClientStore) -> None:
+    for number in (1, 2, 3, *range(90, 100)):
+        store.save(personal(float(number)), round_number=number)
+    assert value_of(store.load(before_round=4)) == 3.0
+    for number in (200, 400, 600, 800):
+        store.save(personal(float(number)), round_number=number)
+    assert value_of(store.load(before_round=4)) == 3.0
+    assert len(list(store.folder.iterdir())) < 12

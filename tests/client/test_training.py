@@ -25,7 +25,7 @@ from orchard.client.training import (
     train,
 )
 from orchard.communication.messages import LocalSettings
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.models.trainable.adapters import AdaptedModel
 from tiny_adapted import adapt, example_of, examples, stir

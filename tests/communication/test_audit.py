@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -52,3 +54,46 @@ def test_a_line_that_a_crash_cut_off_is_dropped(tmp_path: Path) -> None:
 def test_a_log_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="audit log must exist"):
         read_audit(tmp_path / "audit.jsonl")
+
+
+def test_a_line_that_a_full_disk_cut_off_forges_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = AuditLog(written(tmp_path / "audit.jsonl"))
+    size = log.path.stat().st_size
+
+    def full(descriptor: int) -> None:
+        # The kernel took a part of the line, and no more.
+        os.truncate(log.path, size + 20)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                log.write("sent", round=2)
+    assert [event["event"] for event in read_audit(log.path)] == ["asked", "sent", "refused"]
+    log.write("sent", round=3)  # there is room again
+    assert [event["event"] for event in read_audit(log.path)] == [
+        "asked",
+        "sent",
+        "refused",
+        "sent",
+    ]
+    assert [event.get("round") for event in read_audit(log.path)] == [1, 1, None, 3]
+
+
+@pytest.mark.parametrize("text", ["\ud800", "a\x1b[31mred", "two\nlines", "\u202eturned"])
+def test_no_text_silences_or_paints_what_is_shown(text: str, tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.write("refused", reason=text, names=[text])
+    (line,) = audit_lines(read_audit(log.path))
+    assert line.isprintable()
+    assert line.encode()  # half of a surrogate pair has no bytes
+
+
+def test_nobody_else_decides_how_long_a_log_is(tmp_path: Path) -> None:
+    log = AuditLog(tmp_path / "audit.jsonl")
+    log.write("refused", reason="x" * 20_000_000, names=["y" * 5_000_000])
+    assert log.path.stat().st_size < 4000
+    read_audit(log.path)

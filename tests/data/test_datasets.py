@@ -19,6 +19,7 @@ from orchard.data.datasets import (
     read_hub,
     read_jsonl,
 )
+from orchard.data.examples import Turn
 
 FIELDS = Fields()
 ROW = {"instruction": "Add 1 and 1.", "response": "2"}
@@ -282,3 +283,14 @@ def test_white_space_category_and_the_border_of_context_do_not_count(
 def test_another_response_or_prompt_is_another_content() -> None:
     examples = [Example("a b", "c"), Example("a", "b c"), Example("a b", "c d"), Example("b", "c")]
     assert len({content_hash(example) for example in examples}) == len(examples)
+
+
+def test_what_was_said_before_is_content() -> None:
+    before = ((), ("user", "a", "assistant", "b"), ("user", "a b", "assistant", "c"))
+    before += (("system", "a", "user", "a", "assistant", "b"), ("user", "A ", "assistant", "b"))
+    hashes = [
+        content_hash(Example("c", "d", history=tuple(map(Turn, said[::2], said[1::2]))))
+        for said in before
+    ]
+    assert len(set(hashes)) == len(hashes) - 1
+    assert hashes[1] == hashes[-1]

@@ -11,13 +11,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from orchard.data.datasets import Example
+from orchard.data.encoded import IGNORED, Encoded, blocks, collate, collate_prompts
 from orchard.data.templates import (
-    IGNORED,
-    Encoded,
     Template,
-    blocks,
-    collate,
-    collate_prompts,
+    Wording,
     encode,
     encode_options,
     encode_prompt,
@@ -55,6 +52,10 @@ def make_tokenizer(
     )
 
 
+def words(template: Template, tokenizer: PreTrainedTokenizerFast) -> Wording:
+    return Wording(template, tokenizer)
+
+
 def decode(token_ids: Sequence[int]) -> str:
     """Decode with the vocabulary that all tokenizers of this module share."""
     return str(TOKENIZER.decode(list(token_ids)))
@@ -73,19 +74,22 @@ PREAMBLE = (
 
 
 def test_the_alpaca_prompt_word_for_word() -> None:
-    assert render_prompt("alpaca", EXAMPLE, TOKENIZER) == (
+    assert render_prompt(EXAMPLE, words("alpaca", TOKENIZER)) == (
         f"{PREAMBLE}### Instruction:\nName the capital. France is a country.\n\n### Response:\n"
     )
 
 
 def test_the_plain_prompt_is_the_text_and_a_line_end() -> None:
-    assert render_prompt("plain", EXAMPLE, TOKENIZER) == "Name the capital. France is a country.\n"
+    assert (
+        render_prompt(EXAMPLE, words("plain", TOKENIZER))
+        == "Name the capital. France is a country.\n"
+    )
 
 
 def test_the_chat_prompt_is_the_tokenizers_own() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
-    assert render_prompt("chat", EXAMPLE, tokenizer) == (
+    assert render_prompt(EXAMPLE, words("chat", tokenizer)) == (
         "<s><user>Name the capital. France is a country.\n<assistant>"
     )
 
@@ -96,13 +100,13 @@ def test_without_context_the_text_is_the_instruction(context: str) -> None:
 
 
 def test_a_chat_template_must_exist() -> None:
-    with pytest.raises(ValueError, match="template must be one that the tokenizer has, got 'chat'"):
-        render_prompt("chat", EXAMPLE, TOKENIZER)
+    with pytest.raises(ValueError, match="template must be one that the tokenizer has, got chat"):
+        render_prompt(EXAMPLE, words("chat", TOKENIZER))
 
 
 def test_an_unknown_template_lists_the_known() -> None:
     with pytest.raises(ValueError, match="template must be one of alpaca, plain, chat, got 'vic"):
-        render_prompt("vicuna", EXAMPLE, TOKENIZER)  # type: ignore[arg-type]
+        render_prompt(EXAMPLE, words("vicuna", TOKENIZER))  # type: ignore[arg-type]
 
 
 def test_the_begin_token_stands_once_and_the_end_token_not_in_the_prompt() -> None:
@@ -110,14 +114,14 @@ def test_the_begin_token_stands_once_and_the_end_token_not_in_the_prompt() -> No
     tokenizer.chat_template = CHAT
     templates: list[Template] = ["alpaca", "plain", "chat"]
     for template in templates:
-        prompt_ids = encode_prompt(template, EXAMPLE, tokenizer)
+        prompt_ids = encode_prompt(EXAMPLE, words(template, tokenizer))
         assert prompt_ids[0] == tokenizer.bos_token_id
         assert prompt_ids.count(0) == 1
         assert END not in prompt_ids
-        encoded = encode(EXAMPLE, template, tokenizer, max_tokens=1000)
+        encoded = encode(EXAMPLE, words(template, tokenizer), max_tokens=1000)
         assert encoded.prompt_ids == prompt_ids
         assert encoded.input_ids.count(END) == 1
-    assert 0 not in encode_prompt("alpaca", EXAMPLE, TOKENIZER)
+    assert 0 not in encode_prompt(EXAMPLE, words("alpaca", TOKENIZER))
 
 
 # Loss
@@ -127,8 +131,8 @@ def test_the_begin_token_stands_once_and_the_end_token_not_in_the_prompt() -> No
 def test_the_prompt_is_masked_exactly_and_the_end_token_carries_loss(pads_with_end: bool) -> None:
     tokenizer = make_tokenizer(pads_with_end=pads_with_end)
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) is pads_with_end
-    encoded = encode(EXAMPLE, "alpaca", tokenizer, max_tokens=1000)
-    prompt_ids = tokenizer(render_prompt("alpaca", EXAMPLE, tokenizer))["input_ids"]
+    encoded = encode(EXAMPLE, words("alpaca", tokenizer), max_tokens=1000)
+    prompt_ids = tokenizer(render_prompt(EXAMPLE, words("alpaca", tokenizer)))["input_ids"]
     assert encoded.prompt_ids == prompt_ids
     assert encoded.labels[: encoded.prompt_length] == [IGNORED] * len(prompt_ids)
     response = encoded.labels[encoded.prompt_length :]
@@ -144,7 +148,7 @@ def test_collating_keeps_the_end_token_in_the_loss_when_it_also_pads(side: str) 
     tokenizer = make_tokenizer(pads_with_end=True)
     examples = [Example("a", "b"), Example("a longer one", "b")]
     batch = collate(
-        [encode(example, "plain", tokenizer, max_tokens=50) for example in examples],
+        [encode(example, words("plain", tokenizer), max_tokens=50) for example in examples],
         pad_id=tokenizer.pad_token_id,
         side=side,  # type: ignore[arg-type]
     )
@@ -155,7 +159,7 @@ def test_collating_keeps_the_end_token_in_the_loss_when_it_also_pads(side: str) 
 
 def test_a_response_that_begins_with_a_line_end_does_not_change_the_prompt() -> None:
     # Encoded together, the prompt's last line end would merge with the response's first.
-    encoded = encode(Example("a", "\nb"), "plain", TOKENIZER, max_tokens=50)
+    encoded = encode(Example("a", "\nb"), words("plain", TOKENIZER), max_tokens=50)
     assert encoded.prompt_ids == TOKENIZER("a\n")["input_ids"]
     assert decode(encoded.input_ids[encoded.prompt_length : -1]) == "\nb"
     together = TOKENIZER("a\n\nb")["input_ids"]
@@ -166,7 +170,7 @@ def test_a_response_that_begins_with_a_line_end_does_not_change_the_prompt() -> 
 
 
 def test_a_long_response_loses_its_end_and_the_end_token() -> None:
-    encoded = encode(Example("abc", "x" * 50), "plain", TOKENIZER, max_tokens=20)
+    encoded = encode(Example("abc", "x" * 50), words("plain", TOKENIZER), max_tokens=20)
     assert decode(encoded.input_ids) == "abc\n" + "x" * 16
     assert encoded.labels == [IGNORED] * 4 + encoded.input_ids[4:]
     assert END not in encoded.input_ids
@@ -175,7 +179,7 @@ def test_a_long_response_loses_its_end_and_the_end_token() -> None:
 
 def test_a_long_prompt_loses_the_end_of_its_context_and_keeps_the_template() -> None:
     example = Example("Sum up.", "short", context="word " * 200)
-    encoded = encode(example, "alpaca", TOKENIZER, max_tokens=250)
+    encoded = encode(example, words("alpaca", TOKENIZER), max_tokens=250)
     prompt = decode(encoded.prompt_ids)
     assert prompt.startswith(f"{PREAMBLE}### Instruction:\nSum up. word word ")
     assert prompt.endswith("\n\n### Response:\n")
@@ -185,15 +189,15 @@ def test_a_long_prompt_loses_the_end_of_its_context_and_keeps_the_template() -> 
 
 
 def test_long_prompts_and_responses_share_the_room_in_halves() -> None:
-    encoded = encode(Example("p" * 90, "r" * 90), "plain", TOKENIZER, max_tokens=41)
+    encoded = encode(Example("p" * 90, "r" * 90), words("plain", TOKENIZER), max_tokens=41)
     assert decode(encoded.input_ids) == "p" * 20 + "\n" + "r" * 20
 
 
 def test_what_just_fits_is_left_whole() -> None:
-    whole = encode(EXAMPLE, "plain", TOKENIZER, max_tokens=1000)
+    whole = encode(EXAMPLE, words("plain", TOKENIZER), max_tokens=1000)
     num_tokens = len(whole.input_ids)
-    assert encode(EXAMPLE, "plain", TOKENIZER, max_tokens=num_tokens) == whole
-    assert encode(EXAMPLE, "plain", TOKENIZER, max_tokens=num_tokens - 1).is_truncated
+    assert encode(EXAMPLE, words("plain", TOKENIZER), max_tokens=num_tokens) == whole
+    assert encode(EXAMPLE, words("plain", TOKENIZER), max_tokens=num_tokens - 1).is_truncated
 
 
 texts = st.text(st.sampled_from("a the#\né😀"), min_size=1, max_size=80)
@@ -206,10 +210,10 @@ def test_every_example_fits_and_has_a_label(
 ) -> None:
     tokenizer = make_tokenizer(pads_with_end=pads_with_end)
     example = Example(instruction, response, context=context)
-    encoded = encode(example, "plain", tokenizer, max_tokens=max_tokens)
+    encoded = encode(example, words("plain", tokenizer), max_tokens=max_tokens)
     prompt_ids, response_ids = encoded.prompt_ids, encoded.input_ids[encoded.prompt_length :]
     whole_response = [*tokenizer(response)["input_ids"], END]
-    whole_prompt = tokenizer(render_prompt("plain", example, tokenizer))["input_ids"]
+    whole_prompt = tokenizer(render_prompt(example, words("plain", tokenizer)))["input_ids"]
     assert len(encoded.input_ids) == len(encoded.labels) <= max_tokens
     assert encoded.labels == [IGNORED] * encoded.prompt_length + response_ids
     assert encoded.num_labels == len(response_ids) >= 1
@@ -226,37 +230,37 @@ def test_every_example_fits_and_has_a_label(
 @settings(deadline=None)
 @given(texts, st.integers(1, 100))
 def test_a_shortened_prompt_is_as_long_as_it_can_be(text: str, max_tokens: int) -> None:
-    prompt_ids = encode_prompt("plain", Example(text, "x"), TOKENIZER, max_tokens=max_tokens)
+    prompt_ids = encode_prompt(Example(text, "x"), words("plain", TOKENIZER), max_tokens=max_tokens)
     kept = decode(prompt_ids)[:-1]
     assert len(prompt_ids) <= max_tokens
     if kept != text:
-        one_more = encode_prompt("plain", Example(text[: len(kept) + 1], "x"), TOKENIZER)
+        one_more = encode_prompt(Example(text[: len(kept) + 1], "x"), words("plain", TOKENIZER))
         assert len(one_more) > max_tokens
 
 
 def test_a_shortened_chat_prompt_keeps_the_roles() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT
-    encoded = encode(Example("p" * 99, "r"), "chat", tokenizer, max_tokens=40)
-    num_kept = 40 - len("r") - 1 - len(encode_prompt("chat", Example("", "r"), tokenizer))
+    encoded = encode(Example("p" * 99, "r"), words("chat", tokenizer), max_tokens=40)
+    num_kept = 40 - len("r") - 1 - len(encode_prompt(Example("", "r"), words("chat", tokenizer)))
     assert decode(encoded.input_ids) == (f"<s><user>{'p' * num_kept}\n<assistant>r</s>")
 
 
 def test_max_tokens_must_have_room_for_the_template() -> None:
     with pytest.raises(ValueError, match=r"max_tokens must leave the prompt at least \d+ tokens"):
-        encode(Example("a" * 99, "b" * 99), "alpaca", TOKENIZER, max_tokens=100)
+        encode(Example("a" * 99, "b" * 99), words("alpaca", TOKENIZER), max_tokens=100)
 
 
 def test_max_tokens_must_have_room_for_prompt_and_response() -> None:
     with pytest.raises(ValueError, match="max_tokens must be at least 2, got 1"):
-        encode(EXAMPLE, "plain", TOKENIZER, max_tokens=1)
+        encode(EXAMPLE, words("plain", TOKENIZER), max_tokens=1)
 
 
 def test_the_tokenizer_must_have_an_end_token() -> None:
     tokenizer = make_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="tokenizer must have an end token"):
-        encode(EXAMPLE, "plain", tokenizer, max_tokens=50)
+        encode(EXAMPLE, words("plain", tokenizer), max_tokens=50)
 
 
 # Batches
@@ -354,8 +358,8 @@ def test_blocks_need_an_example() -> None:
 
 def test_options_are_encoded_as_in_training() -> None:
     example = Example("Which?", "left", options=("left", "right there", "up"))
-    found = encode_options(example, "plain", TOKENIZER, max_tokens=64)
-    assert found[0] == encode(example, "plain", TOKENIZER, max_tokens=64)
+    found = encode_options(example, words("plain", TOKENIZER), max_tokens=64)
+    assert found[0] == encode(example, words("plain", TOKENIZER), max_tokens=64)
     assert [decode(option.input_ids) for option in found] == [
         f"Which?\n{text}</s>" for text in example.options
     ]
@@ -363,7 +367,7 @@ def test_options_are_encoded_as_in_training() -> None:
 
 def test_options_share_a_prompt_with_room_for_the_longest() -> None:
     example = Example("Which one? " + "x" * 100, "a", options=("a", "b" * 20))
-    found = encode_options(example, "plain", TOKENIZER, max_tokens=48)
+    found = encode_options(example, words("plain", TOKENIZER), max_tokens=48)
     assert found[0].prompt_ids == found[1].prompt_ids
     assert len(found[1].input_ids) == 48
     assert [decode(option.input_ids[option.prompt_length :]) for option in found] == [
@@ -377,22 +381,22 @@ def test_options_share_a_prompt_with_room_for_the_longest() -> None:
 def test_the_length_of_a_shortened_prompt_does_not_give_the_answer_away(answer: str) -> None:
     """Not in training either: a model would learn to read it there."""
     example = Example("Which one? " + "x" * 100, answer, options=("a", "b" * 20))
-    trained = encode(example, "plain", TOKENIZER, max_tokens=48)
-    options = encode_options(example, "plain", TOKENIZER, max_tokens=48)
+    trained = encode(example, words("plain", TOKENIZER), max_tokens=48)
+    options = encode_options(example, words("plain", TOKENIZER), max_tokens=48)
     assert trained == options[example.options.index(answer)]
     assert trained.prompt_length == 48 - 21
 
 
 def test_an_option_above_its_room_loses_its_end() -> None:
     example = Example("Which?", "a", options=("a", "b" * 100))
-    short, long = encode_options(example, "plain", TOKENIZER, max_tokens=40)
+    short, long = encode_options(example, words("plain", TOKENIZER), max_tokens=40)
     assert len(long.input_ids) == 40
     assert long.input_ids[-1] != TOKENIZER.eos_token_id
     assert short.input_ids[-1] == TOKENIZER.eos_token_id
 
 
 def test_an_example_without_options_has_none() -> None:
-    assert encode_options(Example("Which?", "a"), "plain", TOKENIZER, max_tokens=40) == ()
+    assert encode_options(Example("Which?", "a"), words("plain", TOKENIZER), max_tokens=40) == ()
 
 
 def test_a_prompt_is_shortened_right_where_its_tokens_are_uneven() -> None:
@@ -400,9 +404,9 @@ def test_a_prompt_is_shortened_right_where_its_tokens_are_uneven() -> None:
     for text in ("#" * 3000 + "a" * 3000, "a" * 3000 + "#" * 3000):
         for max_tokens in (500, 1500, 3500):
             prompt_ids = encode_prompt(
-                "plain", Example(text, "x"), TOKENIZER, max_tokens=max_tokens
+                Example(text, "x"), words("plain", TOKENIZER), max_tokens=max_tokens
             )
             kept = decode(prompt_ids)[:-1]
             assert text.startswith(kept)
-            one_more = encode_prompt("plain", Example(text[: len(kept) + 1], "x"), TOKENIZER)
+            one_more = encode_prompt(Example(text[: len(kept) + 1], "x"), words("plain", TOKENIZER))
             assert len(prompt_ids) <= max_tokens < len(one_more)

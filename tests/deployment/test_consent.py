@@ -8,16 +8,24 @@ from typing import Any
 
 import pytest
 
+from federations import short_model
 from orchard.communication.audit import read_audit
 from orchard.deployment.consent import Consent, Refusal
+from orchard.deployment.limits import CLIENTS, LIMITS, parse_limits
 from orchard.deployment.site import SiteOptions, check_site
-from orchard.deployment.site_recipe import own_recipe
+from orchard.deployment.site_recipe import own_recipe as own_recipe_by
 from orchard.deployment.site_worker import SiteWorker
+from orchard.deployment.terms import terms_of
 from orchard.experiment.own_methods import own_digests
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import parse_recipe, to_toml
+from orchard.recipe.reading import known_options, parse_recipe, to_toml
+from orchard.strategies.session import RANKS
 from own_module import PULLED, offer, written
-from sites import make_workers, site_recipe, write_sites
+from sites import changed, make_workers, site_recipe, write_sites
+
+
+def own_recipe(consent: Consent, asked: Recipe, *, num_clients: int = 1) -> Recipe:
+    return own_recipe_by(consent, asked, terms_of(asked), num_clients=num_clients)
 
 
 def recipe(method: str = "flex", **data: Any) -> Recipe:
@@ -69,6 +77,72 @@ def test_the_owner_chooses_methods_and_budgets() -> None:
     assert own_recipe(replace(tiny, memory="64GB"), recipe("hfedmoe")).client.memory_bytes == "64GB"
 
 
+def with_selection(method: str, **selection: Any) -> Recipe:
+    own = recipe(method)
+    return replace(own, selection=replace(own.selection, **selection))
+
+
+CHOOSERS = ("hfedmoe", "fedavg_random", "pflmoe", "fedmoe", "seermoe", "flex+hfedmoe")
+
+
+@pytest.mark.parametrize("given", [{"budget": "8"}, {"memory": "1GB"}])
+@pytest.mark.parametrize("method", CHOOSERS)
+def test_no_option_trains_more_experts_than_the_owner_gives(
+    method: str, given: dict[str, str]
+) -> None:
+    consent = Consent("own.jsonl", model=short_model(), **given)  # type: ignore[arg-type]
+    for rank in RANKS:
+        asked = with_selection(method, rank_by=rank)
+        asked = replace(asked, client=replace(asked.client, budget="100%"))
+        if rank == "none" and "hfedmoe" in method:
+            with pytest.raises(Refusal, match="must choose experts") as caught:
+                own_recipe(consent, asked)
+            assert (caught.value.code, caught.value.option) == ("budget", "selection.rank_by")
+            continue
+        client = own_recipe(consent, asked).client
+        assert (client.budget, client.memory_bytes) == (
+            given.get("budget", ""),
+            given.get("memory", ""),
+        )
+
+
+def test_of_a_budget_and_a_memory_the_smaller_holds() -> None:
+    consent = Consent("own.jsonl", model=short_model(), budget="8", memory="64GB")
+    assert own_recipe(consent, recipe("hfedmoe")).client.budget == "8"
+    assert own_recipe(replace(consent, budget="100%"), recipe("hfedmoe")).client.budget == "16"
+    with pytest.raises(Refusal, match="one expert in each"):
+        own_recipe(replace(consent, memory="1MB"), recipe("hfedmoe"))
+
+
+@pytest.mark.parametrize("key", sorted({*LIMITS} - {CLIENTS}))
+def test_every_limit_of_the_owner_holds(key: str) -> None:
+    kind, entry = known_options()[key]
+    least = entry.metadata["minimum"] or 1
+    asked = changed(recipe(), key, kind(least + 1))
+    consent = Consent("own.jsonl", model="orchard:tiny", limits={key: least})
+    with pytest.raises(Refusal, match=f"^{key} must be at most") as caught:
+        own_recipe(consent, asked)
+    assert (caught.value.code, caught.value.option) == ("limit", key)
+    own_recipe(replace(consent, limits={key: least + 1}), asked)
+    # Without a word of the owner's there is a limit too.
+    with pytest.raises(Refusal, match=f"^{key} must be at most"):
+        own_recipe(replace(consent, limits={}), changed(recipe(), key, kind(LIMITS[key] + 1)))
+
+
+def test_a_federation_of_more_sites_than_the_owner_believes_is_refused() -> None:
+    consent = Consent("own.jsonl", model="orchard:tiny", limits={CLIENTS: 3})
+    own_recipe(consent, recipe(), num_clients=3)
+    with pytest.raises(Refusal, match=r"^clients must be at most 3"):
+        own_recipe(consent, recipe(), num_clients=4)
+
+
+def test_limits_are_read_from_the_command_line() -> None:
+    assert parse_limits(["client.steps=100", "clients=5"]) == {"client.steps": 100, "clients": 5}
+    for wrong in ("client.steps", "data.path=3", "steps=3", "client.steps=many", "client.lr=nan"):
+        with pytest.raises(ValueError, match=r"^--limit must"):
+            parse_limits([wrong])
+
+
 @pytest.fixture
 def worker(tmp_path: Path) -> SiteWorker:
     data = write_sites(tmp_path / "data", num_sites=1)
@@ -86,16 +160,25 @@ def test_a_site_joins_or_says_why_not_and_writes_it_down(
     worker: SiteWorker, tmp_path: Path
 ) -> None:
     header, _ = worker.handle(join(recipe()), b"")
-    assert header["num_examples"] == 18
+    assert header == {"site": "harbor", "num_examples": 18}
     header, _ = worker.handle(join(recipe("fedavg")), b"")
-    assert "must be of flex" in header["refused"]
-    header, _ = worker.handle(join(recipe(test_size=500.0)), b"")
-    assert "must fit this site" in header["refused"]
+    assert header == {"refused": "method", "option": "strategy.name", "site": "harbor"}
     header, _ = worker.handle({"kind": "format", "run": "r"}, b"")
-    assert "kind must be" in header["refused"]
+    assert header == {"refused": "request", "option": "", "site": "harbor"}
     (store,) = (tmp_path / "stores").iterdir()
-    events = [event["event"] for event in read_audit(store / "audit.jsonl")]
-    assert events == ["joined", "refused", "refused", "refused"]
+    events = read_audit(store / "audit.jsonl")
+    assert [event["event"] for event in events] == ["joined", "refused", "refused"]
+    assert "must be of flex at this site" in events[1]["reason"]  # the owner is told in words
+
+
+def test_a_recipe_that_does_not_fit_the_data_is_refused_by_a_code(
+    worker: SiteWorker, tmp_path: Path
+) -> None:
+    header, _ = worker.handle(join(recipe(test_size=500.0)), b"")
+    assert header["refused"] == "data"
+    (store,) = (tmp_path / "stores").iterdir()
+    (event,) = read_audit(store / "audit.jsonl")
+    assert "500" in event["reason"]
 
 
 def test_a_task_for_another_site_is_refused(worker: SiteWorker) -> None:
@@ -110,7 +193,7 @@ def test_a_task_for_another_site_is_refused(worker: SiteWorker) -> None:
         "train": True,
     }
     reply, body = worker.handle(json.loads(json.dumps(header)), b"")
-    assert "site must be" in reply["refused"]
+    assert reply["refused"] == "site"
     assert body == b""
 
 
@@ -142,11 +225,11 @@ def test_nothing_is_imported_that_the_owner_did_not_name(
     text = to_toml(replace(whole, strategy=replace(whole.strategy, name=asked)))
     with written(tmp_path / "installed", theirs=theirs, mine=PULLED):
         offer(tmp_path / "installed", offered="theirs:run")
-        for kind in ("join", "round"):
-            header = {"kind": kind, "run": "r", "recipe": text, "methods": {asked: ""}}
-            header |= {"round": 1, "site": "harbor", "index": 0, "num_clients": 1}
-            reply, _ = worker.handle({**header, "evaluate": [], "train": True}, b"")
-            assert "its owner names others with --methods" in reply["refused"]
+        header: dict[str, Any] = {"run": "r", "recipe": text, "methods": {asked: "0"}}
+        seat = {"round": 1, "site": "harbor", "index": 0, "num_clients": 1}
+        for own in ({"kind": "join"}, {"kind": "round", **seat, "evaluate": [], "train": True}):
+            reply, _ = worker.handle({**header, **own}, b"")
+            assert reply["refused"] == "method"
         assert not trace.exists()
         assert not {"theirs", "mine"} & sys.modules.keys()
 
@@ -163,7 +246,7 @@ def test_a_site_runs_an_own_method_that_its_owner_named_from_the_same_source(
         asked = join(recipe("fedavg+mine:pulled"))
         for theirs in ({}, {"methods": {"mine:pulled": "0" * 64}}):
             reply, _ = worker.handle({**asked, **theirs}, b"")
-            assert "mine:pulled must have the coordinator's source" in reply["refused"]
+            assert reply["refused"] == "method_source"
         reply, _ = worker.handle({**asked, "methods": own_digests(["mine:pulled"])}, b"")
         assert reply["num_examples"] == 18
 

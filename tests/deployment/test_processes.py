@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -69,12 +70,23 @@ def dolly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def flat(values: Any, prefix: str = "") -> dict[str, float]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {
+        name: value
+        for key, part in values.items()
+        for name, value in flat(part, f"{prefix}/{key}").items()
+    }
+
+
 def test_three_sites_on_real_data_end_with_the_simulators_tensors(
     dolly: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(RECIPE)
-    model = ("--model", str(MODEL))
+    # Few rows, so that it is short.
+    model = ("--model", str(MODEL), "--min-test", "4")
     with running(Processes(tmp_path / "federation", dolly, model)) as federation:
         for method, own in METHODS.items():
             options = (f"model.path={MODEL}", f"strategy.name={method}", *own)
@@ -89,7 +101,9 @@ def test_three_sites_on_real_data_end_with_the_simulators_tensors(
             assert coordinator.wait(420) == 0, federation.tail()
             assert same(shared_tensors(run), shared_tensors(simulated))
             between, alone = (json.loads((f / "result.json").read_text()) for f in (run, simulated))
-            assert between["summary"] == alone["summary"]
+            # What sites measured left them with four digits after the point.
+            measured = flat(between["summary"])
+            assert measured == pytest.approx(flat(alone["summary"]), abs=1e-4)
             assert between.keys() >= {"commit", "versions", "hardware", "recipe_digest"}
             assert between["data_digest"] is None
             token = json.loads((run / "run.json").read_text())["run"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from orchard.communication.refusals import Code
 from orchard.engine.worker import WorkerError, ask, serve
 
 
@@ -44,11 +45,16 @@ def test_a_request_is_answered_whatever_its_size(socket: Path) -> None:
         end.set()
 
 
-def test_an_error_says_what_and_where_and_the_worker_goes_on(socket: Path) -> None:
+def test_of_an_error_a_code_leaves_and_the_worker_goes_on(
+    socket: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     end = start(socket, double)
     try:
-        with pytest.raises(WorkerError, match=r"too much \(in round 1, client a, local training\)"):
+        with pytest.raises(WorkerError, match=r"^failed$") as caught:
             ask(socket, {"fails": True}, b"", seconds=10.0)
+        assert caught.value.code is Code.FAILED
+        assert "too much" in caplog.text  # for the owner
+        assert "local training" in caplog.text
         assert ask(socket, {"n": 1}, b"", seconds=10.0)[0] == {"n": 2}
     finally:
         end.set()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from orchard.data.templates import IGNORED, Encoded
+from orchard.data.encoded import IGNORED, Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.targets import LoraSettings

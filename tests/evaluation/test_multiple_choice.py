@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchard.data.templates import IGNORED, Encoded
+from orchard.data.encoded import IGNORED, Encoded
 from orchard.evaluation.multiple_choice import choose, log_likelihoods, standard_error
 from orchard.evaluation.quality import EvaluationSettings, TestExample, evaluate
 from orchard.models.trainable.adapters import AdaptedModel
@@ -40,7 +40,7 @@ def stirred(family: str = "qwen2_moe") -> AdaptedModel:
 
 def option(prompt: Sequence[int], answer: Sequence[int], *, ends: bool = True) -> Encoded:
     ids = [*answer, END] if ends else list(answer)
-    return Encoded([*prompt, *ids], [IGNORED] * len(prompt) + ids, prompt_length=len(prompt))
+    return Encoded([*prompt, *ids], [IGNORED] * len(prompt) + ids, len(prompt), is_ended=ends)
 
 
 def questions(num: int = 10) -> list[tuple[Encoded, ...]]:

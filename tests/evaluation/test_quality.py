@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.generation import generate_greedily
 from orchard.evaluation.loss import forward_losses, mean_loss
 from orchard.evaluation.quality import METRICS, EvaluationSettings, TestExample, evaluate
@@ -65,7 +65,20 @@ def test_an_answer_ends_with_the_end_token_and_leaves_it_out() -> None:
     end = next(token for token in long[1:] if token != long[0])
     model.tokenizer.eos_token_id = int(end)
     (answer,) = generate_greedily(model, [prompt], max_new_tokens=8, batch_size=1)
-    assert answer.split() == [*long[: long.index(end)], end]
+    assert answer.split() == long[: long.index(end)]
+
+
+def test_an_answer_ends_at_the_first_of_several_ends() -> None:
+    model = stirred()
+    (prompt, *_) = prompts()
+    long = continue_one(model, prompt, 8).split()
+    first, second = 1, next(i for i in range(2, 8) if long[i] not in long[:i])
+    assert long[first] not in long[:first]
+    for ends, place in (((first, second), first), ((second,), second), ((second, first), first)):
+        (answer,) = generate_greedily(
+            model, [prompt], max_new_tokens=8, batch_size=1, end_ids=[int(long[i]) for i in ends]
+        )
+        assert answer.split() == long[:place]
 
 
 def test_no_prompt_has_no_answer() -> None:

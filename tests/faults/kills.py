@@ -28,6 +28,7 @@ from orchard.deployment.localhost import ORCHARD, Processes, running
 from orchard.results import MetricsLog, environment
 from sites import same, shared_tensors
 
+FEW_ROWS = ("--min-test", "1")  # what may leave is no subject here
 TARGETS = ("coordinator", "superlink", "rounds", "site", "supernode", "worker")
 
 
@@ -169,7 +170,9 @@ def main() -> None:
         simulated = folder / "simulated"
         command = [ORCHARD, "run", str(given.recipe), *options, f"data.path={given.data}"]
         subprocess.run([*command, "--out", str(simulated)], check=True, capture_output=True)
-        federation = Processes(folder / "federation", given.data, ["--model", given.model])
+        federation = Processes(
+            folder / "federation", given.data, ["--model", given.model, *FEW_ROWS]
+        )
         with running(federation):
             saboteur = Saboteur(
                 federation, given.recipe, options, run=folder / "run", seed=given.seed

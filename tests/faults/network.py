@@ -192,6 +192,7 @@ def run(folder: Path, *, rounds: int, unplug_seconds: float) -> dict[str, object
         started = time.monotonic()
         for number, name in enumerate(names, start=1):
             site = ["site", "--data", str(data / f"{name}.jsonl"), "--store", str(folder / name)]
+            site += ["--min-test", "1"]
             site += ["--superlink", f"10.77.{number}.1:{PORT}", "--keys", str(folder / "keys")]
             processes.append(_start(spaces[number], site, folder / f"{name}.log"))
         coordinator = _start(

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from kills import TARGETS, Saboteur
+from kills import FEW_ROWS, TARGETS, Saboteur
 
 from federations import short_model
 from orchard.deployment.localhost import ORCHARD, Processes, running
@@ -24,7 +24,7 @@ def test_one_kill_of_each_kind_changes_no_tensor(tmp_path: Path) -> None:
     simulated = tmp_path / "simulated"
     command = [ORCHARD, "run", str(recipe), "--out", str(simulated)]
     subprocess.run(command, check=True, capture_output=True)
-    federation = Processes(tmp_path / "federation", data, ["--model", short_model()])
+    federation = Processes(tmp_path / "federation", data, ["--model", short_model(), *FEW_ROWS])
     with running(federation):
         saboteur = Saboteur(federation, recipe, (), run=tmp_path / "run", seed=0)
         saboteur.go(TARGETS, pause=(4.0, 12.0), seconds=500.0)

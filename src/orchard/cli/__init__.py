@@ -192,6 +192,23 @@ def partition(
 
 
 @app.command()
+def preview(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    client: Annotated[str, typer.Option(help="Whose examples; by default the first.")] = "",
+    examples: Annotated[int, typer.Option(help="How many of each split.", min=1)] = 2,
+    traceback: Traceback = False,
+) -> None:
+    """Show examples as the model sees them: tokens, what is learned, what is cut, lengths."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.engine.progress import make_console
+        from orchard.preview import make_preview, print_preview
+
+        made = make_preview(_resolve(recipe, overrides).recipe, client=client)
+        print_preview(made, make_console(), num_examples=examples)
+
+
+@app.command()
 def plan(
     recipe: RecipeArgument,
     overrides: Overrides = None,

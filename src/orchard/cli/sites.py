@@ -73,6 +73,29 @@ def site(
     memory: Annotated[str, typer.Option(help="Bytes that training may take, such as 8GB.")] = "",
     calibration: Annotated[str, typer.Option(help="This site's calibration corpus.")] = "",
     retention: Annotated[str, typer.Option(help="This site's file of what to retain.")] = "",
+    data_recipe: Annotated[
+        str,
+        typer.Option(help="This site's own data section, TOML; else as the first recipe says."),
+    ] = "",
+    min_test: Annotated[
+        int, typer.Option(help="Fewest rows that a measure or an update may rest on.", min=1)
+    ] = 20,
+    decimals: Annotated[
+        int, typer.Option(help="Digits after the point of measures that leave.", min=0, max=8)
+    ] = 4,
+    trees_per_round: Annotated[
+        int, typer.Option(help="Global trees that are measured or trained in one round.", min=1)
+    ] = 2,
+    runs_per_day: Annotated[
+        int, typer.Option(help="New runs that are joined in 24 hours.", min=1)
+    ] = 20,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest value of a recipe's option: client.steps=100; repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what a coordinator asks, and join nothing.")
+    ] = False,
     keys: KeysOption = None,
     insecure: InsecureOption = False,
     traceback: Traceback = False,
@@ -81,7 +104,8 @@ def site(
     with clear_errors(code=BAD_INPUT, traceback=traceback):
         log_to_stderr()
         from orchard.deployment.consent import Consent
-        from orchard.deployment.site import SiteOptions, check_site, run_site
+        from orchard.deployment.limits import parse_limits
+        from orchard.deployment.site import SiteOptions, check_site, look, run_site
 
         chosen = tuple(method.strip() for method in methods.split(",") if method.strip())
         if ":" in methods:
@@ -89,7 +113,19 @@ def site(
 
             import_from(Path.cwd())
         consent = Consent(
-            str(data.resolve()), model, chosen, budget, memory, calibration, retention
+            data=str(data.resolve()),
+            model=model,
+            methods=chosen,
+            budget=budget,
+            memory=memory,
+            calibration=calibration,
+            retention=retention,
+            data_recipe=str(Path(data_recipe).resolve()) if data_recipe else "",
+            min_test=min_test,
+            decimals=decimals,
+            trees_per_round=trees_per_round,
+            runs_per_day=runs_per_day,
+            limits=parse_limits(limit or ()),
         )
         options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)
         check_site(options)
@@ -102,7 +138,10 @@ def site(
         clear_errors(code=FAILED, traceback=traceback, stopped=stopped),
         leaves_on_termination(),
     ):
-        run_site(options)
+        if dry_run:
+            print(look(options), end="")
+        else:
+            run_site(options)
 
 
 def log_to_stderr() -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.quality import EvaluationSettings, TestExample
 from orchard.experts.submodel_source import SubmodelSource
 from orchard.models.trainable.adapters import AdaptedModel

@@ -13,7 +13,7 @@ import torch
 
 from orchard.client.objectives import Objective, Situation, causal_lm
 from orchard.communication.messages import LocalSettings
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.dropout import dropout_by_row

@@ -4,7 +4,8 @@ Every line has the hash of the line before it, so that a line that was changed o
 middle shows. Who can write the file can still cut its end off, or write all of it anew: whoever
 must trust another's log keeps its last hash.
 
-A line that a crash cut off is dropped when the log is next opened; its event was not let out.
+A line that a crash or a full disk cut off is dropped before the next one; its event was not let
+out. Texts are cut to a stated length, so that nobody else decides how long a log is.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchard.communication.readable import readable
+
 AUDIT_FILE = "audit.jsonl"
+MAX_TEXT = 1000
+"""Longest text of an event, in characters."""
 _START = "0" * 64
 
 
@@ -40,13 +45,10 @@ class AuditLog:
     def __post_init__(self) -> None:
         """Continue after the last complete line."""
         self._last = _START
-        size = 0
+        self._size = 0
         for line, own_size in _complete_lines(self.path):
             self._last = _digest(line)
-            size += own_size
-        if self.path.exists() and self.path.stat().st_size > size:
-            with self.path.open("r+b") as file:
-                file.truncate(size)
+            self._size += own_size
 
     def write(self, event: str, **facts: Any) -> None:
         """Add one event, and return when it is on disk.
@@ -55,14 +57,25 @@ class AuditLog:
             event: What happened: ``asked``, ``sent``, ``received``, ``refused``, ``loaded``.
             facts: JSON values: round, site, names, bytes, hash, reason.
         """
-        entry = {"time": time.time(), "event": event, **facts, "previous": self._last}
+        bounded = {key: _bounded(value) for key, value in facts.items()}
+        entry = {"time": time.time(), "event": event, **bounded, "previous": self._last}
         line = json.dumps(entry, allow_nan=False).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
+            # What a full disk let through of an earlier line is no line.
+            file.truncate(self._size)
             file.write(line + b"\n")
             file.flush()
             os.fsync(file.fileno())
         self._last = _digest(line)
+        self._size += len(line) + 1
+
+
+def _bounded(value: Any) -> Any:
+    """Return a fact whose texts, those of a list too, are of a bounded length."""
+    if isinstance(value, str):
+        return value if len(value) <= MAX_TEXT else readable(value, limit=MAX_TEXT)
+    return [_bounded(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def read_audit(path: Path) -> list[dict[str, Any]]:
@@ -112,9 +125,11 @@ def audit_lines(events: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        shown = ", ".join(map(str, value[:3])) + (", ..." if len(value) > 3 else "")
+        shown = ", ".join(readable(str(part)) for part in value[:3]) + (
+            ", ..." if len(value) > 3 else ""
+        )
         return f"{len(value)} ({shown})" if value else "0"
-    text = str(value)
+    text = readable(str(value), limit=MAX_TEXT)
     return f'"{text}"' if " " in text else text
 
 

@@ -47,6 +47,7 @@ Method = Annotated[str, Meta(min_length=1, max_length=300)]
 Metric = Annotated[str, Meta(max_length=300)]
 TensorName = Annotated[str, Meta(max_length=1000)]
 Model = Literal["base", "global", "personal"]
+Changed = Literal["data", "base", "consent"]
 
 
 class MalformedError(ValueError):
@@ -150,7 +151,7 @@ class Refused(_Closed, frozen=True):
     """
 
     refused: Annotated[str, Meta(min_length=1)]
-    option: Annotated[str, Meta(max_length=100, pattern=r"^[\w.]*\Z")] = ""
+    option: Annotated[str, Meta(max_length=100, pattern=r"^[\w.-]*\Z")] = ""
     site: SiteName | None = None
 
 
@@ -186,12 +187,14 @@ class RoundDone(_Closed, frozen=True):
         site: Who answers.
         evaluation: ``model/metric`` to value.
         evaluation_seconds: What measuring took.
+        changed: What of the site is not as it was in the round before.
     """
 
     base_digest: Digest
     site: SiteName | None = None
     evaluation: Annotated[dict[Metric, Finite], Meta(max_length=1000)] = {}
     evaluation_seconds: Seconds = 0.0
+    changed: Annotated[list[Changed], Meta(max_length=3)] = []
 
 
 def read_introduction(header: object) -> Introduced:

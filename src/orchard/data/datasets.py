@@ -302,7 +302,7 @@ def content_hash(example: Example) -> str:
     """Return 64 hexadecimal digits that two examples share when they say the same.
 
     Case, the amount of white space and the border between instruction and context do not count
-    (templates join the two by a space); the category does not either.
+    (templates join the two by a space); the category does not either. What was said before does.
     """
     prompt = _normalize(f"{example.instruction} {example.context}")
     before = "".join(f"{turn.role}\x1e{_normalize(turn.text)}\x1f" for turn in example.history)

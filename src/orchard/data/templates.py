@@ -1,4 +1,4 @@
-"""Examples become token ids: prompts, labels, padded batches and calibration blocks.
+"""Examples become token ids: prompts, responses, and what of both is learned.
 
 Training and evaluation call the same functions, so a model is asked in the words it was trained
 in. A prompt and its response are encoded apart: the ids of the prompt are the ones a model sees
@@ -8,23 +8,27 @@ when it generates, whatever the response begins with.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
 
-import numpy as np
-import numpy.typing as npt
-
+from orchard.data.chat import ChatLayout, read_layout
+from orchard.data.encoded import IGNORED, Cut
+from orchard.data.encoded import Encoded as Encoded
 from orchard.data.examples import Example
+from orchard.data.special_tokens import Piece, PieceEncoder, SpecialTokens
+from orchard.data.turns import Role, Turn, shorten
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Template: TypeAlias = Literal["alpaca", "plain", "chat"]
-IntArray: TypeAlias = npt.NDArray[np.int64]
+Learn: TypeAlias = Literal["every", "last"]
 
-# The label that PyTorch's cross-entropy and every causal model in transformers leave out.
-IGNORED = -100
+_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request."
+)
 
 
 def prompt_text(example: Example) -> str:
@@ -38,116 +42,218 @@ def prompt_text(example: Example) -> str:
     return f"{example.instruction} {example.context}"
 
 
-def render_prompt(template: Template, example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the prompt as text, up to where the response begins.
+@dataclass(frozen=True)
+class Wording:
+    """How examples become ids for one tokenizer.
 
-    To feed a model, use ``encode_prompt``: only it knows whether the tokenizer should still add
-    its own special tokens (a chat template writes them itself).
+    Attributes:
+        template: How an example is worded.
+        tokenizer: Must have an end token.
+        special: Whether special tokens in data are text, or are allowed to be what they are.
+        learn: Whether every turn of the assistant carries loss, or only the response.
+        encoder: Encodes for the tokenizer.
 
     Raises:
-        ValueError: ``template`` is unknown, or is "chat" and the tokenizer has no chat template.
+        ValueError: ``template`` is unknown, or does not fit the tokenizer; or the tokenizer has no
+            end token.
     """
-    return _render(prompt_text(example), template=template, tokenizer=tokenizer)
+
+    template: Template
+    tokenizer: PreTrainedTokenizerBase
+    special: SpecialTokens = "text"
+    learn: Learn = "every"
+    encoder: PieceEncoder = field(init=False, repr=False)
+    _layouts: dict[tuple[Role, ...], ChatLayout] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        """Check that template and tokenizer fit."""
+        if self.template not in get_args(Template):
+            known = ", ".join(get_args(Template))
+            raise ValueError(
+                f"template must be one of {known}, got {self.template!r}; choose one of them"
+            )
+        if not isinstance(self.tokenizer.eos_token_id, int):
+            raise ValueError(
+                "tokenizer must have an end token, got eos_token_id "
+                f"{self.tokenizer.eos_token_id!r}; set its eos_token"
+            )
+        encoder = PieceEncoder(self.tokenizer, special=self.special)
+        object.__setattr__(self, "encoder", encoder)
+        if self.template == "chat":
+            self.layout(("user",))
+
+    def layout(self, roles: Sequence[Role]) -> ChatLayout:
+        """Return how the chat template lays out turns of these roles before a response.
+
+        Raises:
+            ValueError: It does not take them.
+        """
+        key = tuple(roles)
+        if key not in self._layouts:
+            self._layouts[key] = read_layout(self.tokenizer, key, self.encoder)
+        return self._layouts[key]
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends a response: that of the chat template where it writes one."""
+        end = self.layout(("user",)).response.end if self.template == "chat" else ""
+        if end:
+            ids = self.encoder.special_ids(self.encoder.encode([Piece(end, is_own=True)])[0])
+            return ids[-1]
+        return int(self.tokenizer.eos_token_id)
+
+    def parts(self, history: Sequence[Turn], text: str) -> list[list[Piece]]:
+        """Return what stands before a response; each part is encoded for itself.
+
+        A chat template's is one part. In the others, a turn of the assistant is a part, and an end
+        token follows it. A system turn stands in the place of alpaca's first paragraph.
+        """
+        turns = (*history, Turn("user", text))
+        if self.template == "chat":
+            layout = self.layout([turn.role for turn in turns])
+            return [layout.pieces([turn.text for turn in turns])]
+        parts: list[list[Piece]] = []
+        words: list[Piece] = []
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant":
+                parts += [words, [Piece(turn.text, is_learned=True)]]
+                words = [Piece("\n\n" if self.template == "alpaca" else "\n", is_own=True)]
+            elif self.template == "plain":
+                words += [Piece(turn.text), Piece("\n", is_own=True)]
+            elif turn.role == "system":
+                words += [Piece(turn.text), Piece("\n\n", is_own=True)]
+            else:
+                before = "### Instruction:\n" if number else f"{_PREAMBLE}\n\n### Instruction:\n"
+                after = "\n\n### Response:\n"
+                words += [Piece(before, is_own=True), Piece(turn.text), Piece(after, is_own=True)]
+        return [*parts, words]
+
+    def encode_before(self, history: Sequence[Turn], text: str) -> tuple[list[int], list[int]]:
+        """Return ids and labels of what stands before a response.
+
+        Raises:
+            ValueError: The chat template does not take the turns, or what is said would change
+                which special tokens it writes.
+        """
+        ids: list[int] = []
+        labels: list[int] = []
+        is_chat = self.template == "chat"
+        for number, part in enumerate(self.parts(history, text)):
+            part_ids, learned = self.encoder.encode(part, begins=not is_chat and number == 0)
+            if not is_chat and number % 2:  # a turn of the assistant
+                part_ids.append(int(self.tokenizer.eos_token_id))
+                learned = [True] * len(part_ids)
+            ids += part_ids
+            labels += [
+                index if is_learned and self.learn == "every" else IGNORED
+                for index, is_learned in zip(part_ids, learned, strict=True)
+            ]
+        if is_chat and self.special == "text":
+            layout = self.layout([*(turn.role for turn in history), "user"])
+            self._check_special(ids, layout.special_ids, text)
+        return ids, labels
+
+    def encode_response(self, roles: Sequence[Role], text: str) -> list[int]:
+        """Return the ids of a response and its end token, behind turns of these roles."""
+        if self.template != "chat":
+            return [*self.encoder.encode([Piece(text)])[0], int(self.tokenizer.eos_token_id)]
+        layout = self.layout(roles)
+        pieces = [
+            Piece(layout.lead, is_own=True),
+            Piece(layout.response.fill(text)),
+            Piece(layout.response.end, is_own=True),
+        ]
+        # A tokenizer may begin a text otherwise than it goes on, so it goes on from the template's
+        # last words, unless these and the response share a token.
+        before = [Piece(layout.words[-1], is_own=True)]
+        start, _ = self.encoder.encode(before)
+        whole, _ = self.encoder.encode([*before, *pieces])
+        ids = whole[len(start) :]
+        if whole[: len(start)] != start:
+            ids, _ = self.encoder.encode(pieces)
+        if self.special == "text":
+            self._check_special(ids, [self.end_id] if layout.response.end else [], text)
+        return ids if layout.response.end else [*ids, int(self.tokenizer.eos_token_id)]
+
+    def _check_special(self, ids: Sequence[int], expected: Sequence[int], text: str) -> None:
+        found = self.encoder.special_ids(ids)
+        if found != list(expected):
+            raise ValueError(
+                f"data must leave the chat template's special tokens as they are, got {found} for "
+                f"{list(expected)} with the text {shorten(text)}; remove it, or set "
+                "data.special_tokens = allow"
+            )
+
+
+def render_prompt(example: Example, wording: Wording) -> str:
+    """Return the prompt as text, up to where the response begins.
+
+    To feed a model, use ``encode_prompt``: only it knows whose special tokens are meant, and
+    whether the tokenizer adds its own (a chat template writes them itself).
+
+    Raises:
+        ValueError: The chat template does not take the example's turns.
+    """
+    end = "" if wording.template == "chat" else str(wording.tokenizer.eos_token)
+    parts = wording.parts(example.history, prompt_text(example))
+    return "".join(
+        "".join(piece.text for piece in part) + (end if number % 2 else "")
+        for number, part in enumerate(parts)
+    )
 
 
 def encode_prompt(
-    template: Template,
-    example: Example,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_tokens: int | None = None,
+    example: Example, wording: Wording, *, max_tokens: int | None = None
 ) -> list[int]:
     """Return the ids of the prompt, as in training, ready to generate from.
 
-    A prompt of more than ``max_tokens`` loses the end of its text, that is, of its context; the
-    instruction's beginning and the template's own words stay.
+    Where it is more than ``max_tokens``, the oldest turns are left out first, a turn of the user
+    with the answer to it; then the prompt loses the end of its text, that is, of its context; the
+    instruction's beginning and the template's own words stay. A system turn stays as long as there
+    is room for it.
 
     Args:
-        template: How the example is worded.
-        example: Only its instruction and context are read.
-        tokenizer: Adds its begin token, where it has that habit, but no end token.
+        example: Its response is not read.
+        wording: Its tokenizer adds its begin token, where it has that habit, but no end token.
         max_tokens: The longest prompt; None = no limit.
 
     Raises:
         ValueError: As in ``render_prompt``, or ``max_tokens`` has no room for the template.
     """
-    text = prompt_text(example)
-    input_ids = _encode_text(text, template=template, tokenizer=tokenizer)
-    if max_tokens is None or len(input_ids) <= max_tokens:
-        return input_ids
-    return _shorten_prompt(text, template=template, tokenizer=tokenizer, max_tokens=max_tokens)
+    return _encode_prompt(example, wording, max_tokens=max_tokens).ids
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """An example as token ids.
+def encode(example: Example, wording: Wording, *, max_tokens: int) -> Encoded:
+    """Encode prompt, response and end token, with loss on the last two.
 
-    Attributes:
-        input_ids: Prompt, response and end token.
-        labels: -100 on the prompt, the id itself on the response and the end token. A label
-            belongs to the id at its own place; the model shifts.
-        prompt_length: How many ids are prompt, in tokens.
-        is_truncated: Something was left out to stay within the longest length.
-    """
-
-    input_ids: list[int]
-    labels: list[int]
-    prompt_length: int
-    is_truncated: bool = False
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The ids before the response."""
-        return self.input_ids[: self.prompt_length]
-
-    @property
-    def num_labels(self) -> int:
-        """How many tokens carry loss; at least 1."""
-        return len(self.input_ids) - self.prompt_length
-
-
-def encode(
-    example: Example,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_tokens: int,
-) -> Encoded:
-    """Encode prompt, response and end token, with loss on the last two only.
-
-    The end token is in the loss by its place, not by its id, so it stays there for tokenizers
-    that pad with it.
+    With ``learn = every`` earlier turns of the assistant and their end tokens carry loss, too. The
+    end token is in the loss by its place, not by its id, so it stays there for tokenizers that pad
+    with it.
 
     Where all of it is more than ``max_tokens``, the response (with its end token) has a right to
     ``max_tokens // 2`` and the prompt to the rest; what one does not need the other may use. A
-    prompt above its room loses the end of its text (see ``encode_prompt``), a response above its
-    room loses its end and with it the end token, because the model should not learn to stop
-    there. Every encoded example has at least one label. An example with options leaves room for
-    the longest of them, so that the length of its prompt does not give the right one away.
+    prompt above its room is cut as in ``encode_prompt``, a response above its room loses its end
+    and with it the end token, because the model should not learn to stop there. Every encoded
+    example has at least one label. An example with options leaves room for the longest of them, so
+    that the length of its prompt does not give the right one away.
 
     Args:
         example: What to encode.
-        template: How it is worded.
-        tokenizer: Must have an end token.
+        wording: How.
         max_tokens: The longest result, at least 2.
 
     Raises:
-        ValueError: ``max_tokens`` is below 2 or has no room for the template, the tokenizer has no
-            end token, or ``template`` does not fit as in ``render_prompt``.
+        ValueError: ``max_tokens`` is below 2 or has no room for the template, or the chat template
+            does not take the example's turns.
     """
-    prompt_ids, (response_ids, *_), is_truncated = _fit(
-        example, [example.response, *example.options], template, tokenizer, max_tokens=max_tokens
-    )
-    return _join(prompt_ids, response_ids, is_truncated=is_truncated)
+    return _encode_responses(
+        example, [example.response, *example.options], wording, max_tokens=max_tokens
+    )[0]
 
 
-def encode_options(
-    example: Example,
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_tokens: int,
-) -> tuple[Encoded, ...]:
+def encode_options(example: Example, wording: Wording, *, max_tokens: int) -> tuple[Encoded, ...]:
     """Encode the example with each of its options as the response, behind one and the same prompt.
 
     As ``encode`` does it; the one of the right option is what ``encode`` returns. An option that
@@ -161,172 +267,92 @@ def encode_options(
     """
     if not example.options:
         return ()
-    prompt_ids, responses, is_truncated = _fit(
-        example, example.options, template, tokenizer, max_tokens=max_tokens
-    )
-    return tuple(_join(prompt_ids, ids, is_truncated=is_truncated) for ids in responses)
+    return _encode_responses(example, example.options, wording, max_tokens=max_tokens)
 
 
-def _fit(
-    example: Example,
-    responses: Sequence[str],
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_tokens: int,
-) -> tuple[list[int], list[list[int]], bool]:
-    """Return the prompt, the responses with end tokens, and whether anything was left out."""
+@dataclass(frozen=True)
+class _Prompt:
+    """What stands before a response, as ids and labels, and what of it was cut."""
+
+    ids: list[int]
+    labels: list[int]
+    roles: tuple[Role, ...]
+    cut: tuple[Cut, ...] = ()
+
+
+def _encode_responses(
+    example: Example, responses: Sequence[str], wording: Wording, *, max_tokens: int
+) -> tuple[Encoded, ...]:
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}; raise it")
-    end_id = tokenizer.eos_token_id
-    if not isinstance(end_id, int):
-        raise ValueError(
-            f"tokenizer must have an end token, got eos_token_id {end_id!r}; set its eos_token"
-        )
-    responses_ids = [[*_plain_ids(response, tokenizer), end_id] for response in responses]
+    prompt = _encode_prompt(example, wording, max_tokens=None)
+    responses_ids = [wording.encode_response(prompt.roles, response) for response in responses]
     num_longest = max(map(len, responses_ids))
-    prompt_ids = encode_prompt(template, example, tokenizer)
-    if len(prompt_ids) + num_longest <= max_tokens:
-        return prompt_ids, responses_ids, False
-    room = max_tokens - min(num_longest, max_tokens // 2)
-    prompt_ids = encode_prompt(template, example, tokenizer, max_tokens=room)
-    room = max_tokens - len(prompt_ids)
-    return prompt_ids, [response_ids[:room] for response_ids in responses_ids], True
-
-
-def _join(prompt_ids: list[int], response_ids: list[int], *, is_truncated: bool) -> Encoded:
-    return Encoded(
-        input_ids=prompt_ids + response_ids,
-        labels=[IGNORED] * len(prompt_ids) + response_ids,
-        prompt_length=len(prompt_ids),
-        is_truncated=is_truncated,
+    if len(prompt.ids) + num_longest > max_tokens:
+        room = max_tokens - min(num_longest, max_tokens // 2)
+        prompt = _encode_prompt(example, wording, max_tokens=room)
+    room = max_tokens - len(prompt.ids)
+    return tuple(
+        Encoded(
+            input_ids=prompt.ids + ids[:room],
+            labels=prompt.labels + ids[:room],
+            prompt_length=len(prompt.ids),
+            cut=(*prompt.cut, "response") if len(ids) > room else prompt.cut,
+            is_ended=len(ids) <= room,
+        )
+        for ids in responses_ids
     )
 
 
-def collate(
-    batch: Sequence[Encoded], *, pad_id: int, side: Literal["right", "left"] = "right"
-) -> dict[str, IntArray]:
-    """Pad examples to the longest of the batch.
+def _encode_prompt(example: Example, wording: Wording, *, max_tokens: int | None) -> _Prompt:
+    def encode_with(history: Sequence[Turn], text: str, *cut: Cut) -> _Prompt:
+        ids, labels = wording.encode_before(history, text)
+        return _Prompt(ids, labels, (*(turn.role for turn in history), "user"), cut)
 
-    Returns:
-        ``input_ids``, ``attention_mask`` (1 = token, 0 = padding) and ``labels`` (-100 on padding),
-        each (B, S). The mask comes from the lengths, so a token whose id equals ``pad_id`` stays.
-
-    Raises:
-        ValueError: The batch is empty, or ``side`` is neither right nor left.
-    """
-    inputs = collate_prompts([encoded.input_ids for encoded in batch], pad_id=pad_id, side=side)
-    labels = _pad([encoded.labels for encoded in batch], value=IGNORED, side=side)
-    return {**inputs, "labels": labels}
-
-
-def collate_prompts(
-    prompts: Sequence[Sequence[int]], *, pad_id: int, side: Literal["right", "left"] = "left"
-) -> dict[str, IntArray]:
-    """Pad prompts to the longest, on the left, so that all responses begin at the same place.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` as in ``collate``, each (B, S).
-
-    Raises:
-        ValueError: There is no prompt, or ``side`` is neither right nor left.
-    """
-    return {
-        "input_ids": _pad(prompts, value=pad_id, side=side),
-        "attention_mask": _pad([[1] * len(prompt) for prompt in prompts], value=0, side=side),
-    }
+    text, history = prompt_text(example), example.history
+    prompt = encode_with(history, text)
+    if max_tokens is None or len(prompt.ids) <= max_tokens:
+        return prompt
+    num_system = sum(turn.role == "system" for turn in history)
+    system, turns = history[:num_system], history[num_system:]
+    cut: tuple[Cut, ...] = ("turns",) if turns else ()
+    while turns:
+        turns = turns[2:]
+        prompt = encode_with((*system, *turns), text, *cut)
+        if len(prompt.ids) <= max_tokens:
+            return prompt
+    if system and len(encode_with(system, "").ids) > max_tokens:
+        system, cut = (), ("turns",)
+        prompt = encode_with(system, text, *cut)
+        if len(prompt.ids) <= max_tokens:
+            return prompt
+    num_characters = _longest_fit(
+        text,
+        lambda number: len(encode_with(system, text[:number]).ids),
+        template=wording.template,
+        max_tokens=max_tokens,
+    )
+    return encode_with(system, text[:num_characters], *cut, "prompt")
 
 
-def blocks(encoded: Sequence[Encoded], *, block_tokens: int, max_blocks: int) -> list[list[int]]:
-    """Cut the concatenated examples into blocks for calibration, without padding.
-
-    Prompts, responses and end tokens follow each other in the order given; what does not fill the
-    last block is left out. Where there is less than one full block, it is the one, shorter block.
-
-    Source: FLEx (Liu et al., 2025, arXiv:2506.00965), 128 blocks of 2048 in their code, which
-    stops where a client has less.
-
-    Args:
-        encoded: The examples, already shuffled where that matters.
-        block_tokens: Length of a block, in tokens.
-        max_blocks: The most blocks to return.
-
-    Raises:
-        ValueError: There is no example, or one of the numbers is below 1.
-    """
-    if block_tokens < 1:
-        raise ValueError(f"block_tokens must be at least 1, got {block_tokens}; raise it")
-    if max_blocks < 1:
-        raise ValueError(f"max_blocks must be at least 1, got {max_blocks}; raise it")
-    if not encoded:
-        raise ValueError("encoded must hold at least one example, got none; add examples")
-    stream: list[int] = []
-    for example in encoded:
-        stream.extend(example.input_ids)
-        if len(stream) >= block_tokens * max_blocks:
-            break
-    if len(stream) < block_tokens:
-        return [stream]
-    num_blocks = min(len(stream) // block_tokens, max_blocks)
-    return [stream[i * block_tokens : (i + 1) * block_tokens] for i in range(num_blocks)]
-
-
-def _render(text: str, *, template: Template, tokenizer: PreTrainedTokenizerBase) -> str:
-    if template == "alpaca":
-        return (
-            "Below is an instruction that describes a task. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{text}\n\n### Response:\n"
-        )
-    if template == "plain":
-        return f"{text}\n"
-    if template == "chat":
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "template must be one that the tokenizer has, got 'chat' and no chat template; "
-                "choose 'alpaca', or a tokenizer with a chat template"
-            )
-        return str(
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
-            )
-        )
-    known = ", ".join(get_args(Template))
-    raise ValueError(f"template must be one of {known}, got {template!r}; choose one of them")
-
-
-def _plain_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # Not verbose: lengths are our business, and the tokenizer warns of its own maximum.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _encode_text(text: str, *, template: Template, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    rendered = _render(text, template=template, tokenizer=tokenizer)
-    if template == "chat":
-        return _plain_ids(rendered, tokenizer)
-    # Keep what the tokenizer puts before a text (a begin token) and drop what it puts behind (an
-    # end token would tell the model that it is done before it began). The template's own words
-    # come last, so what is special at the end was added.
-    encoding = tokenizer(rendered, return_special_tokens_mask=True, verbose=False)
-    input_ids, special_mask = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
-    while special_mask and special_mask[-1]:
-        special_mask.pop()
-        input_ids.pop()
-    return input_ids
-
-
-def _shorten_prompt(
-    text: str, *, template: Template, tokenizer: PreTrainedTokenizerBase, max_tokens: int
-) -> list[int]:
-    """Return the ids of the longest prompt within ``max_tokens`` that loses the end of ``text``.
+def _longest_fit(
+    text: str, num_tokens: Callable[[int], int], *, template: Template, max_tokens: int
+) -> int:
+    """Return how many characters of ``text`` the longest prompt within ``max_tokens`` has.
 
     Searched by characters and encoded anew each time, so it holds for any template and tokenizer
     and never cuts a character into bytes.
+
+    Args:
+        text: Of the prompt.
+        num_tokens: Length of the prompt with so many characters of it.
+        template: For the message.
+        max_tokens: The longest prompt.
+
+    Raises:
+        ValueError: There is no room for the template's own words.
     """
-
-    def encode_first(num_characters: int) -> list[int]:
-        return _encode_text(text[:num_characters], template=template, tokenizer=tokenizer)
-
-    num_template_tokens = len(encode_first(0))
+    num_template_tokens = num_tokens(0)
     if num_template_tokens > max_tokens:
         raise ValueError(
             f"max_tokens must leave the prompt at least {num_template_tokens} tokens for the words "
@@ -334,30 +360,13 @@ def _shorten_prompt(
         )
     # The number of tokens grows about evenly with the number of characters: begin where they would
     # run out, and widen the bracket around that until it holds the answer.
-    num_all_tokens = len(encode_first(len(text)))
+    num_all_tokens = num_tokens(len(text))
     share = (max_tokens - num_template_tokens) / max(1, num_all_tokens - num_template_tokens)
     low = high = min(int(share * len(text)), len(text))
     width = 32
-    while low > 0 and len(encode_first(low)) > max_tokens:
+    while low > 0 and num_tokens(low) > max_tokens:
         high, low, width = low, max(0, low - width), 2 * width
-    while high < len(text) and len(encode_first(high)) <= max_tokens:
+    while high < len(text) and num_tokens(high) <= max_tokens:
         low, high, width = high, min(len(text), high + width), 2 * width
-    num_fitting = bisect.bisect_right(
-        range(high + 1), max_tokens, lo=low + 1, key=lambda number: len(encode_first(number))
-    )
-    return encode_first(num_fitting - 1)
-
-
-def _pad(rows: Sequence[Sequence[int]], *, value: int, side: Literal["right", "left"]) -> IntArray:
-    """Return the rows as (B, S), padded with ``value``."""
-    if side not in ("right", "left"):
-        raise ValueError(f"side must be right or left, got {side!r}; choose one of them")
-    if not rows:
-        raise ValueError("batch must hold at least one example, got none; add examples")
-    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
-    for row, target in zip(rows, padded, strict=True):
-        if side == "right":
-            target[: len(row)] = row
-        else:
-            target[len(target) - len(row) :] = row
-    return padded
+    num_fitting = bisect.bisect_right(range(high + 1), max_tokens, lo=low + 1, key=num_tokens)
+    return num_fitting - 1

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from orchard.communication.refusals import Code
+
+DRY_RUN_FILE = "dry_run.txt"
+"""Of a site's store: what its worker writes where it only looks."""
 
 
 class Refusal(ValueError):
-    """A task that this site does not do; its message says why, and goes to the coordinator."""
+    """A task that this site does not do.
+
+    The coordinator is told the code and the option. The message is for the site's own log and
+    audit: it may hold values of the data, and paths.
+
+    Attributes:
+        code: Why.
+        option: Of the recipe or of the site's command; empty = none.
+    """
+
+    def __init__(self, code: Code, message: str, *, option: str = "") -> None:
+        """Refuse with a code for the coordinator and a message for the owner."""
+        super().__init__(message)
+        self.code, self.option = code, option
 
 
 @dataclass(frozen=True)
@@ -20,10 +40,17 @@ class Consent:
         model: The base model on this machine; empty = only one that ships with the package.
         methods: Methods that it takes part in, those of one's own by name; empty = all that come
             with Orchard.
-        budget: Experts that it trains, as ``client.budget``; empty = as the recipe says.
+        budget: Experts that it trains at a time, as ``client.budget``; empty = as the recipe says.
         memory: Bytes that training may take, as ``client.memory_bytes``; empty = not limited.
         calibration: Its own file for ``strategy.calibration = corpus``.
         retention: Its own file for ``evaluation.retention_path``.
+        data_recipe: Its own TOML file with the data section; empty = as the first recipe that it
+            joins says, and no other afterwards.
+        min_test: Fewest rows that a measure may be over, and fewest rows for training.
+        decimals: Digits after the point of every measure that leaves.
+        trees_per_round: How many different global trees it measures or trains in one round.
+        runs_per_day: How many runs that it does not know yet it joins in 24 hours.
+        limits: Largest values of options, beside or in the place of ``limits.LIMITS``.
     """
 
     data: str
@@ -33,6 +60,18 @@ class Consent:
     memory: str = ""
     calibration: str = ""
     retention: str = ""
+    data_recipe: str = ""
+    min_test: int = 20
+    decimals: int = 4
+    trees_per_round: int = 2
+    runs_per_day: int = 20
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def digest(self) -> str:
+        """Return what changes when the owner's consent does, the file of the data section too."""
+        own = Path(self.data_recipe).read_bytes() if self.data_recipe else b""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode() + hashlib.sha256(own).digest()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -44,17 +83,20 @@ class SiteSettings:
         store: Its folder: personal tensors and the audit log.
         socket: Where it listens.
         consent: What its owner lets it do.
+        only_looks: Whether it joins nothing, and writes down what is asked of it.
     """
 
     name: str
     store: Path
     socket: Path
     consent: Consent
+    only_looks: bool = False
 
     def to_json(self) -> str:
         """Return these settings as text."""
         values = {"name": self.name, "store": str(self.store), "socket": str(self.socket)}
-        return json.dumps({**values, "consent": asdict(self.consent)})
+        own = {"consent": asdict(self.consent), "only_looks": self.only_looks}
+        return json.dumps({**values, **own})
 
     @staticmethod
     def from_json(text: str) -> SiteSettings:
@@ -66,4 +108,5 @@ class SiteSettings:
             Path(values["store"]),
             Path(values["socket"]),
             Consent(**{**consent, "methods": tuple(consent["methods"])}),
+            values["only_looks"],
         )

@@ -10,12 +10,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchard.deployment.addresses import check_security
-from orchard.deployment.consent import Consent, SiteSettings
+from orchard.deployment.consent import DRY_RUN_FILE, Consent, SiteSettings
 from orchard.deployment.key_files import AUTHORITY, SITES, check_site_name
+from orchard.deployment.private_files import UMASK, make_private
+from orchard.deployment.terms import read_own_terms
 from orchard.engine.processes import Child, child_environment, free_port, only_one
 from orchard.extras import require
 from orchard.recipe.method_options import BUILT_IN
@@ -38,6 +40,7 @@ class SiteOptions:
         keys: Folder with the authority's certificate and the site's key; None = without TLS.
         is_insecure: Whether going without keys to another machine was asked for.
         patience_seconds: Longest that one task may take.
+        only_looks: Whether it joins nothing, and writes down what is asked of it.
     """
 
     name: str
@@ -47,6 +50,7 @@ class SiteOptions:
     keys: Path | None = None
     is_insecure: bool = False
     patience_seconds: float = 24 * 3600.0
+    only_looks: bool = False
 
 
 def run_site(options: SiteOptions, *, until: Callable[[], bool] = lambda: False) -> None:
@@ -59,12 +63,15 @@ def run_site(options: SiteOptions, *, until: Callable[[], bool] = lambda: False)
     """
     check_site(options)
     store = options.store
-    store.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_private(store)
     with only_one(store / "site.lock", seconds=30.0, what="site in one store"):
         # Paths of sockets are short, and those of stores may not be.
         room = Path(tempfile.mkdtemp(prefix="orchard-"))
-        settings = SiteSettings(options.name, store.resolve(), room / "worker", options.consent)
+        settings = SiteSettings(
+            options.name, store.resolve(), room / "worker", options.consent, options.only_looks
+        )
         write_atomically(store / "site.json", settings.to_json().encode())
+        make_private(store)
         children = [_worker(options), _supernode(options, settings.socket)]
         log.info("site %s takes part through %s", options.name, options.superlink)
         try:
@@ -76,6 +83,22 @@ def run_site(options: SiteOptions, *, until: Callable[[], bool] = lambda: False)
             for child in reversed(children):
                 child.stop()
             shutil.rmtree(room, ignore_errors=True)
+
+
+def look(options: SiteOptions) -> str:
+    """Wait until a coordinator asks this site to join, and return what that would mean.
+
+    The site joins nothing: the coordinator is told that its owner looks, and asks again later.
+
+    Raises:
+        FileNotFoundError: Data or keys are not there.
+        ValueError: The name, the address or the keys do not fit.
+        TimeoutError: Another site uses the store.
+    """
+    report = options.store / DRY_RUN_FILE
+    report.unlink(missing_ok=True)
+    run_site(replace(options, only_looks=True), until=report.exists)
+    return report.read_text()
 
 
 def check_site(options: SiteOptions) -> None:
@@ -96,11 +119,22 @@ def check_site(options: SiteOptions) -> None:
             find_method(name)
     for option, given in (
         ("--data", consent.data),
+        ("--data-recipe", consent.data_recipe),
         ("--calibration", consent.calibration),
         ("--retention", consent.retention),
     ):
         if given and not Path(given).is_file():
             raise FileNotFoundError(f"{option} must be a file, got {given}, which is not there")
+    if consent.data_recipe:
+        read_own_terms(consent.data_recipe)
+    for option, value, least in (
+        ("--min-test", consent.min_test, 1),
+        ("--decimals", consent.decimals, 0),
+        ("--trees-per-round", consent.trees_per_round, 1),
+        ("--runs-per-day", consent.runs_per_day, 1),
+    ):
+        if value < least:
+            raise ValueError(f"{option} must be at least {least}, got {value}; raise it")
     if options.keys:
         for path in (options.keys / AUTHORITY, options.keys / SITES / f"{options.name}.key"):
             if not path.is_file():
@@ -114,7 +148,8 @@ def check_site(options: SiteOptions) -> None:
 def _worker(options: SiteOptions) -> Child:
     store = options.store.resolve()
     command = [sys.executable, "-m", "orchard.deployment.site_worker", str(store / "site.json")]
-    return Child("worker", command, store / "logs" / "worker.log", child_environment(store))
+    log_path = store / "logs" / "worker.log"
+    return Child("worker", command, log_path, child_environment(store), umask=UMASK)
 
 
 def _supernode(options: SiteOptions, socket: Path) -> Child:
@@ -149,7 +184,7 @@ def _supernode(options: SiteOptions, socket: Path) -> Child:
     if log_path.exists():  # a site that was killed left its SuperNode's place taken
         release()
     environment = child_environment(store / "flower")
-    return Child("supernode", command, log_path, environment, before_restart=release)
+    return Child("supernode", command, log_path, environment, before_restart=release, umask=UMASK)
 
 
 def _release_place(options: SiteOptions, log_path: Path) -> None:

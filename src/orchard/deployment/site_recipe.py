@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from orchard.communication.refusals import Code
 from orchard.deployment.consent import Consent, Refusal
-from orchard.experiment.budgets import build_requirements
+from orchard.deployment.limits import check_limits
+from orchard.deployment.terms import Terms
+from orchard.experiment.budgets import build_requirements, client_limits
+from orchard.experiment.holdings import FACTS
 from orchard.experiment.methods import check_strategy, has_part
 from orchard.experiment.settings import lora_settings
 from orchard.models.stored.loading import check_model
@@ -17,69 +21,135 @@ from orchard.seeding import Seeds
 PACKAGED = "orchard:"
 
 
-def own_recipe(consent: Consent, recipe: Recipe) -> Recipe:
-    """Return a recipe as a site does it: with its own files, model and limits.
+def check_methods(consent: Consent, recipe: Recipe) -> None:
+    """Refuse a method that the owner did not allow, before anything of it is looked up.
+
+    Looking it up would import what the coordinator names.
+
+    Raises:
+        Refusal: It is not allowed.
+    """
+    allowed = consent.methods or BUILT_IN
+    if not set(method_names(recipe.strategy.name)) <= set(allowed):
+        raise Refusal(
+            Code.METHOD,
+            f"strategy.name must be of {', '.join(allowed)} at this site, got "
+            f"{recipe.strategy.name}; its owner names others with --methods",
+            option="strategy.name",
+        )
+
+
+def own_recipe(consent: Consent, recipe: Recipe, terms: Terms, *, num_clients: int = 1) -> Recipe:
+    """Return a recipe as a site does it: with its own files, model, data section and limits.
 
     No path of the coordinator's is ever opened here, and nothing is imported that the site's owner
     did not name.
 
+    Args:
+        consent: The owner's.
+        recipe: The coordinator's.
+        terms: How the site's rows are read.
+        num_clients: Sites of the federation, as the coordinator says.
+
     Raises:
         Refusal: The site does not do what the recipe asks.
     """
-    allowed = consent.methods or BUILT_IN
-    # Before any of them is looked up: that would import what the coordinator names.
-    if not set(method_names(recipe.strategy.name)) <= set(allowed):
-        raise Refusal(
-            f"strategy.name must be of {', '.join(allowed)} at this site, got "
-            f"{recipe.strategy.name}; its owner names others with --methods"
-        )
-    methods = check_strategy(recipe.strategy.name)
+    check_methods(consent, recipe)
     model = consent.model or recipe.model.path
     if not consent.model and not model.startswith(PACKAGED):
         raise Refusal(
+            Code.MODEL,
             f"model.path must be a model that this site has, got {model}; its owner names one "
-            "with --model"
+            "with --model",
+            option="model.path",
         )
     if recipe.model.device != "cpu" and not recipe.model.device.startswith("cuda"):
-        raise Refusal(f"model.device must be cpu or cuda, got {recipe.model.device}")
-    client = recipe.client
-    if consent.budget or consent.memory:
-        if has_part(methods, "budget"):
-            client = replace(client, budget=consent.budget, memory_bytes=consent.memory)
-        elif consent.budget:
-            raise Refusal(
-                f"strategy.name must be one that trains a part of the experts: this site "
-                f"trains {consent.budget}, got {recipe.strategy.name}, which trains all"
-            )
+        raise Refusal(
+            Code.DEVICE,
+            f"model.device must be cpu or cuda, got {recipe.model.device}",
+            option="model.device",
+        )
+    own = terms.apply(recipe, data=consent.data)
     own = replace(
-        recipe,
-        model=replace(recipe.model, path=model),
-        data=replace(recipe.data, path=consent.data, partition="file"),
+        own,
+        model=replace(own.model, path=model),
         strategy=replace(
-            recipe.strategy,
+            own.strategy,
             calibration_path=_own_file(
-                recipe.strategy.calibration_path, consent.calibration, "--calibration"
+                own.strategy.calibration_path, consent.calibration, "strategy.calibration_path"
             ),
         ),
         evaluation=replace(
-            recipe.evaluation,
+            own.evaluation,
             retention_path=_own_file(
-                recipe.evaluation.retention_path, consent.retention, "--retention"
+                own.evaluation.retention_path,
+                consent.retention,
+                "evaluation.retention_path",
+                packaged=FACTS,
             ),
         ),
-        client=client,
     )
-    if consent.memory and client is recipe.client:
-        _check_memory(consent, own)
-    return own
+    check_limits(own, consent.limits, num_clients=num_clients)
+    return _within_means(consent, own)
 
 
-def _own_file(asked: str, own: str, option: str) -> str:
-    if not asked or asked.startswith(PACKAGED):
+def _own_file(asked: str, own: str, option: str, *, packaged: str = "") -> str:
+    if not asked or asked == packaged:
         return asked
     if not own:
-        raise Refusal(f"{option} must name this site's own file, got nothing for {asked}")
+        flag = "--calibration" if option.startswith("strategy") else "--retention"
+        raise Refusal(
+            Code.OWN_FILE,
+            f"{flag} must name this site's own file, got nothing for {asked}",
+            option=option,
+        )
     return own
+
+
+def _within_means(consent: Consent, recipe: Recipe) -> Recipe:
+    """Return a recipe that keeps the owner's budget and memory, whatever its method and options.
+
+    Raises:
+        Refusal: There is none.
+    """
+    if not consent.budget and not consent.memory:
+        return recipe
+    methods = check_strategy(recipe.strategy.name)
+    if not has_part(methods, "budget"):
+        if consent.budget:
+            raise Refusal(
+                Code.BUDGET,
+                f"strategy.name must be one that trains a part of the experts: this site trains "
+                f"{consent.budget}, got {recipe.strategy.name}, which trains all",
+                option="strategy.name",
+            )
+        _check_memory(consent, recipe)
+        return recipe
+    if "hfedmoe" in methods and recipe.selection.rank_by == "none":
+        raise Refusal(
+            Code.BUDGET,
+            f"selection.rank_by must choose experts: this site trains "
+            f"{consent.budget or 'what fits ' + consent.memory}, got none, which trains all",
+            option="selection.rank_by",
+        )
+    given = replace(recipe.client, budget=consent.budget, memory_bytes=consent.memory)
+    if not (consent.budget and consent.memory):
+        return replace(recipe, client=given)
+    return replace(recipe, client=replace(given, budget=_smaller(consent, recipe), memory_bytes=""))
+
+
+def _smaller(consent: Consent, recipe: Recipe) -> str:
+    """Return the smaller one of what the owner's budget and memory afford, in experts."""
+    view = check_model(recipe.model.path, lora_settings(recipe))
+    budgets = []
+    for budget, memory in ((consent.budget, ""), ("", consent.memory)):
+        client = replace(recipe.client, budget=budget, memory_bytes=memory)
+        (limit,) = client_limits(replace(recipe, client=client), view, num_clients=1)
+        if limit.reason:
+            raise Refusal(Code.MEMORY if memory else Code.BUDGET, limit.reason)
+        assert limit.budget is not None
+        budgets.append(limit.budget)
+    return str(min(budgets))
 
 
 def _check_memory(consent: Consent, recipe: Recipe) -> None:
@@ -96,6 +166,8 @@ def _check_memory(consent: Consent, recipe: Recipe) -> None:
     needed = requirements.peak(sum(requirements.footprint.layers.values())).total
     if needed > cap:
         raise Refusal(
+            Code.MEMORY,
             f"training must take at most {consent.memory} at this site, got a prediction of "
-            f"{needed / 1e9:.3g} GB for {recipe.strategy.name}"
+            f"{needed / 1e9:.3g} GB for {recipe.strategy.name}",
+            option="strategy.name",
         )

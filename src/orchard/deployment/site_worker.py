@@ -11,35 +11,56 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchard.client.client import Client
 from orchard.client.kept_messages import read_task, write_update
+from orchard.client.store import DamagedError, OtherBaseError, set_aside
 from orchard.communication.audit import AUDIT_FILE, AuditLog, content_digest
 from orchard.communication.channel import Channel, MissingCopyError
-from orchard.deployment.consent import Refusal, SiteSettings
-from orchard.deployment.site_recipe import own_recipe
+from orchard.communication.door import (
+    Alive,
+    Join,
+    MalformedError,
+    RoundTask,
+    Who,
+    read_request,
+)
+from orchard.communication.messages import Task, Update
+from orchard.communication.refusals import Code
+from orchard.deployment.accepted import check_request, check_task
+from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
+from orchard.deployment.failures import as_refusal, code_of, in_words
+from orchard.deployment.joined import Runs
+from orchard.deployment.looking import LookingError, describe
+from orchard.deployment.measures import check_rows, let_out, num_rows_read, rounded
+from orchard.deployment.site_recipe import check_methods, own_recipe
+from orchard.deployment.terms import AGREED_FILE, Agreement, Terms
 from orchard.engine.processes import only_one
+from orchard.engine.simulator import Schedule
 from orchard.engine.worker import serve, watches_parent
 from orchard.experiment.data_record import DATA_FILE, check_data, record_data
 from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
 from orchard.experiment.preparation import Experiment, Seat, prepare_experiment
-from orchard.experiment.run_folder import folder_name
-from orchard.experiment.running import build_clients, load_model, slow_ways_of
+from orchard.experiment.run_folder import folder_name, recipe_digest
+from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import parse_recipe
+from orchard.recipe.reading import known_options, option_value, parse_recipe
+from orchard.results import write_atomically
 from orchard.strategies.strategy import Strategy, evaluate_client, train_client
+from orchard.trees import digest
 
 log = logging.getLogger(__name__)
 
@@ -52,15 +73,23 @@ class _Session:
     client: Client
     strategy: Strategy
     channel: Channel
+    schedule: Schedule
 
 
 class SiteWorker:
-    """Answers a coordinator's requests with one warm model."""
+    """Answers a coordinator's requests with one warm model.
+
+    What leaves it is an update, numbers that the owner lets out, and codes: no message of an error,
+    no value of the data, no path.
+    """
 
     def __init__(self, settings: SiteSettings) -> None:
         """Load nothing yet: the first request says which model."""
         self._settings = settings
+        self._consent = settings.consent
         self._audit = AuditLog(settings.store / AUDIT_FILE)
+        self._agreement = Agreement(settings.store / AGREED_FILE)
+        self._runs = Runs(settings.store)
         self._models: dict[str, AdaptedModel] = {}
         self._sessions: dict[str, _Session] = {}
 
@@ -68,138 +97,255 @@ class SiteWorker:
         """Answer one request.
 
         Args:
-            header: ``kind`` and what belongs to it.
+            header: As it came from the network.
             body: A task, or nothing.
 
         Returns:
-            A header with ``refused`` where the site does not do it; the update, or nothing.
-
-        Raises:
-            Exception: Whatever training raises, with a note of round, client and stage.
+            A header, and the update or nothing. Where the site does not do it, the header has
+            ``refused``, a code, and the ``option`` that it is about; where it could not, ``error``,
+            a code. Why in words stands in the site's own log and audit.
         """
-        kind = header["kind"]
-        if kind in ("who", "alive"):
-            return {"site": self._settings.name}, b""
         try:
-            if kind == "join":
-                return self._join(header), b""
-            if kind == "round":
-                return self._round(header, body)
-            raise Refusal(f"kind must be who, alive, join or round, got {kind}")
-        except Refusal as refusal:
-            self._audit.write("refused", run=header.get("run"), kind=kind, reason=str(refusal))
-            return {"refused": str(refusal), "site": self._settings.name}, b""
+            return self._answer(header, body)
+        except Exception as error:
+            log.exception("a request could not be answered")
+            code = code_of(error)
+            with suppress(OSError):  # the disk may be what is wrong
+                self._audit.write("failed", code=code, reason=in_words(error))
+            return {"error": str(code)}, b""
 
-    def _join(self, header: Mapping[str, Any]) -> Mapping[str, Any]:
+    def _answer(self, header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
+        own: dict[str, Any] = {}
+        try:
+            try:
+                request = read_request(header)
+            except MalformedError as error:
+                raise Refusal(Code.REQUEST, str(error)) from error
+            if isinstance(request, Who | Alive):
+                return {"site": self._settings.name}, b""
+            own = {"run": request.run, "kind": request.__struct_config__.tag}
+            if isinstance(request, Join):
+                return self._join(request), b""
+            if self._settings.only_looks:
+                raise LookingError
+            return self._round(request, body)
+        except Refusal as refusal:
+            if self._settings.only_looks:
+                return self._looked(f"the site would refuse: {refusal}\n"), b""
+            refused = {"refused": str(refusal.code), "option": refusal.option}
+            self._audit.write("refused", **own, **refused, reason=str(refusal))
+            log.warning("refused: %s", refusal)
+        except OtherBaseError as error:
+            refused = {"refused": str(Code.BASE_CHANGED), "option": "model.path"}
+            self._audit.write("refused", **own, **refused, reason=str(error))
+        except DamagedError as error:
+            self._set_aside(error)
+            refused = {"refused": str(Code.STATE), "option": ""}
+        except LookingError as looked:
+            return self._looked(str(looked)), b""
+        return {**refused, "site": self._settings.name}, b""
+
+    def _looked(self, report: str) -> Mapping[str, Any]:
+        """Write down for the owner what was asked, and tell whoever asked that nobody joins yet."""
+        if report:
+            write_atomically(self._settings.store / DRY_RUN_FILE, report.encode())
+        return {"error": str(Code.LOOKING)}
+
+    def _set_aside(self, error: DamagedError) -> None:
+        """Write down that a file is damaged, and what is there instead."""
+        before = set_aside(error)
+        goes_on = f"the version of round {before}" if before else "nothing: it is lost"
+        path = error.path.relative_to(self._settings.store)
+        self._audit.write("damaged", file=str(path), goes_on_with=goes_on, reason=str(error))
+        log.error("%s; goes on with %s", error, goes_on)
+
+    def _join(self, request: Join) -> Mapping[str, Any]:
         """Check that this site can do what a run asks, before any weight is loaded."""
-        recipe = self._own_recipe(header)
+        name = self._settings.name
+        asked, recipe, terms = self._own_recipe(request)
         try:
             # Which seat it gets is known when all have joined; the first one must fit.
             experiment = prepare_experiment(
-                _without_cohort(recipe), seat=Seat(self._settings.name, 0, 1)
+                _without_cohort(recipe), seat=Seat(name, 0, 1, terms.split_seed)
             )
         except (ValueError, OSError) as error:
-            raise Refusal(f"the recipe must fit this site: {error}") from error
-        self._pin_data(str(header["run"]), experiment)
-        num_examples = len(experiment.train[self._settings.name])
+            if not self._settings.only_looks:
+                self._agreement.failed()
+            raise as_refusal(Code.DATA, error) from error
+        check_rows(experiment, self._consent, client_id=name)
+        differs = _differences(asked, recipe)
+        if self._settings.only_looks:
+            text = describe(experiment, self._settings, run=request.run, differs=differs)
+            raise LookingError(text)
+        self._pin_data(request.run, experiment)
+        self._runs.join(request.run, recipe_digest(asked), self._consent)
+        self._agreement.keep(terms, run=request.run)
         self._audit.write(
-            "joined", run=header["run"], strategy=recipe.strategy.name, num_examples=num_examples
+            "joined",
+            run=request.run,
+            recipe_sha256=recipe_digest(asked),
+            consent_sha256=self._consent.digest(),
+            strategy=recipe.strategy.name,
+            rounds=recipe.server.rounds,
+            steps=recipe.client.steps,
+            epochs=recipe.client.epochs,
+            learning_rate=recipe.client.lr,
+            num_examples=len(experiment.train[name]),
+            own=differs,
         )
-        return {"site": self._settings.name, "num_examples": num_examples}
+        return {"site": name, "num_examples": len(experiment.train[name])}
 
-    def _own_recipe(self, header: Mapping[str, Any]) -> Recipe:
+    def _own_recipe(self, request: Join | RoundTask) -> tuple[Recipe, Recipe, Terms]:
+        """Return the recipe as asked, as this site does it, and how it reads its rows."""
+        num_clients = request.num_clients if isinstance(request, RoundTask) else 1
         try:
-            recipe = own_recipe(self._settings.consent, parse_recipe(str(header["recipe"])))
-            theirs = dict(header.get("methods", {}))
+            asked = parse_recipe(request.recipe)
+            check_methods(self._consent, asked)
+            terms = self._agreement.terms(self._consent, asked)
+            recipe = own_recipe(self._consent, asked, terms, num_clients=num_clients)
             for name, digest in own_digests(own_names(recipe.strategy.name)).items():
-                if theirs.get(name) != digest:
+                if request.methods.get(name) != digest:
                     raise Refusal(
+                        Code.METHOD_SOURCE,
                         f"{name} must have the coordinator's source at this site, got SHA-256 "
-                        f"{digest} for {theirs.get(name)}; install the same version"
+                        f"{digest} for {request.methods.get(name)}; install the same version",
+                        option="strategy.name",
                     )
         except Refusal:
             raise
-        except (ValueError, OSError) as error:
-            raise Refusal(str(error)) from error
-        return recipe
+        except (ValueError, OSError, RecursionError) as error:
+            raise as_refusal(Code.RECIPE, error) from error
+        return asked, recipe, terms
 
-    def _round(self, header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
+    def _round(self, request: RoundTask, body: bytes) -> tuple[Mapping[str, Any], bytes]:
         """Evaluate what came, train from it, or both."""
-        name, number = self._settings.name, int(header["round"])
-        if header["site"] != name:
-            raise Refusal(f"site must be {name}, got {header['site']}")
+        name, number = self._settings.name, request.round
+        if request.site != name:
+            raise Refusal(Code.SITE, f"site must be {name}, got {request.site}")
         self._audit.write(
             "asked",
-            run=header["run"],
+            run=request.run,
             round=number,
-            trains=bool(header["train"]),
-            evaluates=list(header["evaluate"]),
+            trains=request.train,
+            evaluates=request.evaluate,
             bytes=len(body),
             sha256=content_digest(body),
         )
-        session = self._session(header)
+        session, changed = self._session(request)
+        check_request(request, session.schedule)
         reply: dict[str, Any] = {"site": name, "base_digest": session.client.model.base_digest}
+        if changed:
+            reply["changed"] = changed
         with threads(session.recipe.model.num_threads):
             try:
-                task = read_task(body, session.channel, session.client.store)
+                task = self._read_task(body, session)
             except MissingCopyError:
                 return {"site": name, "lacks_values": True}, b""
-            if task.round_number != number:
-                raise Refusal(f"round must be {number} as announced, got {task.round_number}")
-            if header["evaluate"]:
-                started = time.monotonic()
-                try:
-                    reply["evaluation"] = evaluate_client(
-                        session.strategy, session.client, task, set(header["evaluate"])
-                    )
-                except Exception as error:
-                    error.add_note(f"after round {number - 1}, client {name}, evaluation")
-                    raise
-                reply["evaluation_seconds"] = time.monotonic() - started
-            message = b""
-            if header["train"]:
-                try:
-                    update = train_client(session.strategy, session.client, task)
-                    message = write_update(update, session.channel, session.client.store)
-                except Exception as error:
-                    error.add_note(f"in round {number}, client {name}, local training")
-                    raise
+            check_task(task, request, session.schedule)
+            self._runs.note_tree(
+                request.run, number, digest(task.shared), most=self._consent.trees_per_round
+            )
+            if request.evaluate:
+                reply |= self._evaluate(session, task, request.evaluate)
+            update = self._train(session, task) if request.train else None
+            message = self._write_update(update, session) if update else b""
         self._audit.write(
             "sent",
-            run=header["run"],
+            run=request.run,
             round=number,
-            names=sorted(update.delta) if header["train"] else [],
-            metrics=sorted(
-                {*reply.get("evaluation", {}), *(update.metrics if header["train"] else {})}
-            ),
+            names=sorted(update.delta) if update else [],
+            **({"settings": asdict(task.settings)} if update else {}),
+            evaluation=reply.get("evaluation", {}),
+            metrics=dict(update.metrics) if update else {},
             bytes=len(message),
             sha256=content_digest(message),
         )
         return reply, message
 
-    def _session(self, header: Mapping[str, Any]) -> _Session:
-        """Return what is needed for a run, built once."""
-        index, num_clients = int(header["index"]), int(header["num_clients"])
-        key = json.dumps([header["run"], header["recipe"], index, num_clients])
-        if key in self._sessions:
-            return self._sessions[key]
+    def _read_task(self, body: bytes, session: _Session) -> Task:
+        try:
+            return read_task(body, session.channel, session.client.store)
+        except MissingCopyError:
+            raise
+        except DamagedError as error:  # of the values that it was sent: it can be sent them again
+            self._set_aside(error)
+            raise MissingCopyError(str(error)) from error
+        except ValueError as error:
+            if isinstance(error, OtherBaseError):
+                raise
+            raise as_refusal(Code.REQUEST, error) from error
+
+    def _evaluate(self, session: _Session, task: Task, models: Sequence[str]) -> dict[str, Any]:
+        """Measure models of the round before, as exactly as the owner lets it out."""
+        started = time.monotonic()
+        try:
+            values = evaluate_client(session.strategy, session.client, task, set(models))
+        except Exception as error:
+            error.add_note(f"after round {task.round_number - 1}, evaluation")
+            raise
+        return {
+            "evaluation": rounded(values, self._consent),
+            "evaluation_seconds": round(time.monotonic() - started, 3),
+        }
+
+    def _train(self, session: _Session, task: Task) -> Update:
+        client = session.client
+        try:
+            update = train_client(session.strategy, client, task)
+        except Exception as error:
+            error.add_note(f"in round {task.round_number}, local training")
+            raise
+        num_rows = num_rows_read(client.num_examples, client.training, task.settings)
+        return replace(update, metrics=let_out(update.metrics, self._consent, num_rows=num_rows))
+
+    def _write_update(self, update: Update, session: _Session) -> bytes:
+        try:
+            return write_update(update, session.channel, session.client.store)
+        except DamagedError:
+            raise
+        except ValueError as error:  # what was trained is not finite
+            raise FloatingPointError(str(error)) from error
+
+    def _session(self, request: RoundTask) -> tuple[_Session, list[str]]:
+        """Return what is needed for a run, built once, and what has changed since a round."""
+        index, num_clients = request.index, request.num_clients
         if not 0 <= index < num_clients:
-            raise Refusal(f"index must be in 0..{num_clients - 1}, got {index}")
-        recipe = self._own_recipe(header)
+            raise Refusal(Code.REQUEST, f"index must be in 0..{num_clients - 1}, got {index}")
+        asked, recipe, terms = self._own_recipe(request)
+        joined = self._runs.of_round(request.run, recipe_digest(asked))
+        changed = []
+        if self._runs.note_consent(joined, self._consent):
+            changed.append("consent")
+            self._audit.write(
+                "changed",
+                run=request.run,
+                round=request.round,
+                what="consent",
+                consent_sha256=self._consent.digest(),
+            )
+        key = json.dumps([request.run, recipe_digest(asked), index, num_clients])
+        if key not in self._sessions:
+            self._sessions = {key: self._build(recipe, terms, request)}
+        session = self._sessions[key]
+        self._runs.check_base(request.run, session.client.model.base_digest)
+        return session, changed
+
+    def _build(self, recipe: Recipe, terms: Terms, request: RoundTask) -> _Session:
+        name, num_clients = self._settings.name, request.num_clients
         try:
             experiment = prepare_experiment(
-                recipe, seat=Seat(self._settings.name, index, num_clients)
+                recipe, seat=Seat(name, request.index, num_clients, terms.split_seed)
             )
             strategy = build_strategy(recipe, num_clients=num_clients)
         except (ValueError, OSError) as error:
-            raise Refusal(f"the recipe must fit this site: {error}") from error
-        folder = self._pin_data(str(header["run"]), experiment)
+            raise as_refusal(Code.DATA, error) from error
+        check_rows(experiment, self._consent, client_id=name)
+        folder = self._pin_data(request.run, experiment)
         model = self._model(recipe, experiment.tokenizer)
         for sentence in slow_ways_of(experiment, model):
             log.warning("%s", sentence)
         (client,) = build_clients(experiment, model, folder)
-        self._sessions = {key: _Session(recipe, client, strategy, build_channel(recipe))}
-        return self._sessions[key]
+        return _Session(recipe, client, strategy, build_channel(recipe), build_schedule(recipe))
 
     def _pin_data(self, run: str, experiment: Experiment) -> Path:
         """Return the folder of a run, with which this site takes part with the same data alone."""
@@ -208,7 +354,7 @@ class SiteWorker:
             try:
                 check_data(folder, experiment.digest, what=f"this site's part in run {run}")
             except ValueError as error:
-                raise Refusal(str(error)) from error
+                raise as_refusal(Code.DATA_CHANGED, error) from error
         else:
             record_data(folder, experiment.digest)
         return folder
@@ -241,9 +387,15 @@ def _without_cohort(recipe: Recipe) -> Recipe:
     )
 
 
+def _differences(asked: Recipe, own: Recipe) -> list[str]:
+    """Return the options that are this site's own, whatever was asked."""
+    return [key for key in known_options() if option_value(asked, key) != option_value(own, key)]
+
+
 def main() -> None:
     """Serve until the process that started this one ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    os.umask(0o077)  # what this process writes is its user's alone
     settings = SiteSettings.from_json(Path(sys.argv[1]).read_text())
     import_from(Path.cwd())  # as where the site was started; its owner says what may be imported
     with ExitStack() as stack:

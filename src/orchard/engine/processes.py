@@ -55,6 +55,7 @@ class Child:
         environment: Its environment.
         before_restart: Called before it is started again.
         steady_seconds: One that ran this long starts anew without a wait.
+        umask: Which rights its files do not have; -1 = as this process' files.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Child:
     environment: Mapping[str, str]
     before_restart: Callable[[], None] = lambda: None
     steady_seconds: float = 60.0
+    umask: int = -1
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     num_failures: int = field(default=0, init=False)
     num_starts: int = field(default=0, init=False)
@@ -80,6 +82,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 env=dict(self.environment),
                 preexec_fn=_end_with_parent,
+                umask=self.umask,
                 start_new_session=True,
             )
         self._started_at = time.monotonic()

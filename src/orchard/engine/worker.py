@@ -10,6 +10,7 @@ code, because whoever asks must start fast.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import struct
@@ -18,6 +19,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from orchard.communication.refusals import Code, known_code
+
+log = logging.getLogger(__name__)
 Header: TypeAlias = Mapping[str, Any]
 Handle: TypeAlias = Callable[[Header, bytes], tuple[Header, bytes]]
 """From a request's header and body to those of its reply."""
@@ -28,14 +32,23 @@ _RETRY_SECONDS = 0.2
 
 
 class WorkerError(RuntimeError):
-    """The worker could not be asked, or its handler raised."""
+    """The worker could not be asked, or its handler raised.
+
+    Attributes:
+        code: What may be said of it elsewhere.
+    """
+
+    def __init__(self, message: str, *, code: Code = Code.NO_WORKER) -> None:
+        """Say what happened, for this machine's log."""
+        super().__init__(message)
+        self.code = code
 
 
 def serve(path: Path, handle: Handle, *, until: Callable[[], bool] = lambda: False) -> None:
     """Answer one request after another on a local socket, until ``until`` says so.
 
-    A request whose handler raises is answered with the error; the worker goes on. A connection
-    that breaks is dropped.
+    A request whose handler raises is answered with a code; the error is in this process' log, and
+    the worker goes on. A connection that breaks is dropped.
 
     Args:
         path: Of the socket. Its folder is made for this user alone; what is there is replaced.
@@ -67,9 +80,10 @@ def _answer(connection: socket.socket, handle: Handle) -> None:
     header, body = _receive(connection)
     try:
         reply, content = handle(header, body)
-    except Exception as error:
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        reply, content = {"error": f"{type(error).__name__}: {error}{notes}"}, b""
+    except Exception:
+        log.exception("a request could not be handled")
+        # What an error says may be what is private here.
+        reply, content = {"error": str(Code.FAILED)}, b""
     _send(connection, reply, content)
 
 
@@ -86,7 +100,7 @@ def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Hea
         The header and body of the reply.
 
     Raises:
-        WorkerError: There was no answer in time, or the handler raised.
+        WorkerError: There was no answer in time, or the handler raised; then it has the code.
     """
     end = time.monotonic() + seconds
     while True:
@@ -105,7 +119,8 @@ def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Hea
                 ) from error
             time.sleep(_RETRY_SECONDS)
     if "error" in reply:
-        raise WorkerError(str(reply["error"]))
+        code = known_code(str(reply["error"])) or Code.FAILED
+        raise WorkerError(str(code), code=code)
     return reply, content
 
 

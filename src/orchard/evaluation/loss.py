@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from orchard.data.templates import IGNORED, Encoded, collate
+from orchard.data.encoded import IGNORED, Encoded, collate
 from orchard.models.kernels.heads import cross_entropy, is_plain_head
 from orchard.models.kernels.packing import can_pack, pack, packed_attention
 from orchard.models.trainable.adapters import AdaptedModel

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from orchard.data.templates import Encoded, collate_prompts
+from orchard.data.encoded import Encoded, collate_prompts
 from orchard.models.kernels.caches import cache_name, can_be_continued
 from orchard.models.trainable.adapters import AdaptedModel
 
@@ -62,7 +62,7 @@ def choose(
     for options, scores in zip(questions, sums, strict=True):
         if normalization == "tokens":
             scores = [
-                score / len(_option_ids(option, model))
+                score / len(option.response_ids)
                 for score, option in zip(scores, options, strict=True)
             ]
         chosen.append(scores.index(max(scores)))
@@ -89,7 +89,7 @@ def log_likelihoods(
     can_share = True
     for start in range(0, len(order), batch_size):
         numbers = order[start : start + batch_size]
-        batch = [row for number in numbers for row in _rows(number, questions[number], model)]
+        batch = [row for number in numbers for row in _rows(number, questions[number])]
         shared_TV = _forward_shared(model, batch) if can_share else None
         can_share = shared_TV is not None
         logits_TV = torch.cat(_read(model, batch)[0]) if shared_TV is None else shared_TV
@@ -113,18 +113,11 @@ def standard_error(share: float, num_examples: int) -> float:
     return math.sqrt(share * (1 - share) / num_examples)
 
 
-def _option_ids(option: Encoded, model: AdaptedModel) -> Ids:
-    """Return the response without its end token, which an option that was cut has lost."""
-    ids = option.input_ids[option.prompt_length :]
-    is_ended = ids[-1] == model.tokenizer.eos_token_id
-    return tuple(ids[:-1] if is_ended and len(ids) > 1 else ids)
-
-
-def _rows(number: int, options: Sequence[Encoded], model: AdaptedModel) -> list[_Row]:
+def _rows(number: int, options: Sequence[Encoded]) -> list[_Row]:
     """Return the fewest rows that predict every token of every option."""
     prompt = options[0].prompt_ids
     assert all(option.prompt_ids == prompt for option in options), "options of different prompts"
-    all_ids = [_option_ids(option, model) for option in options]
+    all_ids = [tuple(option.response_ids) for option in options]
     # The longest first: whatever begins one of them needs no row of its own.
     held: dict[Ids, dict[tuple[int, int], Ids]] = {}
     for index in sorted(range(len(options)), key=lambda index: -len(all_ids[index])):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TypeAlias
 
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.generation import generate_greedily
 from orchard.evaluation.loss import mean_loss
 from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
@@ -79,6 +79,7 @@ class EvaluationSettings:
         batch_size: Examples at a time; for ``accuracy``, each with all its options.
         length_normalization: Of ``accuracy``, see ``multiple_choice.choose``.
         keeps_answers: Whether a client keeps what is generated, in its own folder.
+        end_ids: The tokens that end an answer; empty = the tokenizer's end token.
     """
 
     metrics: tuple[str, ...]
@@ -86,6 +87,7 @@ class EvaluationSettings:
     batch_size: int
     length_normalization: LengthNormalization = "none"
     keeps_answers: bool = False
+    end_ids: tuple[int, ...] = ()
 
 
 def evaluate(
@@ -104,7 +106,7 @@ def evaluate(
         keep: Called with the answers, where any are generated.
 
     Returns:
-        Metric to value: ``loss`` in nats per response token, ``rouge_l`` (F1, stemmed), ``chrf``
+        Metric to value: ``loss`` in nats per learned token, ``rouge_l`` (F1, stemmed), ``chrf``
         (chrF2) and ``exact_match`` as means over examples, in [0, 1]; ``accuracy``, the share of
         examples whose right option is the likeliest, with ``accuracy_stderr``, its standard error
         over examples.
@@ -134,6 +136,7 @@ def _evaluate(
             prompts,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
+            end_ids=settings.end_ids,
         )
         references = [example.reference for example in examples]
         scores = {metric: _OF_ANSWERS[metric](answers, references) for metric in wanted}

@@ -14,11 +14,11 @@ from rich.table import Table
 from orchard.client.requirements import PeakMemory, Requirements
 from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
-from orchard.experiment.holdings import build_federation, read_elsewhere
+from orchard.experiment.holdings import Federation, build_federation, read_elsewhere
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
-from orchard.models.stored.loading import check_model
+from orchard.models.stored.loading import check_checkpoint, check_vocabulary, load_tokenizer
 from orchard.recipe.options import Recipe
 
 
@@ -55,7 +55,7 @@ class Plan:
         num_layers: MoE layers.
         num_experts: Over all of them.
         clients: In the order of the data.
-        notes: What a person should know about the data.
+        notes: What a person should know about the data and the base.
     """
 
     num_layers: int
@@ -64,18 +64,26 @@ class Plan:
     notes: tuple[str, ...] = ()
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
     """Compute what every client of a recipe needs.
+
+    Args:
+        recipe: Every choice.
+        federation: Its data; None = it is read as the recipe says.
 
     Raises:
         FileNotFoundError: Data or model are not there.
         ValueError: Something does not fit.
     """
     methods = check_strategy(recipe.strategy.name)
-    require_path(recipe)
-    federation = build_federation(recipe)
+    if federation is None:
+        require_path(recipe)
+        federation = build_federation(recipe)
     build_strategy(recipe, num_clients=len(federation.train))  # what cannot be put on is refused
-    view = check_model(recipe.model.path, lora_settings(recipe))
+    path = recipe.model.path
+    checked = check_checkpoint(path, lora_settings(recipe))
+    unknown = check_vocabulary(load_tokenizer(path), checked.vocabulary, path=path)
+    view = checked.view
     limits = client_limits(recipe, view, num_clients=len(federation.train))
     requirements = build_requirements(recipe, view)
     num_experts = requirements.footprint.num_experts
@@ -98,7 +106,8 @@ def make_plan(recipe: Recipe) -> Plan:
                 downlink_bytes=_downlink(recipe, requirements) if takes_part else 0,
             )
         )
-    notes = (*federation.notes(), *read_elsewhere(recipe).remarks)
+    base_notes = (*checked.notes, *([unknown] if unknown else []))
+    notes = (*federation.notes(), *read_elsewhere(recipe).remarks, *base_notes)
     return Plan(len(requirements.footprint.layers), num_experts, tuple(clients), notes)
 
 
@@ -165,12 +174,12 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_sentences(plan: Plan) -> list[str]:
-    """Return who cannot take part, and why."""
+    """Return who cannot take part, and why, and what is to be known of the base."""
     return [
         f"{client.client_id} cannot take part: {client.limit.reason}"
         for client in plan.clients
         if client.limit.reason
-    ]
+    ] + list(plan.notes)
 
 
 def plan_as_json(plan: Plan) -> str:
@@ -194,7 +203,9 @@ def plan_as_json(plan: Plan) -> str:
             }
         )
     about = {
-        **{"moe_layers": plan.num_layers, "experts": plan.num_experts, "clients": clients},
+        "moe_layers": plan.num_layers,
+        "experts": plan.num_experts,
+        "clients": clients,
         "notes": list(plan.notes),
     }
     return json.dumps(about, indent=1)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from orchard.data.encoded import Encoded
 from orchard.data.examples import Example
-from orchard.data.templates import Encoded, Template, encode, encode_options
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
+from orchard.experiment.encoding import (
+    cut_note,
+    encode_all,
+    encode_test,
+    end_ids,
+    make_wording,
+    options_note,
+)
 from orchard.experiment.holdings import (
     DataDigest,
     Federation,
@@ -21,7 +29,13 @@ from orchard.experiment.holdings import (
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import check_communication
-from orchard.models.stored.loading import check_device, check_model, load_tokenizer
+from orchard.models.stored.loading import (
+    check_checkpoint,
+    check_device,
+    check_tokens,
+    check_vocabulary,
+    load_tokenizer,
+)
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 
@@ -41,6 +55,8 @@ class Experiment:
         budgets: Client id to the experts that it can afford, over all MoE layers; None = all.
         digest: Of everything that the clients hold, before it was encoded.
         remarks: What of retention and calibration was taken, left out or not read.
+        model_notes: What a person should know about the base.
+        end_ids: The tokens that end an answer.
     """
 
     recipe: Recipe
@@ -52,7 +68,9 @@ class Experiment:
     tokenizer: Any
     budgets: Mapping[str, int | None]
     digest: DataDigest
+    end_ids: tuple[int, ...]
     remarks: tuple[str, ...] = ()
+    model_notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,11 +81,13 @@ class Seat:
         client_id: Its name.
         index: Its place among all clients, from 0.
         num_clients: How many there are.
+        split_seed: What draws its held-out rows; None = the recipe's seed.
     """
 
     client_id: str
     index: int
     num_clients: int
+    split_seed: int | None = None
 
 
 def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experiment:
@@ -84,7 +104,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     check_strategy(recipe.strategy.name)
     require_path(recipe)
     check_communication(recipe)
-    federation = build_site(recipe, seat.client_id) if seat else build_federation(recipe)
+    federation = _build_seat(recipe, seat) if seat else build_federation(recipe)
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
@@ -105,60 +125,96 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
             whose="the examples of evaluation.retention_path",
         )
     check_device(recipe.model.device)
-    view = check_model(recipe.model.path, lora_settings(recipe))
-    budgets = expert_budgets(recipe, view, num_clients=num_clients)
+    checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
+    budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)
     if seat:
         budgets = budgets[seat.index : seat.index + 1]
     tokenizer = load_tokenizer(recipe.model.path)
+    unknown = check_vocabulary(tokenizer, checked.vocabulary, path=recipe.model.path)
 
-    data = recipe.data
-    template: Template = data.template  # type: ignore[assignment]
+    wording = make_wording(recipe, tokenizer)
+    limit, chooses = recipe.data.max_tokens, "accuracy" in words(recipe.evaluation.metrics)
 
-    def encode_all(examples: Sequence[Example]) -> list[Encoded]:
-        return [
-            encode(example, template, tokenizer, max_tokens=data.max_tokens) for example in examples
-        ]
-
-    def encode_test(examples: Sequence[Example]) -> list[TestExample]:
-        return [
-            TestExample(
-                encoded,
-                example.response.strip(),
-                options=encode_options(example, template, tokenizer, max_tokens=data.max_tokens),
-                answer=example.options.index(example.response) if example.options else 0,
-            )
-            for encoded, example in zip(encode_all(examples), examples, strict=True)
-        ]
+    def encode_held_out(examples: Sequence[Example], whose: str) -> list[TestExample]:
+        return encode_test(examples, wording, max_tokens=limit, whose=whose, chooses=chooses)
 
     if federation.has_central_test:
-        test = dict.fromkeys(federation.test, encode_test(next(iter(federation.test.values()))))
+        central = encode_held_out(next(iter(federation.test.values())), "the test examples")
+        test = dict.fromkeys(federation.test, central)
     else:
-        test = {client: encode_test(examples) for client, examples in federation.test.items()}
+        test = {
+            client: encode_held_out(examples, f"the test examples of {client}")
+            for client, examples in federation.test.items()
+        }
+    train = {
+        client: encode_all(
+            examples, wording, max_tokens=limit, whose=f"the training examples of {client}"
+        )
+        for client, examples in federation.train.items()
+    }
+    retention_set = encode_held_out(retention, "the examples of evaluation.retention_path")
+    calibration_set = encode_all(
+        calibration, wording, max_tokens=limit, whose="the examples of strategy.calibration_path"
+    )
+    if unknown:
+        tests = [own for each in (*test.values(), retention_set) for own in each]
+        encoded = [own for each in (*train.values(), calibration_set) for own in each]
+        encoded += [one for own in tests for one in (own.encoded, *own.options)]
+        ids = (own.input_ids for own in encoded)
+        check_tokens(ids, checked.vocabulary, path=recipe.model.path)
     return Experiment(
         recipe=recipe,
         federation=federation,
-        train={client: encode_all(examples) for client, examples in federation.train.items()},
+        train=train,
         test=test,
-        retention=encode_test(retention),
-        calibration=encode_all(calibration),
+        retention=retention_set,
+        calibration=calibration_set,
         tokenizer=tokenizer,
         budgets=dict(zip(federation.train, budgets, strict=True)),
         digest=data_digest(federation, retention=retention, calibration=calibration),
+        end_ids=end_ids(recipe, wording),
         remarks=elsewhere.remarks,
+        model_notes=(*checked.notes, *([unknown] if unknown else [])),
     )
 
 
+def _build_seat(recipe: Recipe, seat: Seat) -> Federation:
+    seed = recipe.seed if seat.split_seed is None else seat.split_seed
+    return build_site(replace(recipe, seed=seed), seat.client_id)
+
+
 def data_notes(experiment: Experiment) -> list[str]:
-    """Return what a person should know about the data before trusting a result."""
+    """Return what a person should know about data and base before trusting a result."""
     limit = experiment.recipe.data.max_tokens
-    truncated = count_truncated(experiment)
     notes = [*experiment.federation.notes(), *experiment.remarks]
-    if truncated:
-        total = sum(len(examples) for examples in experiment.train.values())
-        notes.append(f"{truncated} of {total} training examples were cut to {limit} tokens")
-    return notes
+    for whose, examples in _encoded(experiment).items():
+        notes.append(cut_note(examples, max_tokens=limit, whose=f"{whose} examples"))
+    held_out = {"test": _test_examples(experiment), "retention": experiment.retention}
+    for whose, tested in held_out.items():
+        notes.append(options_note(tested, max_tokens=limit, whose=f"{whose} examples"))
+    return [note for note in (*notes, *experiment.model_notes) if note]
 
 
-def count_truncated(experiment: Experiment) -> int:
-    """Return how many training examples were cut to ``data.max_tokens``."""
-    return sum(e.is_truncated for examples in experiment.train.values() for e in examples)
+def count_truncated(experiment: Experiment) -> dict[str, int]:
+    """Return how many examples of each kind were cut to ``data.max_tokens``."""
+    return {
+        whose: sum(example.is_truncated for example in examples)
+        for whose, examples in _encoded(experiment).items()
+    }
+
+
+def _encoded(experiment: Experiment) -> dict[str, list[Encoded]]:
+    return {
+        "training": [e for examples in experiment.train.values() for e in examples],
+        "test": [example.encoded for example in _test_examples(experiment)],
+        "retention": [example.encoded for example in experiment.retention],
+        "calibration": experiment.calibration,
+    }
+
+
+def _test_examples(experiment: Experiment) -> list[TestExample]:
+    """Return all test examples, those that all clients share once."""
+    lists = list(experiment.test.values())
+    if experiment.federation.has_central_test:
+        lists = lists[:1]
+    return [example for examples in lists for example in examples]

@@ -85,6 +85,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         batch_size=recipe.evaluation.batch_size,
         length_normalization=recipe.evaluation.length_normalization,  # type: ignore[arg-type]
         keeps_answers=recipe.evaluation.keep_answers,
+        end_ids=experiment.end_ids,
     )
     submodels = SubmodelSource(
         path=recipe.model.path,
@@ -227,7 +228,7 @@ def run_experiment(
             reporter=reporter,
             title=recorded.recipe.strategy.name,
         )
-    federation = experiment.federation
+    federation, truncated = experiment.federation, count_truncated(experiment)
     facts: dict[str, Any] = {
         **facts_of(recorded),
         "data_digest": experiment.digest.overall,
@@ -246,7 +247,10 @@ def run_experiment(
             "test_examples_also_in_training": federation.duplicates.num_across_splits,
             "examples_with_several_clients": federation.duplicates.num_across_clients,
             "training_examples_dropped": federation.num_dropped,
-            "truncated_examples": count_truncated(experiment),
+            "truncated_examples": truncated["training"],
+            "truncated_test_examples": truncated["test"],
+            "truncated_retention_examples": truncated["retention"],
+            "truncated_calibration_examples": truncated["calibration"],
             "has_central_test": federation.has_central_test,
         },
     }

@@ -23,7 +23,7 @@ from orchard.client.objectives import causal_lm
 from orchard.client.requirements import PeakMemory, Requirements, TrainingShape
 from orchard.client.training import HoldStill, TrainingSettings, train
 from orchard.communication.messages import LocalSettings
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.experts.masking import detached_experts
 from orchard.experts.submodel_source import SubmodelSource
 from orchard.models.stored.loading import check_model, load_base, load_config, threads

@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from orchard.data.templates import Encoded, collate, collate_prompts
+from orchard.data.encoded import Encoded, collate, collate_prompts
 from orchard.models.stored.loading import DTYPES
 from orchard.models.trainable.slots import canonical
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.generation import generate_greedily
 from orchard.measurements.plain_loop import PlainLoop, Stopwatch, Took
 from orchard.measurements.step_memory import measure_alone
@@ -211,7 +211,7 @@ def bench_answers(
         tokenizer = ours.model.tokenizer
         drawn = replace(case, steps=-(-num_prompts // case.batch_size))
         prompts = [e.prompt_ids for e in read_examples(drawn, tokenizer)][:num_prompts]
-        options = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         runs: dict[str, list[Took]] = {"ours": [], "peer": []}
         for number in range(repeats + 1):
             watch = Stopwatch()

@@ -14,8 +14,9 @@ from orchard.client.objectives import causal_lm
 from orchard.client.training import TrainingSettings, draw_batches, train
 from orchard.communication.messages import LocalSettings
 from orchard.data.datasets import load_examples
+from orchard.data.encoded import Encoded
 from orchard.data.examples import Fields
-from orchard.data.templates import Encoded, encode
+from orchard.data.templates import Wording, encode
 from orchard.data.world import facts
 from orchard.measurements.plain_loop import PlainLoop, PlainSettings, Stopwatch, Took
 from orchard.models.stored.loading import DTYPES, load_base, load_config, load_tokenizer, resolve
@@ -145,10 +146,8 @@ def read_examples(case: StepCase, tokenizer: Any) -> list[Encoded]:
     else:
         found = facts()
     order = generator.permutation(len(found))[:needed]
-    return [
-        encode(found[i], template="alpaca", tokenizer=tokenizer, max_tokens=case.max_tokens)
-        for i in order
-    ]
+    wording = Wording("alpaca", tokenizer)
+    return [encode(found[i], wording, max_tokens=case.max_tokens) for i in order]
 
 
 class OurSide:

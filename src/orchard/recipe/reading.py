@@ -47,13 +47,15 @@ def words(text: str) -> tuple[str, ...]:
 def known_options() -> dict[str, tuple[type, dataclasses.Field[Any]]]:
     """Return every dotted key with its type and its description."""
     known: dict[str, tuple[type, dataclasses.Field[Any]]] = {}
+    sections = get_type_hints(Recipe)
     for section in dataclasses.fields(Recipe):
-        kind = get_type_hints(Recipe)[section.name]
+        kind = sections[section.name]
         if not dataclasses.is_dataclass(kind):
             known[section.name] = (kind, section)
             continue
+        hints = get_type_hints(kind)
         for entry in dataclasses.fields(kind):
-            known[f"{section.name}.{entry.name}"] = (get_type_hints(kind)[entry.name], entry)
+            known[f"{section.name}.{entry.name}"] = (hints[entry.name], entry)
     return known
 
 

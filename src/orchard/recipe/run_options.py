@@ -95,6 +95,17 @@ class DataOptions:
     template: str = option(
         "alpaca", "How an example becomes text.", choices=("alpaca", "chat", "plain")
     )
+    special_tokens: str = option(
+        "text",
+        "Special tokens that stand in data, such as <|im_start|>: encoded as the text that they "
+        "are, or allowed to be tokens, with which a row can forge turns.",
+        choices=("text", "allow"),
+    )
+    learn: str = option(
+        "every",
+        "Of several turns: loss on every turn of the assistant, or on the last only.",
+        choices=("every", "last"),
+    )
     max_tokens: int = option(512, "Longest example, in tokens.", minimum=8)
     partition: str = option(
         "iid",

@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from orchard.client.client import Client
 from orchard.communication.messages import Task
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.strategies.expert_names import expert_of, router_row_of
 from orchard.strategies.session import SubsetSettings
 from orchard.strategies.strategy import Contribution, Plan, Strategy, Trained

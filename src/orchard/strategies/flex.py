@@ -29,7 +29,7 @@ import torch
 
 from orchard.client.client import Client
 from orchard.communication.messages import Task
-from orchard.data.templates import Encoded, blocks
+from orchard.data.encoded import Encoded, blocks
 from orchard.experts.allocation import allocate
 from orchard.experts.graft_search import LayerSearch, SearchSettings, search_grafts
 from orchard.experts.grafting import GraftSettings, grafted

@@ -13,7 +13,7 @@ import torch
 from orchard.client.client import Client
 from orchard.client.training import num_steps_before_last_epoch
 from orchard.communication.messages import Task
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.experts.importance import ImportanceSettings, MeanImportance, UsageMeter
 from orchard.experts.masking import ExpertSwitch

@@ -32,7 +32,7 @@ def test_answers_are_those_of_generate(family: str) -> None:
     handle = model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    found = decode_greedily(model, ids, mask, max_new_tokens=7, end_id=end, pad_id=0)
+    found = decode_greedily(model, ids, mask, max_new_tokens=7, end_ids=[end], pad_id=0)
     handle.remove()
     assert torch.equal(found, expected)
     ended = (expected == end).int().cumsum(dim=1).clamp(max=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from orchard.data.templates import Encoded
+from orchard.data.encoded import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.experts.observation import LayerPass, watch_routing
 from orchard.models.kernels.packing import can_pack, pack, packed_attention, rows_of

@@ -23,6 +23,7 @@ from orchard.models.stored.loading import (
     threads,
     without_progress_bars,
 )
+from orchard.models.stored.tensors import Checkpoint
 from orchard.models.trainable.targets import LoraSettings
 from tiny_models import FAMILIES, VOCABULARY, batch_of, dense
 
@@ -165,15 +166,16 @@ def test_an_unknown_target_is_found_without_weights(copy: Path) -> None:
         check_model(str(copy), LoraSettings(4, 8, 0, ("c_attn",)))
 
 
-def test_the_check_reads_no_weights(copy: Path) -> None:
-    (copy / "model.safetensors").write_bytes(b"not weights")
+def test_the_check_reads_no_weights(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Checkpoint, "read")
     check_model(str(copy), LoraSettings(4, 8, 0, ("q_proj", "router", "experts")))
     assert load_config(str(copy)).num_experts == 8
 
 
 def test_weights_that_cannot_be_read_are_an_error_that_names_the_path(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ValueError, match=r"^model\.path must "):
+    refuse(copy, r"^model\.path must hold readable weights, got no header in model\.safetensors; ")
+    with pytest.raises(ValueError, match=r"^model\.path must hold readable weights, got no header"):
         load_base(str(copy), dtype="float32")
 
 

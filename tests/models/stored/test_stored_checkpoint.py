@@ -170,8 +170,14 @@ def edit(path: str, drop: str) -> None:
 @pytest.mark.parametrize(
     ("drop", "message"),
     [
-        (r"layers\.1.*experts\.7\.up_proj", "got 7 tensors of shape"),
-        (r"layers\.1.*experts\.\d\.up_proj", "got tensors for"),
+        (
+            r"layers\.1.*experts\.7\.up_proj",
+            r"a tensor: model\.layers\.1\.mlp\.experts\.7\.up_proj",
+        ),
+        (
+            r"layers\.1.*experts\.\d\.up_proj",
+            r"a tensor: mlp\.experts\.\*\.up_proj\.weight for model\.layers\.1",
+        ),
         (r"layers\.1.*experts\.", "must hold the experts of model.layers.1"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def decode_greedily(
     mask_BS: Tensor,
     *,
     max_new_tokens: int,
-    end_id: int,
+    end_ids: Sequence[int],
     pad_id: int,
 ) -> Tensor:
     """Return what follows prompts, the most probable token at each place, (B, new).
@@ -47,12 +48,13 @@ def decode_greedily(
         model: For which ``can_decode`` holds, in evaluation mode.
         ids_BS: Prompts, padded on the left.
         mask_BS: 1 = token, 0 = padding.
-        max_new_tokens: Answers end here if not at the end token.
-        end_id: The token that ends an answer; part of what is returned.
+        max_new_tokens: Answers end here if not at an end token.
+        end_ids: The tokens that end an answer; the one that does is part of what is returned.
         pad_id: Fills what follows it.
     """
     network: Any = model
     answers_BN = ids_BS.new_full((len(ids_BS), max_new_tokens), pad_id)
+    end_N = torch.tensor(end_ids, device=ids_BS.device)
     row_R = torch.arange(len(ids_BS), device=ids_BS.device)
     cache = DynamicCache(config=network.config)
     kept_cache = {cache_name(model) or "": cache}
@@ -69,7 +71,7 @@ def decode_greedily(
         ).logits[:, -1]
         next_R = logits_RV.argmax(dim=-1)
         answers_BN[row_R, number] = next_R
-        goes_on_R = next_R != end_id
+        goes_on_R = ~torch.isin(next_R, end_N)
         num_left = int(goes_on_R.sum())
         if num_left == 0:
             return answers_BN[:, : number + 1]

@@ -16,21 +16,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     Interleave,
     MergeModulelist,
     Transpose,
     WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
 )
 
-from orchard.models.stored.loading import load_config
+from orchard.models.stored.destinations import check_destinations, find_destinations
+from orchard.models.stored.sources import build_view, load_config
 from orchard.models.stored.tensors import Checkpoint, open_checkpoint
-from orchard.models.view.detection import view_config
 from orchard.models.view.moe import MoELayer, MoEView
 
 
@@ -166,38 +162,17 @@ def match_checkpoint(path: str) -> StoredModel:
     """
     checkpoint = open_checkpoint(path)
     source = str(checkpoint.folder)
-    config = load_config(source)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "model.path must hold weights that are not quantized, got a quantization_config; "
-            "choose a checkpoint in float32, float16 or bfloat16"
-        )
-    view = view_config(config)
+    view = build_view(load_config(source), path)
     check_fused(view)
     model: Any = view.model
     shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
     routed = view.routed_parameters()
-    state = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
-    names: dict[str, str] = {}
-    converted: set[str] = set()
-    sources: dict[str, dict[str, list[str]]] = {}
-    # In transformers' order: of experts, and of what a renaming has seen before.
-    for key in sorted(checkpoint.tensors, key=dot_natural_key):
-        name, pattern = rename_source_key(
-            key, renamings, converters, model.base_model_prefix, state
-        )
-        if name not in state and key in state:
-            name, pattern = key, None
-        if name in routed:
-            sources.setdefault(name, {}).setdefault(pattern or "", []).append(key)
-            continue
-        names[key] = name
-        if pattern is not None:
-            converted.add(key)
+    destined = find_destinations(model, checkpoint.tensors)
+    check_destinations(destined, model.state_dict(), checkpoint.tensors, path=path)
+    by_pattern = destined.converters
+    names = {key: name for key, (name, _) in destined.keys.items() if name not in routed}
+    converted = {key for key in names if destined.keys[key][1] is not None}
+    sources = destined.sources()
     experts = {}
     for name in sorted(routed):
         found = {pattern: tuple(keys) for pattern, keys in sources.get(name, {}).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +10,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchard.models.stored.completeness import check_complete, check_loaded, extra_note
+from orchard.models.stored.finiteness import check_finite
+from orchard.models.stored.sources import PACKAGED as PACKAGED
+from orchard.models.stored.sources import build_view, first_line, locate, without_reports
+from orchard.models.stored.sources import load_config as load_config
+from orchard.models.stored.sources import resolve as resolve
+from orchard.models.stored.sources import without_progress_bars as without_progress_bars
+from orchard.models.stored.tensors import Checkpoint, lazy_tensors, read_headers
 from orchard.models.trainable.targets import LoraSettings, check_targets
 from orchard.models.view.detection import view_config, view_moe
 from orchard.models.view.moe import MoEView
 from orchard.process_memory import mappings_released, release_freed_memory
 from orchard.trees import digest
 
-PACKAGED = {"orchard:tiny": Path(__file__).parent / "tiny_moe"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -34,40 +40,6 @@ class Base:
 
     view: MoEView
     digest: str
-
-
-def resolve(path: str) -> str:
-    """Return the local folder or hub name that ``path`` means; ``orchard:tiny`` is packaged.
-
-    Raises:
-        FileNotFoundError: ``path`` looks like a folder and is none.
-        ValueError: The folder holds no configuration or no safetensors weights.
-    """
-    if path.startswith("orchard:"):
-        if path not in PACKAGED:
-            raise ValueError(
-                f"model.path must be a folder, a hub name or {', '.join(PACKAGED)}, got {path}"
-            )
-        return str(PACKAGED[path])
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        if path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise FileNotFoundError(
-                f"model.path must be an existing folder or a hub name, got {path}; "
-                "check the spelling"
-            )
-        return path
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"model.path must hold a config.json, got {path} without; "
-            "give the folder that save_pretrained wrote"
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"model.path must hold weights in *.safetensors, got {path} without; "
-            "convert or download them first"
-        )
-    return str(folder)
 
 
 @contextmanager
@@ -96,46 +68,97 @@ def check_device(device: str) -> None:
         ) from error
 
 
-@contextmanager
-def without_progress_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars of its own into ours."""
-    was_enabled = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        if was_enabled:
-            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+@dataclass(frozen=True)
+class CheckedModel:
+    """A model that was checked without its weights.
 
-
-def load_config(path: str) -> Any:
-    """Read the configuration behind ``path``.
-
-    Raises:
-        ValueError: It cannot be read.
+    Attributes:
+        view: The model on the ``meta`` device.
+        vocabulary: Rows of its embedding.
+        notes: What a person should know of the checkpoint.
     """
-    source = resolve(path)
-    try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path must lead to a model, got {path} ({first}); check the name, or the network"
-        ) from error
+
+    view: MoEView
+    vocabulary: int
+    notes: tuple[str, ...]
 
 
 def check_model(path: str, lora: LoraSettings) -> MoEView:
-    """Check that a model is a Mixture-of-Experts and has the targets, without its weights.
+    """Check that a model is a Mixture-of-Experts, complete, and has the targets.
 
-    Builds the model on the meta device, from its configuration alone, and returns that.
+    Returns:
+        The model on the ``meta`` device, built from its configuration alone.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
-        ValueError: No configuration, no weights, no MoE layer, or a target that fits nothing.
+        ConnectionError: It may be on the hub, which cannot be asked.
+        ValueError: As ``check_checkpoint``.
     """
-    view = view_config(load_config(path))
+    return check_checkpoint(path, lora).view
+
+
+def check_checkpoint(path: str, lora: LoraSettings) -> CheckedModel:
+    """Check a checkpoint by its configuration and the headers of its files; reads no weight.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        ConnectionError: It may be on the hub, which cannot be asked.
+        ValueError: No configuration, or one that no model can be built from; quantized weights;
+            no MoE layer; a target that fits nothing; files that are damaged, or that lack a
+            tensor, or hold it twice or in another shape.
+    """
+    view = build_view(load_config(path), path)
     check_targets(view, lora)
-    return view
+    extra = check_complete(view.model, read_headers(path), path=path)
+    note = extra_note(extra, path=path)
+    config: Any = view.model.config
+    rows = int(config.get_text_config().vocab_size)
+    return CheckedModel(view, rows, (note,) if note else ())
+
+
+def check_vocabulary(tokenizer: Any, rows: int, *, path: str) -> str:
+    """Check that the special tokens of a tokenizer are in the embedding.
+
+    Args:
+        tokenizer: The model's.
+        rows: Of the embedding.
+        path: What the user calls the checkpoint.
+
+    Returns:
+        What to say where other tokens are not, or nothing.
+
+    Raises:
+        ValueError: Padding, or the beginning or end of a text, has no row.
+    """
+    for name in ("pad_token", "eos_token", "bos_token"):
+        number = getattr(tokenizer, f"{name}_id")
+        if number is not None and number >= rows:
+            raise ValueError(
+                f"{name} must be in 0..{rows - 1}, the rows of the embedding, got "
+                f"{getattr(tokenizer, name)!r} with {number} in the tokenizer of {path}; "
+                "use the tokenizer that belongs to the model"
+            )
+    last = max(tokenizer.get_vocab().values(), default=0)
+    if last < rows:
+        return ""
+    return (
+        f"the tokenizer of {path} knows tokens up to {last}, and the embedding has {rows} rows; "
+        "text with a token beyond them is refused"
+    )
+
+
+def check_tokens(examples: Iterable[Iterable[int]], rows: int, *, path: str) -> None:
+    """Check that encoded text has no token that the embedding lacks.
+
+    Raises:
+        ValueError: It has one.
+    """
+    last = max((max(ids, default=0) for ids in examples), default=0)
+    if last >= rows:
+        raise ValueError(
+            f"tokens must be in 0..{rows - 1}, the rows of the embedding, got {last} from the "
+            f"tokenizer of {path}; use the tokenizer that belongs to the model"
+        )
 
 
 def load_tokenizer(path: str) -> Any:
@@ -144,10 +167,10 @@ def load_tokenizer(path: str) -> Any:
     Raises:
         ValueError: There is none, or it has no end-of-text token.
     """
-    source = resolve(path)
+    source = locate(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever a library makes of files that somebody else wrote
         raise ValueError(f"model.path must hold a tokenizer, got {path} without") from error
     # Some tokenizer classes load from nothing, and then know no token.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
@@ -176,17 +199,39 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: It is not a usable Mixture-of-Experts model.
     """
-    source = resolve(path)
+    check_complete(build_view(load_config(path), path).model, read_headers(path), path=path)
+    source = locate(path)
+    about: dict[str, Any] = {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
     try:
-        with without_progress_bars(), mappings_released(".safetensors"):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
-            )
-    except SafetensorError as error:
+        with without_reports(), mappings_released(".safetensors"):
+            model, found = _load(source, about)
+    except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"model.path must hold readable weights, got {path} ({error}); download them again"
+            f"model.path must lead to a model that loads, got {path} ({first_line(error)}); "
+            "--traceback shows where it failed"
         ) from error
+    check_loaded(found, path=path)
     release_freed_memory()
+    check_finite(model.state_dict().items(), path=path)
     model = model.to(device).eval().requires_grad_(False)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return Base(view_moe(model), digest(state))
+
+
+def _load(source: str, about: dict[str, Any]) -> tuple[Any, Any]:
+    """Load a model with transformers, and return it with what was found of its tensors."""
+    folder = Path(source)
+    if not folder.is_dir() or Checkpoint(folder).is_indexed:
+        own: Any = AutoModelForCausalLM
+        model, found = own.from_pretrained(
+            source, use_safetensors=True, output_loading_info=True, **about
+        )
+        return model, found
+    # Files without an index: all of them count, as they do where experts are read one by one.
+    config = load_config(source)
+    own = type(view_config(config).model)
+    tensors = lazy_tensors(Checkpoint(folder))
+    model, found = own.from_pretrained(
+        None, config=config, state_dict=tensors, output_loading_info=True, **about
+    )
+    return model, found

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from orchard.models.stored.conversion import check_fused, match_checkpoint
+from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.loading import DTYPES
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import find_rows
@@ -44,9 +45,13 @@ def checkpoint_reader(path: str, dtype: str) -> ReadExpert:
                 f"{layers[layer_index].name} has {storage.num_experts} routed experts"
             )
         own = parameters[layer_index]
-        return storage.split(
-            lambda name: own[name].read(stored.checkpoint, expert).to(DTYPES[dtype])
-        )
+
+        def read(name: str) -> Tensor:
+            tensor = own[name].read(stored.checkpoint, expert)
+            check_finite([(own[name].name, tensor)], path=stored.source)
+            return tensor.to(DTYPES[dtype])
+
+        return storage.split(read)
 
     return read_expert
 

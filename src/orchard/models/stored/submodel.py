@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from orchard.models.stored.carving import carve_layer, check_carvable, check_kept, select_rows
+from orchard.models.stored.completeness import check_loaded
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
-from orchard.models.stored.loading import DTYPES, load_config, without_progress_bars
-from orchard.models.stored.tensors import Checkpoint
+from orchard.models.stored.finiteness import check_finite
+from orchard.models.stored.loading import DTYPES
+from orchard.models.stored.sources import first_line, load_config, without_reports
+from orchard.models.stored.tensors import Checkpoint, LazyTensor
 from orchard.models.view.detection import view_config, view_moe
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import find_rows
@@ -106,17 +109,8 @@ def _read_experts(
     )
     for index, expert in enumerate(experts):
         values[index] = stored.read(checkpoint, expert)
+    check_finite([(stored.name, values)], path=str(checkpoint.folder))
     return values
-
-
-class _Lazy:
-    """A tensor of the state dict that is read when transformers comes to it."""
-
-    def __init__(self, read: Callable[[], Tensor]) -> None:
-        self.read = read
-
-    def __getitem__(self, index: object) -> Tensor:
-        return self.read()
 
 
 def _load_dense(
@@ -141,21 +135,31 @@ def _load_dense(
 
     about = {"__init__": build, "__module__": model_class.__module__}
     shrinking: Any = type(model_class.__name__, (model_class,), about)
-    with without_progress_bars():
-        model = shrinking.from_pretrained(
-            None,
-            config=load_config(stored.source),
-            state_dict=_state(stored, kept),
-            dtype=DTYPES[dtype],
-            experts_implementation="eager",
-        )
+    state = _state(stored, kept)
+    try:
+        with without_reports():
+            model, loaded = shrinking.from_pretrained(
+                None,
+                config=load_config(stored.source),
+                state_dict=state,
+                dtype=DTYPES[dtype],
+                experts_implementation="eager",
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.path must hold tensors that its model can be made of, got {stored.source} "
+            f"({first_line(error)}); download it again, or choose another checkpoint"
+        ) from error
+    check_loaded(loaded, path=stored.source)
+    check_finite(model.state_dict().items(), path=stored.source)
     model.__class__ = model_class
     model.name_or_path = model.config.name_or_path = stored.source
     _set_generation(model, stored.source)
     return model.to(device).eval().requires_grad_(False), tuple(found)
 
 
-def _state(stored: StoredModel, kept: Sequence[Sequence[int]] | None) -> dict[str, _Lazy]:
+def _state(stored: StoredModel, kept: Sequence[Sequence[int]] | None) -> dict[str, LazyTensor]:
     """Return the checkpoint without experts, and of routers the rows of kept experts."""
     model, layers = stored.whole.model, stored.whole.layers
     names = {id(tensor): name for name, tensor in model.named_parameters()}
@@ -177,7 +181,7 @@ def _state(stored: StoredModel, kept: Sequence[Sequence[int]] | None) -> dict[st
                     "keep all experts of this layer, or choose another checkpoint"
                 )
             read = _row_reader(read, *rows[name])
-        state[key] = _Lazy(read)
+        state[key] = LazyTensor(read)
     return state
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchard.models.stored.loading import resolve
+from orchard.hub import cached_copy
+from orchard.models.stored.sources import first_line, locate
 
 _DTYPES = {
     "F64": torch.float64,
@@ -32,6 +34,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,15 @@ class Checkpoint:
             folder: A local folder.
 
         Raises:
-            ValueError: There is no such file, one is damaged or incomplete, or two hold tensors
-                of one name.
+            ValueError: There is no such file, one is damaged or incomplete, two hold tensors of
+                one name, or one lacks a tensor that the index says it has.
         """
         self.folder = folder
+        # What from_pretrained finds by itself.
+        self.is_indexed = (folder / SINGLE).is_file() or (folder / INDEX).is_file()
+        files, listed = _find_files(folder)
         tensors: dict[str, StoredTensor] = {}
-        for file in _find_files(folder):
+        for file in files:
             for name, stored in _read_header(file).items():
                 if name in tensors:
                     raise ValueError(
@@ -82,6 +89,12 @@ class Checkpoint:
                         f"{tensors[name].file.name} and {file.name}; remove one of the files"
                     )
                 tensors[name] = stored
+        for name, file_name in listed.items():
+            if name not in tensors or tensors[name].file != folder / file_name:
+                raise ValueError(
+                    f"{file_name} must hold {name}, as {INDEX} says, got a file without it; "
+                    "download both again"
+                )
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
 
     @property
@@ -130,7 +143,7 @@ def open_checkpoint(path: str) -> Checkpoint:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: It holds no usable safetensors files.
     """
-    source = resolve(path)
+    source = locate(path)
     folder = Path(source)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -146,14 +159,62 @@ def open_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(folder)
 
 
-def _find_files(folder: Path) -> list[Path]:
-    single = folder / "model.safetensors"
-    index = folder / "model.safetensors.index.json"
-    if single.is_file():
-        return [single]
-    if index.is_file():
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+class LazyTensor:
+    """A tensor of a state dict that is read when transformers comes to it."""
+
+    def __init__(self, read: Callable[[], Tensor]) -> None:
+        """Keep what reads it."""
+        self.read = read
+
+    def __getitem__(self, index: object) -> Tensor:
+        """Read it whole."""
+        return self.read()
+
+
+def lazy_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
+    """Return all tensors of a checkpoint, to be read one by one."""
+    return {name: LazyTensor(partial(checkpoint.read, name)) for name in checkpoint.tensors}
+
+
+def read_headers(path: str) -> Mapping[str, StoredTensor]:
+    """Return where the tensors behind ``path`` lie; of a hub name, without downloading them.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        ValueError: It holds no usable safetensors files.
+    """
+    source = locate(path)
+    if Path(source).is_dir():
+        return Checkpoint(Path(source)).tensors
+    copy = cached_copy(source, kind="model")
+    if copy is not None and (copy / SINGLE).is_file():
+        return Checkpoint(copy).tensors
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        metadata = get_safetensors_metadata(source)
+    except Exception as error:  # of the network, of the hub, or of what a stranger put there
+        raise ValueError(
+            f"model.path must hold weights in *.safetensors, got {path} ({first_line(error)}); "
+            "choose another checkpoint, or try again"
+        ) from error
+    found = {}
+    for file_name, file in metadata.files_metadata.items():
+        for name, info in file.tensors.items():
+            start = info.data_offsets[0]
+            dtype = _plain_dtype(name, info.dtype)
+            found[name] = StoredTensor(Path(file_name), start, dtype, tuple(info.shape))
+    return found
+
+
+def _find_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """Return the files that count, and what an index says of who holds which tensor."""
+    listed: Mapping[str, str] = {}
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE], listed
+    if (folder / INDEX).is_file():
+        listed = _read_index(folder / INDEX)
+        files = [folder / name for name in sorted(set(listed.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
@@ -162,37 +223,83 @@ def _find_files(folder: Path) -> list[Path]:
         raise ValueError(
             f"model.path must hold weights in *.safetensors, got {got}; download them again"
         )
-    return files
+    return files, listed
+
+
+def _read_index(file: Path) -> Mapping[str, str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
+        weight_map = dict(content["weight_map"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{file.name} must name the file of each tensor in a weight_map, got one that "
+            f"cannot be read ({first_line(error)}); download it again"
+        ) from error
+    for name, file_name in weight_map.items():
+        path = Path(file_name) if isinstance(file_name, str) else Path("..")
+        if path.is_absolute() or ".." in path.parts or path.suffix != ".safetensors":
+            raise ValueError(
+                f"{file.name} must name files *.safetensors beside it, got {file_name!r} for "
+                f"{name}; download it again"
+            )
+    return weight_map
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object of JSON, in which a name may stand once."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice} stands twice")
+    return found
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
+        first = stream.read(len(_LFS_POINTER))
+        if first == _LFS_POINTER:
+            raise ValueError(
+                f"model.path must hold readable weights, got a pointer of Git LFS in {file.name}; "
+                "fetch the file itself with git lfs pull"
+            )
+        stream.seek(8)
+        length = int.from_bytes(first[:8], "little")
         # A damaged length must not become a buffer of its size.
         text = stream.read(length) if 8 + length <= size else b""
     try:
-        header = json.loads(text)
-    except ValueError as error:
+        header = json.loads(text, object_pairs_hook=_once)
+        header.pop("__metadata__", None)
+        return {
+            name: _stored(file, name, entry, 8 + length, size) for name, entry in header.items()
+        }
+    except _PlainError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(file, "no header") from error
-    header.pop("__metadata__", None)
-    begin = 8 + length
-    return {name: _stored(file, name, entry, begin, size) for name, entry in header.items()}
+
+
+class _PlainError(ValueError):
+    """What is wrong is already said in words of our own."""
 
 
 def _stored(file: Path, name: str, entry: dict[str, Any], begin: int, size: int) -> StoredTensor:
-    if entry["dtype"] not in _DTYPES:
-        raise ValueError(
-            f"model.path must hold tensors of a plain dtype, got {entry['dtype']} for {name}; "
-            "choose a checkpoint that is not quantized"
-        )
     start, end = entry["data_offsets"]
-    stored = StoredTensor(
-        file, begin + start, _DTYPES[entry["dtype"]], tuple(int(n) for n in entry["shape"])
-    )
-    if stored.num_bytes != end - start or begin + end > size:
+    shape = tuple(int(n) for n in entry["shape"])
+    stored = StoredTensor(file, begin + start, _plain_dtype(name, entry["dtype"]), shape)
+    if stored.num_bytes != end - start or begin + end > size or start < 0:
         raise _damaged(file, f"{size} bytes")
     return stored
+
+
+def _plain_dtype(name: str, dtype: str) -> torch.dtype:
+    if dtype not in _DTYPES:
+        raise _PlainError(
+            f"model.path must hold tensors of a plain dtype, got {dtype} for {name}; "
+            "choose a checkpoint that is not quantized"
+        )
+    return _DTYPES[dtype]
 
 
 def _read_into(buffer: Tensor, file: Path, start: int) -> None:
@@ -207,7 +314,7 @@ def _read_into(buffer: Tensor, file: Path, start: int) -> None:
             view = view[count:]
 
 
-def _damaged(file: Path, got: str) -> ValueError:
-    return ValueError(
+def _damaged(file: Path, got: str) -> _PlainError:
+    return _PlainError(
         f"model.path must hold readable weights, got {got} in {file.name}; download them again"
     )

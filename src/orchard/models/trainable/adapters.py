@@ -10,7 +10,7 @@ and nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -194,23 +194,31 @@ class AdaptedModel:
 
     @torch.inference_mode()
     def generate(
-        self, ids_BS: torch.Tensor, mask_BS: torch.Tensor, *, max_new_tokens: int
+        self,
+        ids_BS: torch.Tensor,
+        mask_BS: torch.Tensor,
+        *,
+        max_new_tokens: int,
+        end_ids: Sequence[int],
     ) -> torch.Tensor:
-        """Return the ids that follow prompts padded on the left, by greedy decoding: (B, new)."""
+        """Return the ids that follow prompts padded on the left, by greedy decoding: (B, new).
+
+        A row ends at the first of ``end_ids``, which is part of it.
+        """
         if can_decode(self.model):
             return decode_greedily(
                 self.model,
                 ids_BS,
                 mask_BS,
                 max_new_tokens=max_new_tokens,
-                end_id=self.tokenizer.eos_token_id,
+                end_ids=end_ids,
                 pad_id=self.tokenizer.pad_token_id,
             )
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=list(end_ids),
             pad_token_id=self.tokenizer.pad_token_id,
         )
         generate: Any = self.model.generate

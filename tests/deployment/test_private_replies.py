@@ -1,0 +1,539 @@
+"""What leaves a site whatever a coordinator asks: no cell, no path, no number of few rows."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from federations import short_model
+from orchard.communication.audit import read_audit
+from orchard.communication.messages import LocalSettings, decode_update, encode_task
+from orchard.communication.refusals import Code, explain
+from orchard.deployment.consent import Consent, SiteSettings
+from orchard.deployment.site_worker import SiteWorker
+from orchard.experiment.methods import METHODS
+from orchard.experiment.running import build_schedule, load_model
+from orchard.models.stored.loading import load_tokenizer
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import format_value, known_options, to_toml
+from sites import changed, same, site_recipe
+
+CANARY, ROWS, HELD_OUT = "zyzzyva", 50, 20
+COLUMNS = ("instruction", "response", "context", "category", "patient", "diagnosis", "score")
+KEPT = ("joined", "asked", "sent", "refused", "failed", "loaded", "changed", "damaged")
+
+
+def write_rows(folder: Path) -> Path:
+    """Write a file in every cell of which, and in whose path, is a canary."""
+    path = folder / f"{CANARY}-folder" / "north.jsonl"
+    path.parent.mkdir(parents=True)
+    rows = [
+        {
+            column: f"{CANARY}{number}{column}" if column != "score" else 7_000_000 + number
+            for column in COLUMNS
+        }
+        for number in range(ROWS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_worker(folder: Path, data: Path, **consent: Any) -> SiteWorker:
+    store = folder / f"{CANARY}-store"
+    own = Consent(str(data), model=short_model(), **consent)
+    return SiteWorker(SiteSettings("north", store, store / "socket", own))
+
+
+def asked_recipe(**options: Any) -> Recipe:
+    whole = site_recipe(
+        "fedavg",
+        Path("elsewhere"),
+        *("evaluation.models=base,global,local,personal", "evaluation.metrics=loss"),
+        *("evaluation.every=1", "client.batch_size=8", "data.max_tokens=32"),
+    )
+    whole = changed(whole, "data.test_size", 0.4)
+    for key, value in options.items():
+        whole = changed(whole, key.replace("__", "."), value)
+    return whole
+
+
+def join(recipe: Recipe, *, run: str = "r") -> dict[str, Any]:
+    return {"kind": "join", "run": run, "recipe": to_toml(recipe)}
+
+
+def round_of(recipe: Recipe, number: int = 1, **own: Any) -> dict[str, Any]:
+    evaluate = ["base"] if number == 1 else ["global", "personal"]
+    return {
+        **join(recipe),
+        "kind": "round",
+        "site": "north",
+        "index": 0,
+        "num_clients": 1,
+        "round": number,
+        "evaluate": evaluate,
+        "train": True,
+        **own,
+    }
+
+
+@cache
+def fresh() -> Mapping[str, torch.Tensor]:
+    recipe = asked_recipe()
+    return dict(load_model(recipe, load_tokenizer(recipe.model.path)).fresh)
+
+
+def task_of(recipe: Recipe, number: int = 1, *, move: float = 0.0, **own: Any) -> bytes:
+    shared = {name: (tensor + move).bfloat16() for name, tensor in fresh().items()}
+    task = build_schedule(recipe).task(number, shared)
+    return encode_task(replace(task, **own))
+
+
+@pytest.fixture
+def worker(tmp_path: Path) -> SiteWorker:
+    return make_worker(tmp_path, write_rows(tmp_path))
+
+
+def events(worker: SiteWorker) -> list[dict[str, Any]]:
+    return read_audit(worker._audit.path)
+
+
+def test_a_round_leaves_rounded_means_and_no_more(worker: SiteWorker) -> None:
+    recipe = asked_recipe(client__steps=4)
+    assert worker.handle(join(recipe), b"")[0] == {"site": "north", "num_examples": ROWS - HELD_OUT}
+    reply, body = worker.handle(round_of(recipe), task_of(recipe))
+    assert reply.keys() == {"site", "base_digest", "evaluation", "evaluation_seconds"}
+    update = decode_update(body)
+    values = {**reply["evaluation"], **update.metrics}
+    assert {"base/loss", "local/loss", "client/train_loss"} <= values.keys()
+    assert all(value == round(value, 4) for value in values.values())
+    sent = events(worker)[-1]
+    # The owner reads in the audit what left, and with which settings it was trained.
+    assert sent["evaluation"] == reply["evaluation"]
+    assert sent["metrics"] == dict(update.metrics)
+    assert sent["settings"] == {"steps": 4, "epochs": 0, "learning_rate": recipe.client.lr}
+
+
+def test_what_few_rows_were_read_for_stays(worker: SiteWorker) -> None:
+    recipe = asked_recipe(client__steps=1)  # 8 rows, of the 20 that there must be
+    worker.handle(join(recipe), b"")
+    _, body = worker.handle(round_of(recipe), task_of(recipe))
+    metrics = decode_update(body).metrics
+    assert metrics["client/num_examples"] == ROWS - HELD_OUT
+    assert "local/loss" in metrics
+    assert not {"client/train_loss", "client/num_tokens"} & metrics.keys()
+
+
+@pytest.mark.parametrize("size", [1.0, 19.0, 31.0])
+def test_no_split_leaves_few_rows_on_one_side(size: float, worker: SiteWorker) -> None:
+    reply, _ = worker.handle(join(asked_recipe(data__test_size=size)), b"")
+    assert reply == {"refused": "few_rows", "option": "data.test_size", "site": "north"}
+
+
+def test_few_drawn_test_rows_are_few_rows(worker: SiteWorker) -> None:
+    reply, _ = worker.handle(join(asked_recipe(evaluation__max_examples=19)), b"")
+    assert reply["refused"] == "few_rows"
+    reply, _ = worker.handle(join(asked_recipe(evaluation__max_examples=20)), b"")
+    assert reply["num_examples"] == ROWS - HELD_OUT
+
+
+def other_value(key: str) -> Any:
+    kind, entry = known_options()[key]
+    own = {"data.template": "chat", "data.answer": "index", "data.duplicates": "drop"}
+    if key in own:
+        return own[key]
+    if kind is str:
+        return "diagnosis"
+    if kind is bool:
+        return True
+    return {"data.test_size": 0.5, "data.max_tokens": 33, "evaluation.max_examples": 20}.get(
+        key, (entry.metadata["minimum"] or 0) + 1
+    )
+
+
+def owned() -> list[str]:
+    from orchard.deployment.terms import term_keys
+
+    return list(term_keys())
+
+
+@pytest.mark.parametrize("key", owned())
+def test_no_later_request_reads_the_rows_otherwise(key: str, tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, write_rows(tmp_path))
+    worker.handle(join(asked_recipe()), b"")
+    later = changed(asked_recipe(), key, other_value(key))
+    for run in ("r", "another"):
+        reply, _ = worker.handle(join(later, run=run), b"")
+        assert reply == {"refused": "terms", "option": key, "site": "north"}
+    reply, _ = worker.handle(round_of(later), task_of(later))
+    assert reply["refused"] == "terms"
+
+
+def test_the_split_is_the_sites_whatever_seed_a_run_has(worker: SiteWorker) -> None:
+    first, other = asked_recipe(), replace(asked_recipe(), seed=7)
+    held_out = []
+    for run, recipe in (("a", first), ("b", other)):
+        worker.handle(join(recipe, run=run), b"")
+        worker.handle({**round_of(recipe), "run": run}, task_of(recipe))
+        (session,) = worker._sessions.values()
+        held_out.append([example.reference for example in session.client.test])
+    assert held_out[0] == held_out[1]
+
+
+def test_the_owners_own_data_section_is_the_one_that_counts(tmp_path: Path) -> None:
+    data = write_rows(tmp_path)
+    own = tmp_path / "own.toml"
+    own.write_text('seed = 3\n[data]\nresponse = "category"\ntest_size = 0.5\ntemplate = "plain"\n')
+    worker = make_worker(tmp_path, data, data_recipe=str(own))
+    recipe = asked_recipe(data__response="diagnosis")
+    assert worker.handle(join(recipe), b"")[0]["num_examples"] == 25
+    worker.handle(round_of(recipe), task_of(recipe))
+    (session,) = worker._sessions.values()
+    assert {example.reference[-8:] for example in session.client.test} == {"category"}
+    asked = {"data.response", "data.test_size"}
+    assert asked <= set(events(worker)[0]["own"])  # and the owner reads that it was so
+    labeled = changed(recipe, "data.labels", "yes,no")
+    assert worker.handle(join(labeled, run="s"), b"")[0] == {
+        "refused": "task_kind",
+        "option": "data.labels",
+        "site": "north",
+    }
+    own.write_text('[model]\npath = "elsewhere"\n')
+    with pytest.raises(ValueError, match=r"^--data-recipe must say how"):
+        read_terms(own)
+
+
+def read_terms(path: Path) -> object:
+    from orchard.deployment.terms import read_own_terms
+
+    return read_own_terms(path)
+
+
+def test_tries_to_read_the_rows_are_counted(worker: SiteWorker) -> None:
+    refused = [
+        worker.handle(join(asked_recipe(data__labels=f"sick,well,{number}")), b"")[0]["refused"]
+        for number in range(12)
+    ]
+    assert refused == ["data"] * 10 + ["data_tries"] * 2
+
+
+@pytest.mark.parametrize(
+    ("own", "code"),
+    [
+        ({"round": 3}, "round"),
+        ({"round": 4, "train": False, "evaluate": ["global"]}, "round"),
+        ({"evaluate": ["global"]}, "evaluation"),
+        ({"round": 2, "evaluate": ["base"]}, "evaluation"),
+        ({"run": "never joined"}, "not_joined"),
+        ({"index": 1}, "request"),
+        ({"evaluate": ["diagnosis"]}, "request"),
+    ],
+)
+def test_a_request_that_the_recipe_does_not_make_is_refused(
+    own: dict[str, Any], code: str, worker: SiteWorker
+) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    reply, body = worker.handle({**round_of(recipe), **own}, task_of(recipe))
+    assert reply["refused"] == code
+    assert body == b""
+
+
+@pytest.mark.parametrize(
+    ("own", "code"),
+    [
+        ({"settings": LocalSettings(1, 0, 5.0)}, "settings"),
+        ({"settings": LocalSettings(1000, 0, 4e-5)}, "settings"),
+        ({"settings": LocalSettings(0, 1, 4e-5)}, "settings"),
+        ({"round_number": 2}, "round"),
+    ],
+)
+def test_steps_and_learning_rate_are_the_recipes(
+    own: dict[str, Any], code: str, worker: SiteWorker
+) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    reply, body = worker.handle(round_of(recipe), task_of(recipe, **own))
+    assert (reply["refused"], body) == (code, b"")
+
+
+def test_a_run_keeps_the_recipe_that_the_site_joined_with(worker: SiteWorker) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    other = changed(recipe, "client.steps", 2)
+    for header in (join(other), round_of(other)):
+        assert worker.handle(header, task_of(other))[0]["refused"] == "recipe_changed"
+    # How long a coordinator waits is its own.
+    patient = changed(recipe, "deployment.round_seconds", 5.0)
+    assert "refused" not in worker.handle(round_of(patient), task_of(recipe))[0]
+
+
+def test_a_round_tells_of_few_global_trees(worker: SiteWorker) -> None:
+    recipe = asked_recipe(evaluation__every=0)
+    worker.handle(join(recipe), b"")
+    header = round_of(recipe, evaluate=[])
+    first, again = (decode_update(worker.handle(header, task_of(recipe))[1]) for _ in range(2))
+    assert same(first.delta, again.delta)
+    assert "refused" not in worker.handle(header, task_of(recipe, move=1e-2))[0]
+    reply, body = worker.handle(header, task_of(recipe, move=2e-2))
+    assert (reply["refused"], reply["option"], body) == ("repeated", "--trees-per-round", b"")
+    # Also by a worker that was started again: it is on the disk.
+    started_again = SiteWorker(worker._settings)
+    assert started_again.handle(header, task_of(recipe, move=3e-2))[0]["refused"] == "repeated"
+    assert "refused" not in started_again.handle(header, task_of(recipe))[0]
+
+
+def test_new_runs_are_counted_by_the_day(tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, write_rows(tmp_path), runs_per_day=3)
+    replies = [worker.handle(join(asked_recipe(), run=f"{n}"), b"")[0] for n in range(5)]
+    assert [reply.get("refused") for reply in replies] == [None, None, None, "runs", "runs"]
+    assert "refused" not in worker.handle(join(asked_recipe(), run="1"), b"")[0]
+
+
+def test_a_change_of_consent_between_rounds_is_said_on_both_sides(worker: SiteWorker) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    assert "changed" not in worker.handle(round_of(recipe), task_of(recipe))[0]
+    own = worker._settings
+    other = SiteWorker(replace(own, consent=replace(own.consent, decimals=2)))
+    reply, _ = other.handle(round_of(recipe), task_of(recipe))
+    assert reply["changed"] == ["consent"]
+    assert [event["what"] for event in events(other) if event["event"] == "changed"] == ["consent"]
+    assert "changed" not in other.handle(round_of(recipe), task_of(recipe))[0]  # once
+
+
+def test_another_base_than_the_run_began_with_is_refused(worker: SiteWorker) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    worker.handle(round_of(recipe), task_of(recipe))
+    own = worker._settings
+    other = SiteWorker(replace(own, consent=replace(own.consent, model="orchard:tiny")))
+    reply, body = other.handle(round_of(recipe), task_of(recipe))
+    assert (reply["refused"], reply["option"], body) == ("base_changed", "--model", b"")
+
+
+def test_a_damaged_personal_file_is_named_here_and_said_there(tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, write_rows(tmp_path))
+    recipe = asked_recipe(strategy__name="scaffold", evaluation__models="", server__rounds=3)
+    recipe = changed(recipe, "communication.dtype", "float32")
+    worker.handle(join(recipe), b"")
+
+    def ask(number: int) -> tuple[Mapping[str, Any], bytes]:
+        shared = dict(fresh())
+        shared |= {f"control.{name}": torch.zeros_like(t) for name, t in fresh().items()}
+        task = build_schedule(recipe).task(number, shared)
+        return worker.handle(round_of(recipe, number, evaluate=[]), encode_task(task))
+
+    assert "refused" not in ask(1)[0], events(worker)[-1]
+    assert "refused" not in ask(2)[0]
+    (folder,) = (worker._settings.store / "personal" / "r").iterdir()
+    newest = folder / "round_000002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    assert ask(3)[0] == {"refused": "state", "option": "", "site": "north"}
+    damaged = events(worker)[-1]
+    assert damaged["event"] == "damaged"
+    assert damaged["file"].endswith("round_000002.safetensors")
+    assert damaged["goes_on_with"] == "the version of round 1"
+    assert "refused" not in ask(3)[0]  # said; now from the last good one
+
+
+def test_a_failure_is_a_code(worker: SiteWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    for error, code in (
+        (RuntimeError(f"{CANARY} in {worker._settings.store}"), "failed"),
+        (FloatingPointError(CANARY), "diverged"),
+        (MemoryError(CANARY), "no_memory"),
+        (RuntimeError(f"CUDA out of memory {CANARY}"), "no_memory"),
+        (OSError(28, CANARY), "no_space"),
+    ):
+
+        def fail(*given: Any, error: Exception = error, **named: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr("orchard.deployment.site_worker.train_client", fail)
+        reply, body = worker.handle(round_of(recipe), task_of(recipe))
+        assert (reply, body) == ({"error": code}, b"")
+        assert CANARY in events(worker)[-1]["reason"]  # the owner has the words
+
+
+def test_no_request_makes_an_audit_long(worker: SiteWorker) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    before = worker._audit.path.stat().st_size
+    for own in (
+        {"run": "x" * 5_000_000},
+        {"evaluate": ["base"] * 1_000_000},
+        {"evaluate": ["y" * 5_000_000]},
+        {"z" * 5_000_000: 1},
+        {"kind": "k" * 5_000_000},
+        {"recipe": "n" * 5_000_000},
+        {"recipe": "n" * 60_000 + " = 1"},
+        {"methods": {"m" * 5_000_000: "0"}},
+        {"recipe": to_toml(changed(recipe, "strategy.name", "s" * 300_000))},
+    ):
+        worker.handle({**round_of(recipe), **own}, b"")
+    assert worker._audit.path.stat().st_size - before < 20_000
+
+
+def test_every_code_is_explained() -> None:
+    for code in Code:
+        assert str(code) in explain(str(code), "data.path")
+    assert CANARY not in explain(CANARY)
+
+
+def test_the_store_is_its_users_alone(tmp_path: Path) -> None:
+    from orchard.deployment.private_files import make_private
+
+    store = tmp_path / "store"
+    (store / "personal" / "run").mkdir(parents=True, mode=0o755)
+    file = store / "personal" / "run" / "round_000001.safetensors"
+    outside = tmp_path / "outside"
+    for path in (file, outside):
+        path.touch(mode=0o644)
+        path.chmod(0o644)
+    (store / "link").symlink_to(outside)
+    store.chmod(0o755)
+    make_private(store)
+    for path, mode in ((store, 0o700), (file.parent, 0o700), (file, 0o600), (outside, 0o644)):
+        assert stat.S_IMODE(os.stat(path).st_mode) == mode
+
+
+# Any recipe, any task.
+
+_TEXTS = (
+    *("", *COLUMNS, "{patient}", "{diagnosis} {score}", "patient,diagnosis", f"{CANARY}1patient"),
+    *("sick,well", "/etc/passwd", "orchard:world", "orchard:facts", "\ud800", "\x1b[2J", "../.."),
+)
+_KEYS = sorted(known_options())
+_NUMBERS = (0, 1, 2, 19, 20, 29, 30, 31, -1, 10**6, 1e-9, 0.5, 0.99, 1e30, True)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> str:
+    """Return the text of a recipe in which some options are others, or no recipe."""
+    text = to_toml(asked_recipe())
+    for _ in range(draw(st.integers(1, 4))):
+        key = draw(st.sampled_from(_KEYS))
+        choices = known_options()[key][1].metadata.get("choices", ())
+        methods = sorted(METHODS) if key == "strategy.name" else []
+        value = draw(st.sampled_from([*choices, *methods, *_TEXTS, *_NUMBERS]))
+        name = key.rpartition(".")[2]
+        lines = text.split("\n")
+        shown = format_value(value)
+        text = "\n".join(
+            f"{name} = {shown}" if line.startswith(f"{name} =") else line for line in lines
+        )
+    return draw(st.sampled_from([text, text, text, text[: len(text) // 2], f"{text}\n[x", ""]))
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> dict[str, Any]:
+    header = round_of(asked_recipe()) if draw(st.booleans()) else join(asked_recipe())
+    header["recipe"] = draw(recipes()) if draw(st.booleans()) else header["recipe"]
+    for key in draw(st.lists(st.sampled_from(sorted(header)), max_size=2)):
+        odd = st.sampled_from([*_TEXTS, *_NUMBERS, None, [], {}, ["base", "global"], "r", "north"])
+        if key != "recipe":
+            header[key] = draw(odd)
+    return header
+
+
+@st.composite
+def tasks(draw: st.DrawFn) -> bytes:
+    whole = task_of(asked_recipe())
+    kind = draw(st.sampled_from(["whole", "cut", "changed", "none"]))
+    if kind == "none":
+        return b""
+    if kind == "cut":
+        return whole[: draw(st.integers(0, len(whole)))]
+    changed_at = draw(st.integers(0, 3000)) if kind == "changed" else None
+    own = bytearray(whole)
+    if changed_at is not None:
+        own[changed_at % len(own)] ^= 1 << draw(st.integers(0, 7))
+    return bytes(own)
+
+
+def look_at(reply: Mapping[str, Any], body: bytes) -> None:
+    """Demand that nothing private is in a reply."""
+    text = json.dumps(reply)
+    assert CANARY not in text
+    assert CANARY.encode() not in body
+    assert "/" not in text.replace("base/", "").replace("global/", "").replace("personal/", "")
+    assert "700000" not in text
+    if "refused" in reply:
+        assert reply.keys() == {"refused", "option", "site"}
+        assert Code(reply["refused"])
+        assert reply["option"] in (*_KEYS, "clients", "", *_FLAGS)
+        assert body == b""
+    elif "error" in reply:
+        assert reply.keys() == {"error"}
+        assert Code(reply["error"])
+    else:
+        assert reply.keys() <= _ANSWERS
+        assert reply.get("num_examples", ROWS) >= 20
+        for value in reply.get("evaluation", {}).values():
+            assert value == round(value, 4)
+
+
+_FLAGS = ("--model", "--trees-per-round", "--runs-per-day")
+_ANSWERS = {
+    *("site", "num_examples", "base_digest", "evaluation", "evaluation_seconds"),
+    *("lacks_values", "changed"),
+}
+
+
+def check_any(worker: SiteWorker, header: dict[str, Any], body: bytes) -> None:
+    reply, content = worker.handle(header, body)
+    look_at(reply, content)
+    if "evaluation" in reply or content:
+        (session,) = worker._sessions.values()
+        assert min(len(session.client.test), len(session.client.train)) >= 20
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory: pytest.TempPathFactory) -> SiteWorker:
+    folder = tmp_path_factory.mktemp("joined")
+    worker = make_worker(folder, write_rows(folder), runs_per_day=10**6, trees_per_round=10**6)
+    worker.handle(join(asked_recipe()), b"")
+    return worker
+
+
+_ANY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+
+
+@settings(max_examples=60, derandomize=True, **_ANY)  # type: ignore[arg-type]
+@given(header=requests(), body=tasks())
+def test_whatever_is_asked_nothing_private_is_answered(
+    joined: SiteWorker, header: dict[str, Any], body: bytes
+) -> None:
+    check_any(joined, header, body)
+    audit = joined._audit.path.read_text()
+    assert '"event": "failed"' not in audit, audit  # what is asked is refused, and breaks nothing
+
+
+@pytest.mark.long
+@settings(max_examples=2000, **_ANY)  # type: ignore[arg-type]
+@given(header=requests(), body=tasks())
+def test_whatever_is_asked_at_length(
+    joined: SiteWorker, header: dict[str, Any], body: bytes
+) -> None:
+    check_any(joined, header, body)
+
+
+@pytest.mark.long
+@settings(max_examples=300, **_ANY)  # type: ignore[arg-type]
+@given(header=requests())
+def test_whatever_is_asked_first(header: dict[str, Any]) -> None:
+    with TemporaryDirectory() as name:
+        check_any(make_worker(Path(name), write_rows(Path(name))), header, b"")
