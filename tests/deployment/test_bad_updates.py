@@ -130,6 +130,10 @@ BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
     "turned over": (lambda: with_delta(FIRST, torch.ones(3, 4)), "shape of"),
     "a scalar": (lambda: with_delta(FIRST, torch.tensor(1.0)), "shape of"),
     "whole numbers": (lambda: with_delta(FIRST, torch.ones(4, 3, dtype=torch.int32)), "floating"),
+    "wider numbers than any recipe sends": (
+        lambda: with_delta(FIRST, torch.ones(4, 3, dtype=torch.float64)),
+        "at most 32 bits",
+    ),
     "NaN": (lambda: with_value(float("nan")), "finite"),
     "infinity": (lambda: with_value(float("inf")), "finite"),
     "minus infinity": (lambda: with_value(float("-inf")), "finite"),

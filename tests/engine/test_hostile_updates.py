@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,6 +43,11 @@ from scripted import (
     update_header,
 )
 from sites import same
+
+
+@pytest.fixture(autouse=True)
+def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
 def sends(make: Callable[[Header], bytes]) -> Bad:

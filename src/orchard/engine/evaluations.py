@@ -12,19 +12,22 @@ from orchard.results import MetricsLog
 
 Ranges = Mapping[str, tuple[float, float]]
 """Metric to the range that its values are in."""
+_WITH_ERROR = ("accuracy",)  # metrics that come with their standard error
 
 
 def measured_ranges(metrics: Iterable[str] = METRICS) -> dict[str, tuple[float, float]]:
     """Return what a site may answer that is asked for some metrics, with the range of each.
 
-    A metric of which more is better is a share; a loss is at least 0. Each may come with its
-    standard error, and of what a model must retain.
+    A metric of which more is better is a share; a loss is at least 0. Each may also be of
+    what a model must retain.
     """
     found = {}
     for metric in metrics:
         high = 1.0 if METRICS[metric] else MAX_VALUE
         for name in (metric, f"retention_{metric}"):
-            found[name] = found[f"{name}{STDERR}"] = (0.0, high)
+            found[name] = (0.0, high)
+            if metric in _WITH_ERROR:
+                found[f"{name}{STDERR}"] = (0.0, high)
     return found
 
 

@@ -19,6 +19,7 @@ from orchard.communication.stages import RESERVED
 from orchard.trees import Tree
 
 MAX_METRICS = 1_000
+_MAX_WIDTH = 4  # bytes of a value
 _METRIC = re.compile(r"(client|local)/[\w.,-]{1,200}")
 SMALLEST_WEIGHT = 1e-24
 """A weight is 0 or at least this: what is smaller is 0 in float32, and a mean over it NaN."""
@@ -118,8 +119,11 @@ class Admission:
                 raise RefusedUpdate(
                     f"shape of {name} must be {tuple(expected)}, got {tuple(tensor.shape)}"
                 )
-            if not tensor.is_floating_point():
-                raise RefusedUpdate(f"{name} must be of floating point, got {tensor.dtype}")
+            if not tensor.is_floating_point() or tensor.itemsize > _MAX_WIDTH:
+                raise RefusedUpdate(
+                    f"{name} must be of floating point of at most {8 * _MAX_WIDTH} bits, got "
+                    f"{tensor.dtype}"
+                )
             square = float(tensor.double().square().sum())
             if not math.isfinite(square):
                 raise RefusedUpdate(f"{name} must be finite, got NaN or infinity in it")
@@ -139,11 +143,11 @@ class Admission:
         self, weights: Mapping[str, float], most: Mapping[str, float] | None
     ) -> None:
         for name, weight in weights.items():
-            limit = self.max_weight
-            if most is not None:
-                limit = min(limit, most.get(name, limit))
+            limit, why = self.max_weight, ""
+            if most is not None and most.get(name, limit) < limit:
+                limit, why = most[name], "; a site weighs at most the examples that it joined with"
             if not math.isfinite(weight) or not 0 <= weight <= limit:
-                raise RefusedUpdate(f"weight of {name} must be in 0..{limit:g}, got {weight}")
+                raise RefusedUpdate(f"weight of {name} must be in 0..{limit:g}, got {weight}{why}")
             if 0 < weight < SMALLEST_WEIGHT:
                 raise RefusedUpdate(
                     f"weight of {name} must be 0 or at least {SMALLEST_WEIGHT:g}, got {weight}"
