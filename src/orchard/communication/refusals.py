@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from orchard.communication.readable import readable
+
 
 class Code(StrEnum):
     """What a site may say; the sentences are in ``explain``."""
@@ -93,9 +95,9 @@ def explain(text: str, option: str = "") -> str:
     """Return what a site's answer means, as a sentence of this side's own.
 
     Args:
-        text: The code as it arrived; one that is not known is not repeated.
+        text: The code as it arrived; what is none is shown as it is, cut and escaped.
         option: Of the recipe or of the site's command; empty = none.
     """
     code = known_code(text)
-    sentence = f"{_SENTENCES[code]} ({code})" if code else "for a reason that is not known here"
+    sentence = f"{_SENTENCES[code]} ({code})" if code else readable(text)
     return f"{option}: {sentence}" if option else sentence
