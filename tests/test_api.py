@@ -17,7 +17,6 @@ import orchard
 from federations import QUICK
 from orchard.cli import app
 from orchard.recipe.reading import option_value, read_recipe
-from orchard.tracking.trackers import Library
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "tiny" / "fedavg.toml"
 CHANGES: dict[str, Any] = {
@@ -148,8 +147,8 @@ def test_a_tracker_that_fails_is_a_warning_and_changes_nothing(
         def begin(self, run: object) -> None:
             raise OSError("no space")
 
-    broken = Library(Broken, "json", "json")  # type: ignore[arg-type]
-    monkeypatch.setattr("orchard.tracking.trackers.LIBRARIES", {"mine": broken})
+    monkeypatch.setattr("orchard.tracking.trackers.TRACKERS", {"mine": Broken})
+    monkeypatch.setattr("orchard.tracking.trackers.require", lambda name, *, to: None)
     recipe = orchard.load_recipe(RECIPE, **CHANGES)
     with pytest.warns(UserWarning, match="tracker mine stopped before any round .*no space"):
         again = orchard.run(recipe, out=finished.folder, resume=True, progress=False, track="mine")

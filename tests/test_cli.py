@@ -16,7 +16,8 @@ from typer.testing import CliRunner, Result
 
 from federations import QUICK
 from orchard.catalog import find_recipe
-from orchard.cli import _log_to_stderr, app
+from orchard.cli import app
+from orchard.cli.sites import log_to_stderr
 from orchard.recipe.reading import known_options, option_value, read_recipe
 
 ROWS = [
@@ -387,7 +388,7 @@ def test_processes_of_a_federation_log_to_stderr_with_the_time(
     own = logging.getLogger("orchard")
     before, level = list(own.handlers), own.level
     try:
-        _log_to_stderr()
+        log_to_stderr()
         logging.getLogger("orchard.engine").info("site north joined")
         assert re.fullmatch(r"\d\d:\d\d:\d\d site north joined\n", capsys.readouterr().err)
     finally:

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from orchard.extras import EXTRAS, require
+from orchard.extras import EXTRAS, lacking, require, what_brings
+from orchard.tracking.trackers import TRACKERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,14 +98,14 @@ def test_only_what_speaks_with_flower_needs_an_extra_to_be_imported(
 def test_what_lacks_of_an_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     require("flower", to="leave one machine")
     found = importlib.util.find_spec
-    for lacking in (("httpx",), EXTRAS["flower"]):
+    for missing in (("httpx",), EXTRAS["flower"]):
         with monkeypatch.context() as patch:
             patch.setattr(
                 "importlib.util.find_spec",
-                lambda name, gone=lacking: None if name in gone else found(name),
+                lambda name, gone=missing: None if name in gone else found(name),
             )
             with pytest.raises(
-                ValueError, match=f"^{', '.join(lacking)} must be installed to leave"
+                ValueError, match=f"^{', '.join(missing)} must be installed to leave"
             ):
                 require("flower", to="leave one machine")
 
@@ -113,7 +114,31 @@ def test_an_extra_brings_what_is_asked_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for extra, modules in EXTRAS.items():
         brought = {re.split(r"[^\w-]", line)[0] for line in project["optional-dependencies"][extra]}
-        assert {*modules} == brought
+        # An extra may also bound what a package of its own brings.
+        assert {*modules.values()} <= brought
+        assert not brought - {*modules.values()} - {"click"}
+
+
+def test_every_extra_that_a_command_needs_is_here() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert {*EXTRAS} == {*project["optional-dependencies"]} - {"dev", "docs"}
+    assert {*TRACKERS} <= {*EXTRAS}
+
+
+def test_what_was_removed_and_left_its_folder_is_lacking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "removed_package").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("orchard.extras.EXTRAS", {"mine": {"removed_package": "", "json": ""}})
+    assert lacking("mine") == ("removed_package",)
+
+
+def test_an_import_that_fails_names_the_extra_that_brings_it() -> None:
+    said = what_brings(ModuleNotFoundError("No module", name="cryptography.x509"))
+    assert said.startswith("cryptography must be installed, got no such package; ")
+    assert "extra flower" in said
+    assert what_brings(ModuleNotFoundError("No module", name="somebodys")) == ""
 
 
 CHARTS = ["-c", "from benchmarks.kernels.charts import draw_all; draw_all()"]

@@ -161,21 +161,23 @@ def execute(
     Args:
         prepared: Recipe, data, folder and method.
         progress: See ``run``.
-        warn: Told why a tracker stopped, if one does.
+        warn: Told why a tracker stopped, if one does, and of what is slow with this model.
 
     Raises:
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
     from orchard.experiment.run_folder import recorded_as
     from orchard.experiment.running import run_experiment
+    from orchard.experiment.starting import Start, record_start
     from orchard.tracking.following import Following
 
     experiment, folder, reporter = prepared.experiment, prepared.folder, _reporter(progress)
     if prepared.trackers:
         recipe = recorded_as(experiment.recipe, prepared.strategy).recipe
         reporter = Following(reporter, prepared.trackers, folder=folder, recipe=recipe, warn=warn)
+    record_start(folder, Start(directory=str(Path.cwd()), track=tuple(prepared.trackers)))
     record = run_experiment(
-        experiment, folder=folder, reporter=reporter, strategy=prepared.strategy
+        experiment, folder=folder, reporter=reporter, strategy=prepared.strategy, warn=warn
     )
     return Result(folder, record)
 

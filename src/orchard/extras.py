@@ -6,18 +6,26 @@ import importlib.util
 from collections.abc import Mapping
 from types import MappingProxyType
 
-EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+EXTRAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
-        "flower": ("flwr", "cryptography", "httpx", "uvicorn"),
-        "report": ("matplotlib",),
+        "flower": MappingProxyType(
+            {name: name for name in ("flwr", "cryptography", "httpx", "uvicorn")}
+        ),
+        "report": MappingProxyType({"matplotlib": "matplotlib"}),
+        "tensorboard": MappingProxyType({"tensorboard": "tensorboard"}),
+        "wandb": MappingProxyType({"wandb": "wandb"}),
+        "mlflow": MappingProxyType(
+            {"mlflow": "mlflow-skinny", "alembic": "alembic", "sqlalchemy": "sqlalchemy"}
+        ),
+        "trackio": MappingProxyType({"trackio": "trackio"}),
     }
 )
-"""Name of an extra in pyproject.toml to the modules that Orchard imports from it."""
+"""Name of an extra in pyproject.toml to the modules that Orchard imports and their packages."""
 
 
 def lacking(extra: str) -> tuple[str, ...]:
     """Return the modules of an extra that are not installed; none is imported."""
-    return tuple(name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None)
+    return tuple(name for name in EXTRAS[extra] if not _is_installed(name))
 
 
 def require(extra: str, *, to: str) -> None:
@@ -31,7 +39,25 @@ def require(extra: str, *, to: str) -> None:
         ValueError: A module of it is not installed.
     """
     if missing := lacking(extra):
-        raise ValueError(
-            f"{', '.join(missing)} must be installed to {to}, got no such package; install "
-            f"Orchard with its extra {extra}, such as pip install '.[{extra}]' in its checkout"
-        )
+        raise ValueError(f"{', '.join(missing)} must be installed to {to}, {_what_to_do(extra)}")
+
+
+def what_brings(error: ImportError) -> str:
+    """Say which extra brings the module that an import lacked; nothing where none does."""
+    name = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, modules in EXTRAS.items() if name in modules), None)
+    return f"{name} must be installed, {_what_to_do(extra)}" if extra else ""
+
+
+def _is_installed(module: str) -> bool:
+    found = importlib.util.find_spec(module)
+    # What was removed may have left its folder, which then is a package of nothing.
+    return found is not None and found.origin is not None
+
+
+def _what_to_do(extra: str) -> str:
+    packages = " ".join(EXTRAS[extra].values())
+    return (
+        f"got no such package; install Orchard with its extra {extra}, such as "
+        f"pip install '.[{extra}]' in its checkout, or pip install {packages}"
+    )

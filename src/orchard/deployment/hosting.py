@@ -21,6 +21,7 @@ from orchard.engine.processes import Child, child_environment, free_port, only_o
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
 from orchard.experiment.settings import lora_settings
+from orchard.experiment.starting import Start, record_start
 from orchard.experiment.wiring import check_communication
 from orchard.extras import require
 from orchard.models.stored.loading import check_device, check_model
@@ -136,6 +137,13 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     with only_one(folder / LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
+        start = Start(
+            directory=str(Path.cwd()),
+            address=options.address,
+            keys=str(options.keys or ""),
+            is_insecure=options.is_insecure,
+        )
+        record_start(folder, start)
         begin_folder(folder, recorded_as(recipe))
         if not (folder / RUN_FILE).exists():
             write_json(folder / RUN_FILE, {"run": secrets.token_hex(8)})

@@ -50,7 +50,7 @@ from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
 from orchard.experiment.preparation import Seat, prepare_experiment
 from orchard.experiment.run_folder import folder_name, recipe_digest
-from orchard.experiment.running import build_clients, build_schedule, load_model
+from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
@@ -339,6 +339,8 @@ class SiteWorker:
             raise as_refusal(Code.DATA, error) from error
         check_rows(experiment, self._consent, client_id=name)
         model = self._model(recipe, experiment.tokenizer)
+        for sentence in slow_ways_of(experiment, model):
+            log.warning("%s", sentence)
         folder = self._settings.store / "personal" / folder_name(request.run)
         (client,) = build_clients(experiment, model, folder)
         return _Session(recipe, client, strategy, build_channel(recipe), build_schedule(recipe))

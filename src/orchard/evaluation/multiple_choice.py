@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 
 from orchard.data.templates import Encoded, collate_prompts
-from orchard.models.kernels.caches import can_be_continued
+from orchard.models.kernels.caches import cache_name, can_be_continued
 from orchard.models.trainable.adapters import AdaptedModel
 
 LengthNormalization: TypeAlias = Literal["none", "tokens"]
@@ -186,7 +186,7 @@ def _read(
         place = len(row.prompt) - 1 - first
         # Only these places become float32.
         logits.append(logits_BSV[index, place : place + len(row.start) + 1].float())
-    return logits, outputs.get("past_key_values") if keep else None
+    return logits, outputs.get(cache_name(model.model)) if keep else None
 
 
 def _go_on(
@@ -212,7 +212,7 @@ def _go_on(
         input_ids=ids_BS,
         attention_mask=torch.cat((mask_PS[own], mask_BS), dim=1),
         position_ids=length_P1[own] + torch.arange(ids_BS.shape[1], device=model.device),
-        past_key_values=cache,
+        **{cache_name(model.model) or "": cache},
         use_cache=True,
     )
     return [outputs.logits[i, : len(start)].float() for i, (_, start) in enumerate(starts)]

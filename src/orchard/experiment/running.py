@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from orchard.client.training import TrainingSettings
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings
+from orchard.evaluation.slow_ways import slow_ways
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import Transform, passed_name
 from orchard.experiment.preparation import Experiment, count_truncated
@@ -34,6 +37,8 @@ from orchard.results import write_json
 from orchard.seeding import Seeds
 from orchard.strategies.strategy import Strategy, start_server
 from orchard.trees import digest
+
+log = logging.getLogger(__name__)
 
 
 def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
@@ -107,6 +112,20 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
     ]
 
 
+def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
+    """Return a sentence for each fast way that a run asks for and its model cannot go."""
+    recipe, held = experiment.recipe, experiment.train.values()
+    metrics = frozenset(words(recipe.evaluation.metrics))
+    is_evaluated = bool(words(recipe.evaluation.models))
+    return slow_ways(
+        model,
+        longest=max(len(example.input_ids) for examples in held for example in examples),
+        packs=recipe.client.packing,
+        answers=is_evaluated and bool(metrics & {"rouge_l", "exact_match"}),
+        chooses=is_evaluated and "accuracy" in metrics,
+    )
+
+
 def build_schedule(recipe: Recipe) -> Schedule:
     """Return what happens in which round."""
     client, server, evaluation = recipe.client, recipe.server, recipe.evaluation
@@ -130,6 +149,7 @@ def run_experiment(
     reporter: Reporter,
     model: AdaptedModel | None = None,
     strategy: Strategy | Transform | None = None,
+    warn: Callable[[str], None] = log.warning,
 ) -> dict[str, Any]:
     """Run, or go on running, an experiment in ``folder``, and write its result there.
 
@@ -141,6 +161,7 @@ def run_experiment(
         strategy: A method of your own: a function from a strategy to a strategy, which joins the
             recipe's methods, or a ``Strategy`` in the place of them. The run is recorded under its
             name, and goes on with it alone.
+        warn: Told once of every fast way that the model cannot go.
 
     Returns:
         The content of ``result.json``.
@@ -159,6 +180,8 @@ def run_experiment(
     begin_folder(folder, recorded)
     with threads(recipe.model.num_threads):
         model = model or load_model(recipe, experiment.tokenizer)
+        for sentence in slow_ways_of(experiment, model):
+            warn(sentence)
         clients = build_clients(experiment, model, folder / "clients")
         seeds = Seeds(recipe.seed)
         state = simulate(

@@ -85,6 +85,12 @@ def save_checkpoint(folder: Path, state: ServerState, *, about: Mapping[str, Any
     return target
 
 
+def newest_round(folder: Path) -> int:
+    """Return the round of the newest checkpoint below ``folder``, without reading it; 0 = none."""
+    found = (path.parent.name for path in folder.glob("round_*/state.json"))
+    return max((int(name.removeprefix("round_")) for name in found), default=0)
+
+
 def load_checkpoint(folder: Path, *, about: Mapping[str, Any]) -> ServerState | None:
     """Return the newest complete checkpoint below ``folder``, or None where there is none.
 

@@ -7,7 +7,6 @@ as parameters. What a library does with a round that it is given twice differs; 
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import os
 import re
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol, TypeVar
 
+from orchard.extras import require
 from orchard.recipe.describing import Scalar
 from orchard.recipe.reading import format_value
 
@@ -208,30 +208,15 @@ class Trackio:
         self._run.finish()
 
 
-@dataclass(frozen=True)
-class Library:
-    """How a tracker is made, and what it needs.
-
-    Attributes:
-        tracker: What talks to it.
-        module: What must be importable.
-        packages: What brings it, as the extra of the tracker's name does.
-    """
-
-    tracker: type[Tracker]
-    module: str
-    packages: str
-
-
-LIBRARIES: Mapping[str, Library] = MappingProxyType(
+TRACKERS: Mapping[str, type[Tracker]] = MappingProxyType(
     {
-        "tensorboard": Library(TensorBoard, "tensorboard", "tensorboard"),
-        "wandb": Library(WeightsAndBiases, "wandb", "wandb"),
-        "mlflow": Library(MLflow, "mlflow", "mlflow-skinny alembic sqlalchemy"),
-        "trackio": Library(Trackio, "trackio", "trackio"),
+        "tensorboard": TensorBoard,
+        "wandb": WeightsAndBiases,
+        "mlflow": MLflow,
+        "trackio": Trackio,
     }
 )
-"""Name, which is that of the extra too, to the library."""
+"""Name, which is that of the extra too, to what talks to it."""
 
 
 def make_trackers(names: Iterable[str]) -> dict[str, Tracker]:
@@ -242,17 +227,12 @@ def make_trackers(names: Iterable[str]) -> dict[str, Tracker]:
     """
     trackers: dict[str, Tracker] = {}
     for name in names:
-        if name not in LIBRARIES:
-            nearest = difflib.get_close_matches(name, LIBRARIES, n=1, cutoff=0.5)
+        if name not in TRACKERS:
+            nearest = difflib.get_close_matches(name, TRACKERS, n=1, cutoff=0.5)
             hint = f"; did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"track must be of {', '.join(LIBRARIES)}, got {name}{hint}")
-        library = LIBRARIES[name]
-        if importlib.util.find_spec(library.module) is None:
-            raise ValueError(
-                f"{library.module} must be installed to track with it, got no such package; "
-                f"install the extra {name} (pip install {library.packages})"
-            )
-        trackers[name] = library.tracker()
+            raise ValueError(f"track must be of {', '.join(TRACKERS)}, got {name}{hint}")
+        require(name, to="track with it")
+        trackers[name] = TRACKERS[name]()
     return trackers
 
 

@@ -9,19 +9,26 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from orchard.models.kernels.caches import can_be_continued
+from orchard.models.kernels.caches import cache_name, why_not_continued
 
-_NEEDED = frozenset(("position_ids", "past_key_values", "logits_to_keep"))
+_NEEDED = frozenset(("position_ids", "logits_to_keep"))
 
 
 def can_decode(model: nn.Module) -> bool:
     """Say whether ``decode_greedily`` can run a model: by its arguments, and by what it keeps."""
+    return not why_not_decoded(model)
+
+
+def why_not_decoded(model: nn.Module) -> str:
+    """Say why ``decode_greedily`` cannot run a model; nothing where it can."""
     network: Any = model
     supports = getattr(network, "_supports_default_dynamic_cache", None)
     if network.config.is_encoder_decoder or supports is None or not supports():
-        return False
-    has_arguments = inspect.signature(network.forward).parameters.keys() >= _NEEDED
-    return has_arguments and can_be_continued(DynamicCache(config=network.config))
+        return "it is no decoder with a cache of keys and values"
+    lacking = _NEEDED - inspect.signature(network.forward).parameters.keys()
+    if lacking:
+        return f"its forward pass has no argument {', '.join(sorted(lacking))}"
+    return why_not_continued(network)
 
 
 @torch.inference_mode()
@@ -48,6 +55,7 @@ def decode_greedily(
     answers_BN = ids_BS.new_full((len(ids_BS), max_new_tokens), pad_id)
     row_R = torch.arange(len(ids_BS), device=ids_BS.device)
     cache = DynamicCache(config=network.config)
+    kept_cache = {cache_name(model) or "": cache}
     place_RS = (mask_BS.cumsum(dim=1) - 1).clamp_(min=0)
     feed_RS = ids_BS
     for number in range(max_new_tokens):
@@ -55,7 +63,7 @@ def decode_greedily(
             input_ids=feed_RS,
             attention_mask=mask_BS,
             position_ids=place_RS,
-            past_key_values=cache,
+            **kept_cache,
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]

@@ -33,22 +33,38 @@ def can_pack(model: nn.Module, *, longest: int) -> bool:
         model: A language model.
         longest: Tokens of the longest row. A window that is shorter would be exceeded unseen.
     """
+    return not why_not_packed(model, longest=longest)
+
+
+def why_not_packed(model: nn.Module, *, longest: int) -> str:
+    """Say why a model cannot read rows behind each other; nothing where it can.
+
+    Args:
+        model: A language model.
+        longest: Tokens of the longest row.
+    """
     network: Any = model
     config = getattr(network, "config", None)
     if config is None or config.is_encoder_decoder:
-        return False
+        return "it is no decoder of transformers"
     is_by_interface = (
         getattr(network, "_supports_attention_backend", False)
         and getattr(network, "_supports_sdpa", False)
         and config._attn_implementation in ("sdpa", _NAME)
     )
+    if not is_by_interface:
+        return (
+            f"its attention is {config._attn_implementation}, not sdpa by transformers' interface"
+        )
     text = config.get_text_config()
     kinds = frozenset(getattr(text, "layer_types", None) or ())
-    if not is_by_interface or kinds - _KNOWN_LAYERS:
-        return False
+    if kinds - _KNOWN_LAYERS:
+        return f"it has layers of {', '.join(sorted(kinds - _KNOWN_LAYERS))}"
     window = getattr(text, "sliding_window", None)
     is_windowed = _WINDOWED in kinds if kinds else bool(window)
-    return not is_windowed or (window is not None and longest <= window)
+    if is_windowed and (window is None or longest > window):
+        return f"its window of {window} tokens is shorter than {longest}"
+    return ""
 
 
 @dataclass(frozen=True)

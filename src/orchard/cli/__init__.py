@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from orchard.recipe.reading import Resolved
-
-BAD_INPUT, FAILED = 2, 1
+from orchard.cli import sites
+from orchard.cli.errors import BAD_INPUT, FAILED
+from orchard.cli.errors import clear_errors as _clear_errors
+from orchard.cli.parameters import (
+    JsonOption,
+    OutOption,
+    Overrides,
+    RecipeArgument,
+    ResumeOption,
+    Traceback,
+)
+from orchard.cli.parameters import default_folder as _default_folder
+from orchard.cli.parameters import resolve as _resolve
+from orchard.cli.resuming import back_to_start, is_run, recipe_of, where_it_stopped
 
 app = typer.Typer(
     name="orchard",
@@ -22,51 +31,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-
-RecipeArgument = Annotated[
-    Path, typer.Argument(help="TOML file, or a recipe that orchard ls names.", show_default=False)
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[key=value ...]", help="Override values of the recipe."),
-]
-OutOption = Annotated[
-    Path | None,
-    typer.Option(help="The run's folder; by default runs/tiny-flex for tiny/flex.toml."),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
-Traceback = Annotated[bool, typer.Option("--traceback", help="Show where an error was raised.")]
-
-
-@contextmanager
-def _clear_errors(*, code: int, traceback: bool) -> Iterator[None]:
-    """Print the message of a library error alone and leave with ``code``."""
-    try:
-        yield
-    except (ValueError, OSError, FloatingPointError) as error:
-        if traceback:
-            raise
-        text = " ".join(str(error).split())
-        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-        print(f"error: {text}{notes}", file=sys.stderr)
-        raise typer.Exit(code) from None
-
-
-def _resolve(recipe: Path, overrides: list[str] | None) -> Resolved:
-    from orchard.catalog import find_recipe
-    from orchard.recipe.reading import read_recipe
-
-    resolved = read_recipe(find_recipe(recipe), overrides or [])
-    if ":" in resolved.recipe.strategy.name:
-        from orchard.experiment.own_methods import import_from
-
-        import_from(Path.cwd())
-    return resolved
-
-
-def _default_folder(recipe: Path) -> Path:
-    return Path("runs") / "-".join(recipe.with_suffix("").parts[-2:])
 
 
 def _show_version(is_asked: bool) -> None:
@@ -85,6 +49,7 @@ def orchard_command(
             "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
         ),
     ] = False,
+    traceback: Traceback = False,
 ) -> None:
     """Federated fine-tuning of Mixture-of-Experts language models."""
 
@@ -116,13 +81,17 @@ def run(
     ] = None,
     traceback: Traceback = False,
 ) -> None:
-    """Run a recipe."""
+    """Run a recipe; with --resume, go on with the run in --out, or in the folder in its place."""
     from orchard.process_memory import loading_to_stay
 
     with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
+        if resume and out is None and is_run(recipe):
+            recipe, out, track = recipe_of(recipe.resolve()), recipe.resolve(), track or []
+            track = [*back_to_start(out).track, *track]
         resolved = _resolve(recipe, overrides)
         folder = out or _default_folder(recipe)
         from orchard.api import execute, prepare
+        from orchard.engine.processes import leaves_on_termination
         from orchard.engine.progress import choose_reporter, make_console
         from orchard.reports import run_sentence
 
@@ -134,10 +103,46 @@ def run(
 
     for text in prepared.notes:
         note(text)
-    with _clear_errors(code=FAILED, traceback=traceback):
+    stopped = partial(where_it_stopped, folder, resolved.recipe.server.rounds)
+    with (
+        _clear_errors(code=FAILED, traceback=traceback, stopped=stopped),
+        leaves_on_termination(),
+    ):
         result = execute(prepared, progress=choose_reporter(console), warn=note)
     console.print(result.table())
     console.print(run_sentence(result.record, folder), highlight=False)
+
+
+@app.command("resume")
+def resume_run(
+    folder: Annotated[Path, typer.Argument(help="The run's folder.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value ...]", help="How long to wait may change: deployment."),
+    ] = None,
+    traceback: Traceback = False,
+) -> None:
+    """Go on with a run that stopped; its folder knows its recipe and how it was started."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.experiment.starting import read_start
+
+        folder = folder.resolve()
+        recipe, start = recipe_of(folder), read_start(folder)
+        if start is not None and start.address:
+            back_to_start(folder)
+    if start is None or not start.address:
+        run(folder, overrides, resume=True, traceback=traceback)
+        return
+    sites.coordinate(
+        recipe,
+        overrides,
+        start.address,
+        folder,
+        keys=Path(start.keys) if start.keys else None,
+        insecure=start.is_insecure,
+        resume=True,
+        traceback=traceback,
+    )
 
 
 @app.command()
@@ -231,131 +236,9 @@ def bench(
         print(run_bench(name, as_json=as_json, repeats=repeats, model=model, data=data))
 
 
-KeysOption = Annotated[
-    Path | None, typer.Option(help="Folder that orchard keys made.", show_default=False)
-]
-InsecureOption = Annotated[
-    bool, typer.Option("--insecure", help="Cross a network without TLS and keys.")
-]
-
-
-@app.command()
-def coordinate(
-    recipe: RecipeArgument,
-    overrides: Overrides = None,
-    address: Annotated[
-        str, typer.Option(help="host:port to listen at; 0.0.0.0 for all of this machine's.")
-    ] = "127.0.0.1:8443",
-    out: OutOption = None,
-    keys: KeysOption = None,
-    insecure: InsecureOption = False,
-    resume: ResumeOption = False,
-    trusted_proxy: Annotated[
-        list[str] | None,
-        typer.Option(help="Address of a reverse proxy before this coordinator; repeatable."),
-    ] = None,
-    traceback: Traceback = False,
-) -> None:
-    """Run a recipe with sites on other machines, over Flower."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        _log_to_stderr()
-        resolved = _resolve(recipe, overrides)
-        folder = out or _default_folder(recipe)
-        from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
-        from orchard.deployment.hosting import coordinate as run_coordinator
-
-        options = CoordinatorOptions(
-            folder, address, keys, insecure, trusted_proxies=tuple(trusted_proxy or ())
-        )
-        num_sites = check_coordinator(resolved.recipe, options, resume=resume)
-    from orchard.engine.processes import leaves_on_termination
-    from orchard.engine.progress import make_console
-    from orchard.reports import result_table, run_sentence
-
-    with _clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
-        result = run_coordinator(resolved.recipe, options, num_sites=num_sites)
-    console = make_console()
-    console.print(result_table(result))
-    console.print(run_sentence(result, folder), highlight=False)
-
-
-@app.command()
-def site(
-    data: Annotated[Path, typer.Option(help="This site's examples, JSON Lines.")],
-    store: Annotated[Path, typer.Option(help="This site's folder: what never leaves it, logs.")],
-    superlink: Annotated[str, typer.Option(help="host:port of the coordinator.")],
-    name: Annotated[str, typer.Option(help="Of the site; by default that of its data file.")] = "",
-    model: Annotated[str, typer.Option(help="The base model on this machine.")] = "",
-    methods: Annotated[
-        str, typer.Option(help="Methods to take part in; empty = all built-in.")
-    ] = "",
-    budget: Annotated[str, typer.Option(help="Experts to train: a number or a share.")] = "",
-    memory: Annotated[str, typer.Option(help="Bytes that training may take, such as 8GB.")] = "",
-    calibration: Annotated[str, typer.Option(help="This site's calibration corpus.")] = "",
-    retention: Annotated[str, typer.Option(help="This site's file of what to retain.")] = "",
-    data_recipe: Annotated[
-        str,
-        typer.Option(help="This site's own data section, TOML; else as the first recipe says."),
-    ] = "",
-    min_test: Annotated[
-        int, typer.Option(help="Fewest rows that a measure or an update may rest on.", min=1)
-    ] = 20,
-    decimals: Annotated[
-        int, typer.Option(help="Digits after the point of measures that leave.", min=0, max=8)
-    ] = 4,
-    trees_per_round: Annotated[
-        int, typer.Option(help="Global trees that are measured or trained in one round.", min=1)
-    ] = 2,
-    runs_per_day: Annotated[
-        int, typer.Option(help="New runs that are joined in 24 hours.", min=1)
-    ] = 20,
-    limit: Annotated[
-        list[str] | None,
-        typer.Option(help="Largest value of a recipe's option: client.steps=100; repeatable."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what a coordinator asks, and join nothing.")
-    ] = False,
-    keys: KeysOption = None,
-    insecure: InsecureOption = False,
-    traceback: Traceback = False,
-) -> None:
-    """Take part in a federation with this machine's data."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
-        _log_to_stderr()
-        from orchard.deployment.consent import Consent
-        from orchard.deployment.limits import parse_limits
-        from orchard.deployment.site import SiteOptions, check_site, look, run_site
-
-        chosen = tuple(method.strip() for method in methods.split(",") if method.strip())
-        if ":" in methods:
-            from orchard.experiment.own_methods import import_from
-
-            import_from(Path.cwd())
-        consent = Consent(
-            data=str(data.resolve()),
-            model=model,
-            methods=chosen,
-            budget=budget,
-            memory=memory,
-            calibration=calibration,
-            retention=retention,
-            data_recipe=str(Path(data_recipe).resolve()) if data_recipe else "",
-            min_test=min_test,
-            decimals=decimals,
-            trees_per_round=trees_per_round,
-            runs_per_day=runs_per_day,
-            limits=parse_limits(limit or ()),
-        )
-        options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)
-        check_site(options)
-    from orchard.engine.processes import leaves_on_termination
-
-    with _clear_errors(code=FAILED, traceback=traceback), leaves_on_termination():
-        if dry_run:
-            print(look(options), end="")
-        else:
-            run_site(options)
+# Help lists commands in the order in which they are added.
+app.command()(sites.coordinate)
+app.command()(sites.site)
 
 
 @app.command("keys")
@@ -402,16 +285,6 @@ def audit(
 
         events = read_audit(folder / AUDIT_FILE)
         print(json.dumps(events, indent=1) if as_json else "\n".join(audit_lines(events)))
-
-
-def _log_to_stderr() -> None:
-    import logging
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
-    own = logging.getLogger("orchard")
-    own.addHandler(handler)
-    own.setLevel(logging.INFO)
 
 
 @app.command()
