@@ -410,6 +410,30 @@ def test_the_store_is_its_users_alone(tmp_path: Path) -> None:
         assert stat.S_IMODE(os.stat(path).st_mode) == mode
 
 
+def test_an_owner_sees_all_of_it_before_anything_is_joined(tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, write_rows(tmp_path), limits={"client.steps": 7})
+    looking = SiteWorker(replace(worker._settings, only_looks=True))
+    recipe = asked_recipe(data__response="diagnosis")
+    for header in (join(recipe), round_of(recipe)):
+        assert looking.handle(header, task_of(recipe)) == ({"error": "looking"}, b"")
+    report = (worker._settings.store / "dry_run.txt").read_text()
+    for said in (
+        *("run r asks:", "method fedavg", "2 rounds of 1 steps of 8 x 1 rows", "measures loss"),
+        *(f"{ROWS - HELD_OUT} rows to train on, {HELD_OUT} held out", "response: diagnosis"),
+        *("would be sent:", "an update of at most", "means over 20 rows or more, to 4 digits"),
+        *("would be kept:", "would cost:", "parameters, 16 rows", "at the peak of training"),
+        *("client.steps <= 7", f'data.path = "{worker._consent.data}"'),
+    ):
+        assert said in report
+    # Nothing is agreed on, and nothing was joined.
+    assert not (worker._settings.store / "agreed.json").exists()
+    assert not (worker._settings.store / "runs").exists()
+    assert looking.handle(join(asked_recipe(client__steps=8)), b"")[0] == {"error": "looking"}
+    report = (worker._settings.store / "dry_run.txt").read_text()
+    assert "the site would refuse: client.steps must be at most 7" in report
+    assert "num_examples" in worker.handle(join(asked_recipe()), b"")[0]
+
+
 # Any recipe, any task.
 
 _TEXTS = (
