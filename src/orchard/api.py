@@ -142,10 +142,12 @@ def prepare(
     trackers = make_trackers([track] if isinstance(track, str) else track)
     from orchard.experiment.preparation import data_notes, prepare_experiment
     from orchard.experiment.run_folder import check_folder
+    from orchard.experiment.running import check_run
 
     folder = Path(out)
     check_folder(folder, recipe, resume=resume, passed=strategy)
     experiment = prepare_experiment(recipe)
+    check_run(folder, experiment, resume=resume, passed=strategy)
     notes = tuple(data_notes(experiment))
     return Prepared(experiment, folder, notes, trackers, strategy)
 

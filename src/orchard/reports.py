@@ -75,7 +75,9 @@ def _latest_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, d
         for client, values in per_client.items():
             for key, value in values.items():
                 model, _, metric = key.partition("/")
-                if model in MODELS:
+                name = metric.removeprefix("retention_").removesuffix(STDERR)
+                # A log from before sites were held to what they are asked has other names too.
+                if model in MODELS and name in METRICS:
                     latest.setdefault(model, {}).setdefault(metric, {})[client] = value
     return {model: latest[model] for model in MODELS if model in latest}
 

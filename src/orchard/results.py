@@ -27,14 +27,20 @@ _CPU_FEATURES = (
 _CPU_INFO = Path("/proc/cpuinfo")
 
 
-def write_atomically(path: Path, content: bytes | bytearray) -> None:
+def write_atomically(path: Path, content: bytes | bytearray, *, mode: int = 0o666) -> None:
     """Replace the file at ``path`` so that a crash leaves the old content or the new, never half.
 
     Writes beside the target, flushes to disk, renames, and flushes the folder.
+
+    Args:
+        path: Of the file.
+        content: All of it.
+        mode: Who may read and write it, less what the process's mask takes away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
+    temporary.unlink(missing_ok=True)  # that a crash left may have another mode
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

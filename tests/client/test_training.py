@@ -224,11 +224,12 @@ def test_accumulated_micro_batches_are_one_large_batch(local: LocalSettings) -> 
     assert any(not torch.allclose(one[name], different[name], atol=1e-4) for name in one)
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("options", [{"packed": False}, {"pass_tokens": 0}, {"pass_tokens": 8}])
-def test_how_rows_are_read_changes_nothing(options: dict[str, Any]) -> None:
-    objective = proximal(causal_lm, mu=5.0)
-    one, report = trained(objective=objective)
-    tree, other = trained(objective=objective, settings=replace(SETTINGS, **options))
+def test_how_rows_are_read_changes_nothing(options: dict[str, Any], dropout: float) -> None:
+    own: dict[str, Any] = {"objective": proximal(causal_lm, mu=5.0), "dropout": dropout}
+    one, report = trained(**own)
+    tree, other = trained(**own, settings=replace(SETTINGS, **options))
     for name in one:
         torch.testing.assert_close(tree[name], one[name], rtol=1e-5, atol=1e-6)
     assert other.losses == pytest.approx(report.losses, rel=1e-5)

@@ -142,7 +142,7 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match="path must be a JSON Lines file, got the folder"):
+    with pytest.raises(IsADirectoryError, match="path must be a file of examples, got the folder"):
         read_jsonl(tmp_path, FIELDS)
 
 

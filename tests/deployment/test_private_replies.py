@@ -27,7 +27,7 @@ from orchard.experiment.methods import METHODS
 from orchard.experiment.running import build_schedule, load_model
 from orchard.models.stored.loading import load_tokenizer
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import format_value, known_options, to_toml
+from orchard.recipe.reading import format_value, known_options, option_value, to_toml
 from sites import changed, same, site_recipe
 
 CANARY, ROWS, HELD_OUT = "zyzzyva", 50, 20
@@ -150,9 +150,8 @@ def test_few_drawn_test_rows_are_few_rows(worker: SiteWorker) -> None:
 
 def other_value(key: str) -> Any:
     kind, entry = known_options()[key]
-    own = {"data.template": "chat", "data.answer": "index", "data.duplicates": "drop"}
-    if key in own:
-        return own[key]
+    if choices := entry.metadata["choices"]:
+        return next(one for one in choices if one != option_value(asked_recipe(), key))
     if kind is str:
         return "diagnosis"
     if kind is bool:
@@ -337,7 +336,7 @@ def test_a_damaged_personal_file_is_named_here_and_said_there(tmp_path: Path) ->
 
     assert "refused" not in ask(1)[0], events(worker)[-1]
     assert "refused" not in ask(2)[0]
-    (folder,) = (worker._settings.store / "personal" / "r").iterdir()
+    folder = worker._settings.store / "personal" / "r" / "north"
     newest = folder / "round_000002.safetensors"
     newest.write_bytes(newest.read_bytes()[:-1] + b"?")
     assert ask(3)[0] == {"refused": "state", "option": "", "site": "north"}
@@ -419,7 +418,10 @@ def test_an_owner_sees_all_of_it_before_anything_is_joined(tmp_path: Path) -> No
     report = (worker._settings.store / "dry_run.txt").read_text()
     for said in (
         *("run r asks:", "method fedavg", "2 rounds of 1 steps of 8 x 1 rows", "measures loss"),
-        *(f"{ROWS - HELD_OUT} rows to train on, {HELD_OUT} held out", "response: diagnosis"),
+        *(
+            f"{ROWS - HELD_OUT} rows to train on, {HELD_OUT} held out",
+            'data.response = "diagnosis"',
+        ),
         *("would be sent:", "an update of at most", "means over 20 rows or more, to 4 digits"),
         *("would be kept:", "would cost:", "parameters, 16 rows", "at the peak of training"),
         *("client.steps <= 7", f'data.path = "{worker._consent.data}"'),

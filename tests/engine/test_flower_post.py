@@ -34,6 +34,8 @@ class Grid:
     """Hands over what a test puts in, as the reply to ``ticket``."""
 
     def __init__(self, content: Any = None, error: Any = None) -> None:
+        self.broken: dict[str, Exception] = {}
+        self.ready = {"ticket"}
         self.reply = SimpleNamespace(
             metadata=SimpleNamespace(reply_to_message_id="ticket"),
             content=content,
@@ -48,7 +50,10 @@ class Grid:
         return ["ticket" for _ in messages]
 
     def pull_messages(self, tickets: Any) -> list[Any]:
-        return [self.reply]
+        for ticket in tickets:
+            if ticket in self.broken:
+                raise self.broken[ticket]
+        return [self.reply for ticket in tickets if ticket in self.ready]
 
 
 def collected(content: Any = None, error: Any = None) -> Reply:
@@ -117,3 +122,33 @@ def test_a_request_is_read_by_the_same_rules() -> None:
 def test_no_round_is_longer_than_flower_keeps_its_messages() -> None:
     longest = DeploymentOptions.__dataclass_fields__["round_seconds"].metadata["maximum"]
     assert longest <= DEFAULT_TTL
+
+
+@pytest.mark.parametrize("error", [ValueError("x" * 10_000), KeyError("a"), RecursionError()])
+def test_a_message_that_flower_cannot_unpack_takes_no_other_with_it(error: Exception) -> None:
+    grid = Grid(pack({"site": "north"}, b""))
+    grid.broken["other"] = error
+    replies = {reply.ticket: reply for reply in FlowerPost(grid).collect(["other", "ticket"])}  # type: ignore[arg-type]
+    assert replies["ticket"].header == {"site": "north"}
+    assert "does not unpack" in replies["other"].error
+    assert len(replies["other"].error) <= MAX_TEXT
+
+
+def test_a_superlink_that_is_gone_is_nobodys_answer() -> None:
+    grid = Grid()
+    grid.broken["ticket"] = ConnectionRefusedError()
+    with pytest.raises(ConnectionRefusedError):
+        FlowerPost(grid).collect(["ticket"])  # type: ignore[arg-type]
+
+
+def test_an_answer_that_comes_while_its_probe_is_looked_at_is_not_missed() -> None:
+    class Late(Grid):
+        def pull_messages(self, tickets: Any) -> list[Any]:
+            found = super().pull_messages(tickets)
+            self.ready |= {"ticket", "probe"}  # both come after the first look
+            return found
+
+    grid = Late(pack({"site": "north"}, b""))
+    grid.ready = set()
+    found = FlowerPost(grid).collect(["ticket", "probe"])  # type: ignore[arg-type]
+    assert {reply.ticket for reply in found} == {"ticket", "probe"}

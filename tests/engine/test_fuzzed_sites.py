@@ -27,9 +27,16 @@ from hypothesis import strategies as st
 from mutations import Chance, header_text, update_message
 from orchard.communication import door
 from orchard.communication.audit import read_audit
+from orchard.communication.channel import Channel, Codec
+from orchard.communication.quantization import Int8
 from orchard.communication.readable import MAX_TEXT, readable
+from orchard.communication.sparsification import TopK
+from orchard.communication.stages import Cast
 from orchard.engine.exchange import Reply
 from orchard.results import MetricsLog
+from orchard.server.optimizers import Adaptive
+from orchard.server.robust import RobustSettings, robust_aggregate
+from orchard.strategies.strategy import Strategy
 from orchard.trees import Tree, digest
 from scripted import (
     EXAMPLES,
@@ -90,9 +97,24 @@ class Outcome:
     tree: Tree
 
 
-def answers(content: bytes) -> Any:
+CHANNELS = (
+    Channel(),
+    Channel(uplink=(Cast(torch.bfloat16),)),
+    Channel(uplink=(Int8(),)),
+    Channel(uplink=(TopK(0.5),)),
+    Channel(uplink=(TopK(0.5), Int8())),
+)
+STRATEGIES = (
+    Strategy(),
+    Strategy(optimizer=Adaptive("adam", lr=0.1)),
+    Strategy(aggregate=robust_aggregate(RobustSettings("clipped_mean"))),
+    Strategy(aggregate=robust_aggregate(RobustSettings("krum"))),
+)
+
+
+def answers(chance: Chance, channel: Channel) -> Any:
     """Return how a site answers, as Flower's post would hand it over."""
-    chance = Chance(content)
+    sent = Codec(channel.uplink).encode(honest("bad").delta)
 
     def reply_to(asked: Header, header: Any, body: bytes) -> Reply:
         try:
@@ -104,19 +126,21 @@ def answers(content: bytes) -> Any:
     def answer(asked: Header) -> Reply:
         body = b""
         if asked["train"]:
-            body = update_message(
-                update_header(asked), honest("bad").delta, chance, names=tuple(SHARED)
-            )
+            body = update_message(update_header(asked), sent, chance, names=tuple(SHARED))
         return reply_to(asked, header_of("bad", asked), body)
 
     return answer
 
 
-def outcome(content: bytes | None) -> Outcome:
+def outcome(content: bytes, *, is_undisturbed: bool = False) -> Outcome:
+    """Run a federation with what a case makes of it; undisturbed where the bad site stays away."""
+    chance = Chance(content)
+    channel, strategy = chance.one_of(CHANNELS), chance.one_of(STRATEGIES)
     folder = Path(tempfile.mkdtemp(prefix="orchard-fuzz-", dir=_memory()))
     try:
-        bad = None if content is None else answers(content)
-        state, result = run(folder, ScriptedPost(bad), num_rounds=1, models=MODELS)
+        bad = None if is_undisturbed else answers(chance, channel)
+        post = ScriptedPost(bad, channel=channel)
+        state, result = run(folder, post, num_rounds=1, models=MODELS, strategy=strategy)
         json.dumps(result, allow_nan=False)
         lines = MetricsLog(folder / "metrics.jsonl").read()
         counted = any(line.get("client") == "bad" for line in lines if line["kind"] == "client")
@@ -136,13 +160,14 @@ def _memory() -> str | None:
 
 
 @cache
-def undisturbed() -> Outcome:
-    return outcome(None)
+def undisturbed(kind: bytes) -> Outcome:
+    return outcome(kind, is_undisturbed=True)
 
 
 def check(content: bytes, noted: Noted) -> None:
-    noted.lines.clear()
-    expected = undisturbed()
+    first = Chance(content)
+    kind = bytes((first.below(len(CHANNELS)), first.below(len(STRATEGIES))))
+    expected = undisturbed(kind)
     noted.lines.clear()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = outcome(content)

@@ -114,7 +114,6 @@ FORGED: dict[str, Forge] = {
     "a kind of line": metric("kind", 1.0),
     "other examples than it joined with": metric("client/num_examples", 40.0),
 }
-NEVER_TRAINS = ("a text for a body",)
 
 
 @pytest.fixture
@@ -132,14 +131,29 @@ def lines() -> Iterator[list[str]]:
     logging.getLogger("orchard").removeHandler(handler)
 
 
+FACTS: dict[str, Any] = {
+    "num_rounds": 1,
+    "models": MODELS,
+    "ranges": measured_ranges(("loss", "rouge_l")),
+}
+
+
+@pytest.fixture(scope="module")
+def without(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Return tree and honest metrics of a run in which the bad site stays away."""
+    folder = tmp_path_factory.mktemp("without")
+    state, _ = run(folder, ScriptedPost(None), **FACTS)
+    return state.shared, metrics_of_honest(folder)
+
+
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_forged_answer_counts_for_nothing(kind: str, tmp_path: Path, lines: list[str]) -> None:
-    facts = {"num_rounds": 1, "models": MODELS, "ranges": measured_ranges(("loss", "rouge_l"))}
-    expected = run(tmp_path / "without", ScriptedPost(None), **facts)
+def test_a_forged_answer_counts_for_nothing(
+    kind: str, tmp_path: Path, lines: list[str], without: tuple[Any, Any]
+) -> None:
     lines.clear()
-    state, result = run(tmp_path / "run", ScriptedPost(FORGED[kind]), **facts)
-    assert same(state.shared, expected[0].shared)
-    assert metrics_of_honest(tmp_path / "run") == metrics_of_honest(tmp_path / "without")
+    state, result = run(tmp_path / "run", ScriptedPost(FORGED[kind]), **FACTS)
+    assert same(state.shared, without[0])
+    assert metrics_of_honest(tmp_path / "run") == without[1]
     assert reasons(tmp_path / "run")
     json.dumps(result, allow_nan=False)
     events = read_audit(tmp_path / "run" / "audit.jsonl")
@@ -195,3 +209,12 @@ def test_the_folder_of_an_older_run_is_taken_up(tmp_path: Path) -> None:
     state, _ = run(tmp_path / "run", ScriptedPost(says()), num_rounds=1)
     assert state.round_number == 1
     assert reasons(tmp_path / "run") == []
+
+
+def test_a_log_with_a_metric_that_nobody_knows_has_a_result(tmp_path: Path) -> None:
+    """Such a line was taken once, and made the result impossible, whoever took part later."""
+    line = {"kind": "evaluation", "round": 0, "seconds": 1.0, "clients": {}}
+    line["clients"] = {"bad": {"base/foo": 1.0, "base/loss": 2.0}}
+    MetricsLog(tmp_path / "run" / "metrics.jsonl").append(line)
+    _, result = run(tmp_path / "run", ScriptedPost(None), num_rounds=1, models=MODELS)
+    assert result["metrics"]["base"].keys() == {"loss"}

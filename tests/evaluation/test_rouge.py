@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchard.evaluation.rouge import Summary, exact_match, rouge_l, summarize
+from orchard.evaluation.rouge import Summary, chrf, exact_match, rouge_l, summarize
 
 
 def test_rouge_l_by_hand() -> None:
@@ -35,8 +37,51 @@ def test_rouge_l_is_the_order_of_words_not_their_set() -> None:
     assert rouge_l(["alpha beta gamma"], ["gamma beta alpha"]) == pytest.approx([1 / 3])
 
 
-def test_rouge_l_cannot_score_other_scripts() -> None:
-    assert rouge_l(["您好"], ["您好"]) == [0.0]
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("für über", "fär äber", 0.0),
+        ("für über", "für über", 1.0),
+        ("naïve café", "naive cafe", 0.0),
+        ("сегодня хорошая погода", "сегодня плохая погода", 2 / 3),
+        ("مرحبا بالعالم", "مرحبا بالعالم", 1.0),
+        ("今天天气很好", "今天天气不好", 5 / 6),
+        ("今天 天气 很 好", "今天 天气 不 好", 3 / 4),  # segmented: words, not characters
+        ("今天天气很好", "今天 天气 很 好", 1.0),  # one of them is not, so characters in both
+        ("the cats sat", "the cat sat", 1.0),
+    ],
+)
+def test_rouge_l_scores_words_of_any_script(prediction: str, reference: str, score: float) -> None:
+    assert rouge_l([prediction], [reference]) == pytest.approx([score])
+
+
+@pytest.mark.parametrize("score", [rouge_l, chrf])
+def test_a_reference_without_a_word_is_scored_by_what_it_has(
+    score: Callable[[list[str], list[str]], list[float]],
+) -> None:
+    # An emoji, a sign, nothing: against itself 1, against anything else 0.
+    assert score(["👍", "?", "", " "], ["👍", "?", "", ""]) == [1.0, 1.0, 1.0, 1.0]
+    assert score(["!", "", "a", "👍"], ["👍", "?", "", "a word"]) == [0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("score", [rouge_l, chrf, exact_match])
+def test_an_accent_is_the_same_in_its_letter_and_behind_it(
+    score: Callable[[list[str], list[str]], list[float]],
+) -> None:
+    composed = "Ünïcödé ね が 각"
+    taken_apart = unicodedata.normalize("NFD", composed)
+    assert taken_apart != composed
+    assert score([composed, taken_apart], [taken_apart, composed]) == [1.0, 1.0]
+
+
+def test_chrf_is_that_of_sacrebleu_for_each_example() -> None:
+    from sacrebleu.metrics.chrf import CHRF
+
+    pairs = [("the cat sat", "the cats sat down"), ("今天天气很好", "今天天气不好"), ("x", "y")]
+    predictions, references = zip(*pairs, strict=True)
+    expected = [CHRF().sentence_score(p, [r]).score / 100 for p, r in pairs]
+    assert chrf(predictions, references) == pytest.approx(expected)
+    assert 0 < expected[1] < 1
 
 
 words = st.lists(st.sampled_from(["a", "b", "the", "cat", "sat"]), min_size=1, max_size=8)

@@ -99,7 +99,7 @@ def run(
     console = make_console()
 
     def note(text: str) -> None:
-        console.print(f"note: {text}", style="yellow", highlight=False)
+        console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
 
     for text in prepared.notes:
         note(text)
@@ -188,7 +188,7 @@ def partition(
         console = make_console()
         console.print(partition_table(federation.train, federation.test))
         for note in federation.notes():
-            console.print(f"note: {note}", style="yellow", highlight=False)
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
 
 
 @app.command()
@@ -212,6 +212,8 @@ def plan(
         console.print(plan_table(made))
         for sentence in plan_sentences(made):
             console.print(sentence, style="yellow", highlight=False)
+        for note in made.notes:
+            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
 
 
 @app.command()
@@ -285,6 +287,31 @@ def audit(
 
         events = read_audit(folder / AUDIT_FILE)
         print(json.dumps(events, indent=1) if as_json else "\n".join(audit_lines(events)))
+
+
+@app.command()
+def answers(
+    folder: Annotated[
+        Path, typer.Argument(help="A run's folder, or a site's.", show_default=False)
+    ],
+    client: Annotated[str, typer.Option(help="Of this client only.")] = "",
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="After this round; by default the last.", min=0)
+    ] = None,
+    as_json: JsonOption = False,
+    traceback: Traceback = False,
+) -> None:
+    """Show what models answered to held-out examples, beside the right answers."""
+    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.answers import answers_as_json, find_answers, print_answers
+
+        found = find_answers(folder, client=client or None, round_number=round_number)
+        if as_json:
+            print(answers_as_json(found))
+        else:
+            from orchard.engine.progress import make_console
+
+            print_answers(found, make_console())
 
 
 @app.command()

@@ -18,8 +18,9 @@ class Situation:
     Attributes:
         task_loss: Cross-entropy of the micro-batch's response tokens, summed and divided by the
             response tokens of the whole optimizer step, nats per token, scalar.
-        share: The micro-batch's part of the optimizer step, so that a term that does not depend
-            on data counts once per step; the shares of a step sum to 1.
+        share: The micro-batch's part of the optimizer step's tokens, so that a mean over tokens is
+            one over the step, and a term that does not depend on data counts once; the shares of a
+            step sum to 1.
         shared: Name to live parameter, of the tensors that are trained and sent.
         anchor: Name to the global value that training started from.
         memory: Name to tensor that the client keeps and the strategy's plan gave.

@@ -16,6 +16,7 @@ from orchard.communication.messages import LocalSettings
 from orchard.data.templates import Encoded
 from orchard.evaluation.loss import forward_losses
 from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.dropout import dropout_by_row
 from orchard.models.view.unbinding import unbound_experts
 from orchard.process_memory import release_freed_memory
 from orchard.trees import Tree, clone, zeros_like
@@ -106,7 +107,8 @@ def draw_batches(
 def _passes(
     batches: Sequence[Sequence[Encoded]], pass_tokens: int
 ) -> Iterator[tuple[Sequence[Encoded], float]]:
-    """Yield what is read in one forward pass, and its part of the optimizer step."""
+    """Yield what is read in one forward pass, and its part of the optimizer step by tokens."""
+    of_step = sum(len(example.input_ids) for batch in batches for example in batch)
     for batch in batches:
         num_tokens = sum(len(example.input_ids) for example in batch)
         num_passes = -(-num_tokens // pass_tokens) if pass_tokens else 1
@@ -117,7 +119,7 @@ def _passes(
             read += len(example.input_ids)
             # About evenly: a pass ends where its part of the tokens is read.
             if read * num_passes >= num_tokens * (done + 1) or index == len(batch) - 1:
-                yield rows, len(rows) / len(batch) / len(batches)
+                yield rows, sum(len(one.input_ids) for one in rows) / of_step
                 rows, done = [], read * num_passes // num_tokens
 
 
@@ -198,7 +200,11 @@ def train(
     pass_tokens = 0 if is_whole else settings.pass_tokens
     model.model.train()
     try:
-        with torch.random.fork_rng(devices=[]), unbound_experts(model.view):
+        with (
+            torch.random.fork_rng(devices=[]),
+            unbound_experts(model.view),
+            dropout_by_row(model.model, seed=dropout_seed),
+        ):
             torch.manual_seed(dropout_seed)
             for step in draw_batches(len(examples), settings, local, generator):
                 batches = [[examples[index] for index in batch] for batch in step]

@@ -26,6 +26,7 @@ class Code(StrEnum):
     TERMS = "terms"
     TASK_KIND = "task_kind"
     DATA = "data"
+    DATA_CHANGED = "data_changed"
     DATA_TRIES = "data_tries"
     FEW_ROWS = "few_rows"
     RECIPE = "recipe"
@@ -60,6 +61,8 @@ _SENTENCES = {
     Code.TERMS: "not as the owner of the data has agreed; the data section is the site's own",
     Code.TASK_KIND: "the site's data is for another kind of task",
     Code.DATA: "the site's data cannot be read so; its owner finds the reason in the site's log",
+    Code.DATA_CHANGED: "the site's data is not what it began the run with; its owner brings it "
+    "back, or takes part in another run",
     Code.DATA_TRIES: "too many tries to read the site's data; its owner has to look at them",
     Code.FEW_ROWS: "fewer rows than the owner wants to be measured or counted together",
     Code.RECIPE: "the recipe does not work at this site; its owner finds the reason in the log",

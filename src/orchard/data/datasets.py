@@ -7,33 +7,50 @@ it stands in the file: nothing is stripped, so a template sees what the owner of
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orchard.data.examples import Example as Example
 from orchard.data.examples import Fields as Fields
-from orchard.data.examples import example_from_row, shorten
+from orchard.data.reading import Reader, Reading, read_source
+from orchard.data.rows import SUFFIXES, Row, first_line, read_rows
 
 
-def read_jsonl(path: str | Path, fields: Fields) -> list[Example]:
-    """Read one example from each line of a JSON Lines file (UTF-8, with or without a BOM).
+@dataclass(frozen=True)
+class ClientFolder:
+    """A folder with one file for each client.
 
-    Blank lines are skipped. A number is read as its text (``42`` as ``"42"``, so that numeric
-    answers and labels work); a null context or category is none. Everything else that is not
-    text (lists such as chat messages, objects, booleans) is an error.
+    Attributes:
+        clients: Client id to what was read of its file.
+        unread: Names of files that were not read.
+    """
+
+    clients: Mapping[str, Reading]
+    unread: tuple[str, ...] = field(default=())
+
+
+def read_file(path: str | Path, reader: Reader) -> Reading:
+    """Read one example from each row of a file: JSON Lines, a JSON array, CSV, TSV or parquet.
+
+    Text is UTF-8, with or without a BOM. Blank lines are skipped. A number is read as its text, as
+    it stands in the file; a null context or category is none. What else is not text, where text
+    is wanted, is an error.
 
     Raises:
         FileNotFoundError: There is no such file.
         IsADirectoryError: ``path`` is a folder.
-        ValueError: The file has no example; or a line is not a JSON object, lacks a column, or has
-            an empty instruction or response. The message has the file and the line.
+        ValueError: The file has no example, or is of no known format; or a row is not an object,
+            lacks a column, or has an empty instruction or response. The message has the file and
+            the line.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if path.is_dir():
         raise IsADirectoryError(
-            f"path must be a JSON Lines file, got the folder {str(path)!r}; "
+            f"path must be a file of examples, got the folder {str(path)!r}; "
             "name a file, or read the folder as one file for each client"
         )
     if not path.is_file():
@@ -41,34 +58,45 @@ def read_jsonl(path: str | Path, fields: Fields) -> list[Example]:
             f"path must be an existing file, got {str(path)!r} (looked in {Path.cwd()}); "
             "check the spelling and the folder"
         )
-    examples = [
-        example_from_row(row, fields=fields, where=where) for where, row in _json_rows(path)
-    ]
-    if not examples:
+    reading = read_source(read_rows(path), reader, where=str(path))
+    if not reading.examples:
         raise ValueError(
-            f"{path} must have at least one example, got none; write one JSON object a line"
+            f"{path} must have at least one example, got none; write one JSON object a line, or a "
+            "row of CSV below the names of the columns"
         )
-    return examples
+    return reading
+
+
+def read_jsonl(path: str | Path, fields: Fields) -> list[Example]:
+    """Read a file whose columns are those that ``fields`` names; see ``read_file``."""
+    return read_file(path, Reader(fields, format="instruction")).examples
 
 
 def is_client_folder(path: str | Path) -> bool:
-    """Say whether ``path`` is a folder that ``read_client_folder`` reads: one with .jsonl files."""
-    return Path(path).is_dir() and bool(_client_files(Path(path)))
+    """Say whether ``path`` is a folder of clients and nothing else: one with .jsonl files.
+
+    A folder that has data in other files alone may be a data set in one of the hub's formats, with
+    its splits; ``read_folder`` reads it as clients where it is asked to.
+    """
+    return Path(path).is_dir() and any(
+        file.suffix.lower() == ".jsonl" for file in _client_files(Path(path))
+    )
 
 
-def read_client_folder(folder: str | Path, fields: Fields) -> dict[str, list[Example]]:
-    """Read a folder with one .jsonl file for each client.
+def read_folder(folder: str | Path, reader: Reader) -> ClientFolder:
+    """Read a folder with one file for each client.
 
-    The client id is the file name without .jsonl. Clients are in the order of their ids; hidden
-    files, subfolders and other files are not read.
+    The client id is the file's name without what follows the last dot, which must be one of
+    ``SUFFIXES``. Clients are in the order of their ids. Hidden files and subfolders are not looked
+    at; other files are not read, and named.
 
     Raises:
         FileNotFoundError: There is no such folder.
         NotADirectoryError: ``folder`` is a file.
-        ValueError: No file ends in .jsonl, a client has no example, or a line is wrong as in
-            ``read_jsonl``.
+        ValueError: No file is data, two have the same client id, a client has no example, or a row
+            is wrong as in ``read_file``.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if not folder.exists():
         raise FileNotFoundError(
             f"folder must exist, got {str(folder)!r} (looked in {Path.cwd()}); "
@@ -76,117 +104,198 @@ def read_client_folder(folder: str | Path, fields: Fields) -> dict[str, list[Exa
         )
     if not folder.is_dir():
         raise NotADirectoryError(
-            f"folder must be a folder of .jsonl files, got the file {str(folder)!r}; "
+            f"folder must be a folder of one file for each client, got the file {str(folder)!r}; "
             "name the folder it is in"
         )
     files = _client_files(folder)
     if not files:
         raise ValueError(
             f"folder must have at least one .jsonl file, got none in {str(folder)!r}; "
-            "put one file for each client in it"
+            f"put one file for each client in it ({', '.join(SUFFIXES)})"
         )
-    clients: dict[str, list[Example]] = {}
+    for client_id, times in Counter(path.stem for path in files).items():
+        if times > 1:
+            names = " and ".join(repr(path.name) for path in files if path.stem == client_id)
+            raise ValueError(
+                f"every client must have one file, got {names} for {client_id!r}; rename one, or "
+                "join them"
+            )
+    clients: dict[str, Reading] = {}
     for path in files:
-        examples = [
-            example_from_row(row, fields=fields, where=where) for where, row in _json_rows(path)
-        ]
-        if not examples:
+        clients[path.stem] = read_source(read_rows(path), reader, where=str(path))
+        if not clients[path.stem].examples:
             raise ValueError(
                 f"client {path.stem!r} must have at least one example, got none in {path}; "
                 "write one JSON object a line, or remove the file"
             )
-        clients[path.stem] = examples
-    return clients
+    others = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and not path.name.startswith(".") and path not in files
+    )
+    return ClientFolder(clients, tuple(others))
 
 
-def read_hub(
-    name: str, *, split: str = "train", fields: Fields, subset: str | None = None
-) -> list[Example]:
+def read_client_folder(folder: str | Path, fields: Fields) -> dict[str, list[Example]]:
+    """Read a folder of clients whose columns ``fields`` names; see ``read_folder``."""
+    read = read_folder(folder, Reader(fields, format="instruction"))
+    return {client_id: reading.examples for client_id, reading in read.clients.items()}
+
+
+def read_dataset(
+    name: str, reader: Reader, *, split: str = "train", subset: str | None = None
+) -> Reading:
     """Read a data set of the Hugging Face hub, or a folder in one of its formats.
 
-    Columns of class labels are read as their names, not as their numbers.
+    Columns of class labels are read as their names, not as their numbers. Files in a folder of
+    this machine are read as ``read_file`` reads them, so that no cell changes; of a data set of the
+    hub, the hub's library guesses the types of columns.
 
     Args:
         name: ``owner/name`` on the hub, or a local folder of parquet, CSV or JSON files.
+        reader: How rows are read.
         split: The name of the split, with an optional slice such as ``train[:1000]``.
-        fields: Which column holds what.
         subset: The configuration, where a data set has several.
 
     Raises:
         FileNotFoundError: Neither the hub nor this machine has the data set.
         ConnectionError: The hub cannot be reached.
         ValueError: The data set has no such split or subset, no row, or a row is wrong as in
-            ``read_jsonl``. The message has the row, counted from 1.
+            ``read_file``. The message has the row, counted from 1.
     """
     import datasets
 
     try:
-        table = datasets.load_dataset(name, subset, split=split)
+        files = _local_files(name, subset) if Path(name).is_dir() else None
+        table = datasets.load_dataset(name, subset, split=split) if files is None else None
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"dataset must be a file, a folder or a dataset on the hub, got {name!r}; "
-            f"check the spelling, and log in if it is private ({_first_line(error)})"
+            f"check the spelling, and log in if it is private ({first_line(error)})"
         ) from error
     except ConnectionError as error:
         raise ConnectionError(
             f"dataset must be at hand or the hub must be reachable, got {name!r}; "
-            f"check the network, or name a local file ({_first_line(error)})"
+            f"check the network, or name a local file ({first_line(error)})"
         ) from error
     except ValueError as error:
         raise ValueError(
             f"split and subset must be in the dataset {name!r}, got split {split!r} and subset "
-            f"{subset!r}; choose others ({_first_line(error)})"
+            f"{subset!r}; choose others ({first_line(error)})"
         ) from error
+    except datasets.exceptions.DatasetsError as error:
+        raise ValueError(
+            f"dataset must be readable, got {name!r} with an error ({first_line(error)}: "
+            f"{first_line(error.__cause__ or error)}); repair its files, or name one of them"
+        ) from error
+    if files is None:
+        rows = _table_rows(table, where=f"{name} ({split})")
+    else:
+        rows = _split_rows(files, split, name=name)
+    reading = read_source(rows, reader, where=f"{name} ({split})")
+    if not reading.examples:
+        raise ValueError(
+            f"dataset {name!r} must have at least one example, got none in split {split!r}; "
+            "choose another split"
+        )
+    return reading
+
+
+def read_hub(
+    name: str, *, split: str = "train", fields: Fields, subset: str | None = None
+) -> list[Example]:
+    """Read a data set whose columns ``fields`` names; see ``read_dataset``."""
+    reader = Reader(fields, format="instruction")
+    return read_dataset(name, reader, split=split, subset=subset).examples
+
+
+def _local_files(name: str, subset: str | None) -> dict[str, list[Path]] | None:
+    """Return the files of each split of a local folder; None where the hub's library reads them."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(name, subset)
+    files = {
+        str(split): [Path(file) for file in paths]
+        for split, paths in (builder.config.data_files or {}).items()
+    }
+    every = [file for paths in files.values() for file in paths]
+    # A card beside the files may say what is a class label.
+    has_labels = any(
+        isinstance(feature, datasets.ClassLabel)
+        for feature in (builder.info.features or {}).values()
+    )
+    can_read = all(file.suffix.lower() in SUFFIXES and file.is_file() for file in every)
+    return files if every and can_read and not has_labels else None
+
+
+def _split_rows(files: Mapping[str, list[Path]], spec: str, *, name: str) -> Iterator[Row]:
+    """Yield the rows of a split, or of slices of several."""
+    import datasets
+
+    rows: dict[str, list[Row]] = {}
+    for split, paths in files.items():
+        rows[split] = [row for path in paths for row in read_rows(path)] if split in spec else []
+    try:
+        wanted = datasets.ReadInstruction.from_spec(spec)
+        parts = wanted.to_absolute({split: len(found) for split, found in rows.items()})
+    except ValueError as error:
+        raise ValueError(
+            f"split and subset must be in the dataset {name!r}, got split {spec!r}; choose one of "
+            f"{', '.join(map(repr, files))} ({first_line(error)})"
+        ) from error
+    return (row for part in parts for row in rows[part.splitname][part.from_ : part.to])
+
+
+def _table_rows(table: Any, *, where: str) -> Iterator[Row]:
+    import datasets
+
     label_names = {
         column: feature.names
         for column, feature in table.features.items()
         if isinstance(feature, datasets.ClassLabel)
     }
-    examples = []
     for number, row in enumerate(table, start=1):
         for column, names in label_names.items():
             # -1 is the hub's mark for a row without a label.
             row[column] = names[row[column]] if row[column] not in (None, -1) else None
-        examples.append(
-            example_from_row(row, fields=fields, where=f"row {number} of {name} ({split})")
-        )
-    if not examples:
-        raise ValueError(
-            f"dataset {name!r} must have at least one example, got none in split {split!r}; "
-            "choose another split"
-        )
-    return examples
+        yield Row(f"row {number} of {where}", row)
 
 
-def load_examples(
-    path: str, fields: Fields, *, split: str = "train", subset: str | None = None
-) -> list[Example]:
+def load_pool(
+    path: str, reader: Reader, *, split: str = "train", subset: str | None = None
+) -> Reading:
     """Read one pool of examples from wherever ``path`` points.
 
-    An existing file is read as JSON Lines, an existing folder as a data set in one of the hub's
-    formats. What does not exist is a missing file when it looks like a path (it ends in .jsonl,
-    begins with ``.``, ``/`` or ``~``, or has more parts than ``owner/name``), else a name on the
-    hub. ``split`` and ``subset`` count for folders and the hub only.
+    An existing file is read by ``read_file``, an existing folder as a data set in one of the hub's
+    formats. What does not exist is a missing file when it looks like a path (it ends in one of
+    ``SUFFIXES``, begins with ``.``, ``/`` or ``~``, or has more parts than ``owner/name``), else a
+    name on the hub. ``split`` and ``subset`` count for folders and the hub only.
 
     Raises:
         FileNotFoundError: ``path`` looks like a path and does not exist, or the hub lacks it.
         ConnectionError: The hub cannot be reached.
         ValueError: ``path`` is a folder of clients (see ``is_client_folder``), which is no single
-            pool; or the data is wrong as in ``read_jsonl`` and ``read_hub``.
+            pool; or the data is wrong as in ``read_file`` and ``read_dataset``.
     """
     local = Path(path).expanduser()
     if is_client_folder(local):
         raise ValueError(
-            f"path must be one pool of examples, got the folder of clients {path!r}; "
-            "read it as one client for each file, or name one of its files"
+            f"path must be one pool of examples, got the folder of clients {path!r}; read it as "
+            "one client for each file (data.partition=file), or name one of its files"
         )
-    if local.is_file():
-        return read_jsonl(local, fields)
     if local.is_dir():
-        return read_hub(str(local), split=split, fields=fields, subset=subset)
-    if _looks_like_path(path):
-        return read_jsonl(local, fields)
-    return read_hub(path, split=split, fields=fields, subset=subset)
+        return read_dataset(str(local), reader, split=split, subset=subset)
+    if local.is_file() or _looks_like_path(path):
+        return read_file(local, reader)
+    return read_dataset(path, reader, split=split, subset=subset)
+
+
+def load_examples(
+    path: str, fields: Fields, *, split: str = "train", subset: str | None = None
+) -> list[Example]:
+    """Read a pool whose columns ``fields`` names; see ``load_pool``."""
+    reader = Reader(fields, format="instruction")
+    return load_pool(path, reader, split=split, subset=subset).examples
 
 
 def content_hash(example: Example) -> str:
@@ -196,21 +305,19 @@ def content_hash(example: Example) -> str:
     (templates join the two by a space); the category does not either.
     """
     prompt = _normalize(f"{example.instruction} {example.context}")
-    return hashlib.sha256(f"{prompt}\x1f{_normalize(example.response)}".encode()).hexdigest()
+    before = "".join(f"{turn.role}\x1e{_normalize(turn.text)}\x1f" for turn in example.history)
+    said = f"{before}{prompt}\x1f{_normalize(example.response)}"
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _normalize(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
 def _looks_like_path(path: str) -> bool:
     separators = {os.sep, "/"}
     return (
-        path.endswith(".jsonl")
+        path.lower().endswith(SUFFIXES)
         or path.startswith((".", "~", *separators))
         or max(path.count(separator) for separator in separators) > 1
     )
@@ -218,35 +325,10 @@ def _looks_like_path(path: str) -> bool:
 
 def _client_files(folder: Path) -> list[Path]:
     return sorted(
-        (p for p in folder.glob("*.jsonl") if p.is_file() and not p.name.startswith(".")),
-        key=lambda path: path.stem,
+        (
+            path
+            for path in folder.iterdir()
+            if path.is_file() and path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+        ),
+        key=lambda path: (path.stem, path.suffix),
     )
-
-
-def _json_rows(path: Path) -> Iterator[tuple[str, Mapping[str, object]]]:
-    """Yield where each row stands, for messages, and the row."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"line {number} of {path}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{where} must be UTF-8 text, got the byte 0x{line[error.start]:02x}; "
-                    "save the file as JSON Lines in UTF-8"
-                ) from error
-            if not text:
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(
-                    f"{where} must be one JSON object, got {shorten(text)} ({error}); "
-                    "write every example on a line of its own"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{where} must be one JSON object, got {shorten(text)}; "
-                    'write {"instruction": ..., "response": ...}'
-                )
-            yield where, row

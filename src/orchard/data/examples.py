@@ -12,23 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from orchard.data.conversations import check_order, read_pairs, read_turns
+from orchard.data.turns import Role as Role
+from orchard.data.turns import Turn as Turn
+from orchard.data.turns import shorten, valid_text
+
 Answer: TypeAlias = Literal["text", "index"]
-Role: TypeAlias = Literal["system", "user", "assistant"]
 
 _PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one side of a conversation said.
-
-    Attributes:
-        role: Who spoke.
-        text: What was said; never empty.
-    """
-
-    role: Role
-    text: str
 
 
 @dataclass(frozen=True)
@@ -59,14 +50,20 @@ class Example:
 class Fields:
     """Which column of a data set holds which part of an example.
 
-    A row without the column ``context`` or ``category`` has none; a row without a column that was
-    named otherwise is an error, because then the name is more likely wrong than the row.
+    A row without the column ``context``, ``category``, ``system`` or ``history`` has none; a row
+    without a column that was named otherwise is an error, because then the name is more likely
+    wrong than the row.
 
     Attributes:
         instruction: Column of the instruction, in every row.
         response: Column of the response, in every row.
         context: Column of the context; "" = the data set has none.
         category: Column of the category; "" = the data set has none.
+        system: Column of a system turn; "" = the data set has none.
+        history: Column of what was said before, as a list of pairs or of turns; "" = the data set
+            has none.
+        conversation: Instead of the columns of instruction, context, response and history, one with
+            a list of turns; "" = there is none.
         wording: Instead of the column of the instruction, its words, in which ``{COLUMN}`` stands
             for the text of that column; "" = the column.
         labels: The possible responses, the same in every row; empty = they differ, or any is one.
@@ -86,6 +83,9 @@ class Fields:
     response: str = "response"
     context: str = "context"
     category: str = "category"
+    system: str = "system"
+    history: str = "history"
+    conversation: str = ""
     wording: str = ""
     labels: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -118,6 +118,22 @@ class Fields:
         """Whether examples have options."""
         return bool(self.labels or self.options)
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The columns that make the instruction."""
+        if self.wording:
+            return tuple(_PLACEHOLDER.findall(self.wording))
+        return (self.instruction,)
+
+    @property
+    def read(self) -> frozenset[str]:
+        """All columns that are read where a row has them."""
+        if self.conversation:
+            parts: tuple[str, ...] = (self.conversation,)
+        else:
+            parts = (*self.asked, self.response, self.context, self.history)
+        return frozenset({*parts, *self.options, self.category, self.system} - {""})
+
 
 def example_from_row(row: Mapping[str, object], *, fields: Fields, where: str) -> Example:
     """Return the example of a row.
@@ -128,22 +144,29 @@ def example_from_row(row: Mapping[str, object], *, fields: Fields, where: str) -
         where: Where the row stands, for messages.
 
     Raises:
-        ValueError: A column is missing, empty or no text; or the options and the answer do not fit
-            each other.
+        ValueError: A column is missing, empty or no text; the options and the answer do not fit
+            each other; or the turns of a conversation do not.
     """
-    if fields.wording:
-        instruction = _PLACEHOLDER.sub(
-            lambda match: _text(row, match[1], where=where, required=True), fields.wording
-        )
-        if not instruction.strip():
-            raise ValueError(
-                f"wording {fields.wording!r} must not be empty in {where}, got {instruction!r}; "
-                "fill a column or remove the row"
-            )
+    system = _optional_text(row, fields.system, default=Fields.system, where=where)
+    history = [Turn("system", system)] if system.strip() else []
+    context = ""
+    if fields.conversation:
+        _require_column(row, fields.conversation, where=where)
+        place = f"column {fields.conversation!r} in {where}"
+        history += read_turns(row[fields.conversation], where=place)
+        check_order(history, where=place)
+        *history, request, answer = history
+        instruction, response = request.text, answer.text
     else:
-        instruction = _filled(row, fields.instruction, where=where)
-    context = _optional_text(row, fields.context, default=Fields.context, where=where)
-    response = _filled(row, fields.response, where=where)
+        instruction = _instruction(row, fields, where=where)
+        context = _optional_text(row, fields.context, default=Fields.context, where=where)
+        response = _filled(row, fields.response, where=where)
+        if fields.history and (fields.history in row or fields.history != Fields.history):
+            _require_column(row, fields.history, where=where)
+            place = f"column {fields.history!r} in {where}"
+            history += read_pairs(row[fields.history], where=place)
+            asked = [Turn("user", instruction), Turn("assistant", response)]
+            check_order([*history, *asked], where=place)
     options = _options(row, fields, where=where)
     if options:
         index = _answer_index(response, options, fields, where=where)
@@ -160,12 +183,22 @@ def example_from_row(row: Mapping[str, object], *, fields: Fields, where: str) -
         context=context,
         category=_optional_text(row, fields.category, default=Fields.category, where=where),
         options=options,
+        history=tuple(history),
     )
 
 
-def shorten(text: str) -> str:
-    """Return text as a message shows it, in quotes."""
-    return repr(text) if len(text) <= 60 else repr(text[:57]) + "..."
+def _instruction(row: Mapping[str, object], fields: Fields, *, where: str) -> str:
+    if not fields.wording:
+        return _filled(row, fields.instruction, where=where)
+    instruction = _PLACEHOLDER.sub(
+        lambda match: _text(row, match[1], where=where, required=True), fields.wording
+    )
+    if not instruction.strip():
+        raise ValueError(
+            f"wording {fields.wording!r} must not be empty in {where}, got {instruction!r}; "
+            "fill a column or remove the row"
+        )
+    return instruction
 
 
 def _options(row: Mapping[str, object], fields: Fields, *, where: str) -> tuple[str, ...]:
@@ -251,14 +284,7 @@ def _text(row: Mapping[str, object], column: str, *, where: str, required: bool)
     if value is None and not required:
         return ""
     if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"column {column!r} in {where} must be valid Unicode, got half of a surrogate "
-                f"pair at character {error.start}; repair the text"
-            ) from error
-        return value
+        return valid_text(value, where=f"column {column!r} in {where}")
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         return str(value)
     raise ValueError(

@@ -205,7 +205,8 @@ def split_test(
         if test_size > 0 and num_test == 0:
             raise ValueError(
                 f"test_size must give {whose} at least one of {len(distinct)} examples to test on, "
-                f"got {test_size}; raise it"
+                f"got {test_size}; raise it, or leave out clients so small "
+                f"(data.min_examples={len(distinct) + 1})"
             )
     else:
         num_test = test_size
@@ -214,7 +215,8 @@ def split_test(
     if num_test >= len(distinct):
         raise ValueError(
             f"test_size must leave {whose} at least one of {len(distinct)} examples to train on, "
-            f"got {test_size}; lower it"
+            f"got {test_size}; lower it, or leave out clients so small "
+            f"(data.min_examples={len(distinct) + 1})"
         )
     test = sorted(generator.permutation(distinct)[:num_test].tolist())
     held_out = set(test)

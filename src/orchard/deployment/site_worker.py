@@ -46,9 +46,10 @@ from orchard.deployment.terms import AGREED_FILE, Agreement, Terms
 from orchard.engine.processes import only_one
 from orchard.engine.simulator import Schedule
 from orchard.engine.worker import serve, watches_parent
+from orchard.experiment.data_record import DATA_FILE, check_data, record_data
 from orchard.experiment.methods import build_strategy, own_names
 from orchard.experiment.own_methods import import_from, own_digests
-from orchard.experiment.preparation import Seat, prepare_experiment
+from orchard.experiment.preparation import Experiment, Seat, prepare_experiment
 from orchard.experiment.run_folder import folder_name, recipe_digest
 from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
 from orchard.experiment.settings import lora_settings
@@ -177,6 +178,7 @@ class SiteWorker:
             text = describe(experiment, self._settings, run=request.run, differs=differs)
             raise LookingError(text)
         self._runs.join(request.run, recipe_digest(asked), self._consent)
+        self._pin_data(request.run, experiment)
         self._agreement.keep(terms, run=request.run)
         self._audit.write(
             "joined",
@@ -338,12 +340,24 @@ class SiteWorker:
         except (ValueError, OSError) as error:
             raise as_refusal(Code.DATA, error) from error
         check_rows(experiment, self._consent, client_id=name)
+        folder = self._pin_data(request.run, experiment)
         model = self._model(recipe, experiment.tokenizer)
         for sentence in slow_ways_of(experiment, model):
             log.warning("%s", sentence)
-        folder = self._settings.store / "personal" / folder_name(request.run)
         (client,) = build_clients(experiment, model, folder)
         return _Session(recipe, client, strategy, build_channel(recipe), build_schedule(recipe))
+
+    def _pin_data(self, run: str, experiment: Experiment) -> Path:
+        """Return the folder of a run, with which this site takes part with the same data alone."""
+        folder = self._settings.store / "personal" / folder_name(run)
+        if (folder / DATA_FILE).exists():
+            try:
+                check_data(folder, experiment.digest, what=f"this site's part in run {run}")
+            except ValueError as error:
+                raise Refusal(Code.DATA_CHANGED, str(error)) from error
+        else:
+            record_data(folder, experiment.digest)
+        return folder
 
     def _model(self, recipe: Recipe, tokenizer: Any) -> AdaptedModel:
         """Return the warm model, loaded where it is not the one that the recipe needs."""

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+import httpx
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
@@ -80,29 +81,39 @@ class FlowerPost:
 
     def collect(self, tickets: Collection[str]) -> list[Reply]:
         """Return the replies that are there."""
-        if not tickets:
-            return []
-        replies = []
-        for message in self._grid.pull_messages(list(tickets)):
-            ticket = message.metadata.reply_to_message_id
+        replies = [reply for ticket in tickets for reply in self._pull(ticket)]
+        if replies:
+            # What came meanwhile for those that were looked at first.
+            there = {reply.ticket for reply in replies}
+            replies += [own for t in tickets if t not in there for own in self._pull(t)]
+        return replies
+
+    def _pull(self, ticket: str) -> list[Reply]:
+        """Return the reply to one ticket, if it is there.
+
+        One at a time: Flower unpacks what it pulls, and one message that it cannot unpack would
+        take all others with it.
+        """
+        try:
+            messages = list(self._grid.pull_messages([ticket]))
+        except (OSError, httpx.HTTPError):  # the SuperLink, not who answers
+            raise
+        except Exception as error:
+            what = f"reply must be a message of Flower, got one that does not unpack: {error}"
+            return [Reply(ticket, error=readable(what))]
+        return [self._read(ticket, message) for message in messages]
+
+    @staticmethod
+    def _read(ticket: str, message: Message) -> Reply:
+        try:
             if message.has_error():
                 error = message.error
-                replies.append(
-                    Reply(
-                        ticket,
-                        error=readable(f"Flower error {error.code}: {error.reason}"),
-                        is_lost=error.code in _LOST,
-                    )
-                )
-                continue
-            try:
-                header, body = unpack(message.content)
-                failure = read_failure(header)
-            except ValueError as error:
-                replies.append(Reply(ticket, error=readable(str(error))))
-                continue
-            replies.append(Reply(ticket, header, body, error=failure))
-        return replies
+                what = readable(f"Flower error {error.code}: {error.reason}")
+                return Reply(ticket, error=what, is_lost=error.code in _LOST)
+            header, body = unpack(message.content)
+            return Reply(ticket, header, body, error=read_failure(header))
+        except Exception as error:  # whatever a message does to us is the message's fault
+            return Reply(ticket, error=readable(str(error) or type(error).__name__))
 
 
 class Coordinated(Strategy):

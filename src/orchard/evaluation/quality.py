@@ -1,21 +1,29 @@
-"""How good a model is on held-out examples: loss, ROUGE-L, exact match, accuracy."""
+"""How good a model is on held-out examples: loss, answers against references, accuracy."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TypeAlias
 
 from orchard.data.templates import Encoded
 from orchard.evaluation.generation import generate_greedily
 from orchard.evaluation.loss import mean_loss
 from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
-from orchard.evaluation.rouge import exact_match, rouge_l
+from orchard.evaluation.rouge import chrf, exact_match, rouge_l
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.view.unbinding import unbound_experts
 
 # Whether more is better.
-METRICS = {"loss": False, "rouge_l": True, "exact_match": True, "accuracy": True}
+METRICS = {"loss": False, "rouge_l": True, "chrf": True, "exact_match": True, "accuracy": True}
+
+# Those that generate, each from answers and references to a value for each example.
+_OF_ANSWERS: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] = {
+    "rouge_l": rouge_l,
+    "chrf": chrf,
+    "exact_match": exact_match,
+}
 
 # Behind the name of a metric: its standard error, which is no metric of its own.
 STDERR = "_stderr"
@@ -41,6 +49,27 @@ class TestExample:
 
 
 @dataclass(frozen=True)
+class Answer:
+    """What a model generated for one held-out example: private text.
+
+    Attributes:
+        prompt: What it was asked, without special tokens.
+        answer: What it generated.
+        reference: The right response.
+        scores: Of the metrics that look at answers, in [0, 1].
+    """
+
+    prompt: str
+    answer: str
+    reference: str
+    scores: Mapping[str, float]
+
+
+KeepAnswers: TypeAlias = Callable[[Sequence[Answer]], None]
+"""Takes the answers to all examples, in their order."""
+
+
+@dataclass(frozen=True)
 class EvaluationSettings:
     """What is measured, and how.
 
@@ -49,50 +78,76 @@ class EvaluationSettings:
         max_new_tokens: Longest generated answer.
         batch_size: Examples at a time; for ``accuracy``, each with all its options.
         length_normalization: Of ``accuracy``, see ``multiple_choice.choose``.
+        keeps_answers: Whether a client keeps what is generated, in its own folder.
     """
 
     metrics: tuple[str, ...]
     max_new_tokens: int
     batch_size: int
     length_normalization: LengthNormalization = "none"
+    keeps_answers: bool = False
 
 
 def evaluate(
-    model: AdaptedModel, examples: Sequence[TestExample], settings: EvaluationSettings
+    model: AdaptedModel,
+    examples: Sequence[TestExample],
+    settings: EvaluationSettings,
+    *,
+    keep: KeepAnswers | None = None,
 ) -> dict[str, float]:
     """Measure the model as it stands.
 
+    Args:
+        model: The model.
+        examples: What it is measured on.
+        settings: What is measured, and how.
+        keep: Called with the answers, where any are generated.
+
     Returns:
-        Metric to value: ``loss`` in nats per response token, ``rouge_l`` (F1, stemmed) and
-        ``exact_match`` as means in [0, 1]; ``accuracy``, the share of examples whose right option
-        is the likeliest, with ``accuracy_stderr``, its standard error over examples.
+        Metric to value: ``loss`` in nats per response token, ``rouge_l`` (F1, stemmed), ``chrf``
+        (chrF2) and ``exact_match`` as means over examples, in [0, 1]; ``accuracy``, the share of
+        examples whose right option is the likeliest, with ``accuracy_stderr``, its standard error
+        over examples.
 
     Raises:
         ValueError: ``accuracy`` is asked for, and an example has no options.
     """
     with unbound_experts(model.view):
-        return _evaluate(model, examples, settings)
+        return _evaluate(model, examples, settings, keep)
 
 
 def _evaluate(
-    model: AdaptedModel, examples: Sequence[TestExample], settings: EvaluationSettings
+    model: AdaptedModel,
+    examples: Sequence[TestExample],
+    settings: EvaluationSettings,
+    keep: KeepAnswers | None,
 ) -> dict[str, float]:
     values: dict[str, float] = {}
     if "loss" in settings.metrics:
         encoded = [example.encoded for example in examples]
         values["loss"] = mean_loss(model, encoded, batch_size=settings.batch_size)
-    if {"rouge_l", "exact_match"} & set(settings.metrics):
+    wanted = [metric for metric in _OF_ANSWERS if metric in settings.metrics]
+    if wanted:
+        prompts = [example.encoded.prompt_ids for example in examples]
         answers = generate_greedily(
             model,
-            [example.encoded.prompt_ids for example in examples],
+            prompts,
             max_new_tokens=settings.max_new_tokens,
             batch_size=settings.batch_size,
         )
         references = [example.reference for example in examples]
-        if "rouge_l" in settings.metrics:
-            values["rouge_l"] = fmean(rouge_l(answers, references))
-        if "exact_match" in settings.metrics:
-            values["exact_match"] = fmean(exact_match(answers, references))
+        scores = {metric: _OF_ANSWERS[metric](answers, references) for metric in wanted}
+        values |= {metric: fmean(found) for metric, found in scores.items()}
+        if keep is not None:
+            texts = model.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+            keep(
+                [
+                    Answer(prompt, answer, reference, {m: float(scores[m][i]) for m in wanted})
+                    for i, (prompt, answer, reference) in enumerate(
+                        zip(texts, answers, references, strict=True)
+                    )
+                ]
+            )
     if "accuracy" in settings.metrics:
         check_options([example.options for example in examples])
         chosen = choose(

@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 from orchard.data import partition, world
-from orchard.data.datasets import is_client_folder, load_examples, read_client_folder, read_jsonl
+from orchard.data.datasets import load_pool, read_file, read_folder
 from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
+from orchard.data.reading import Reader, Reading, reading_notes
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.recipe.run_options import DataOptions
 from orchard.seeding import Seeds
 
 WORLD, FACTS = "orchard:world", "orchard:facts"
+
+# How many clients or files a note names.
+_NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Federation:
         duplicates: What stands in more than one place, before any was dropped.
         num_dropped: Training examples that were dropped for it.
         has_central_test: All clients have one and the same test set, one list.
+        remarks: What of the data was taken, left out or not read.
     """
 
     train: Mapping[str, Sequence[Example]]
@@ -37,10 +42,11 @@ class Federation:
     duplicates: DuplicateReport
     num_dropped: int
     has_central_test: bool = False
+    remarks: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """Return what a person should know about the data before trusting a result."""
-        notes = []
+        notes = list(self.remarks)
         if self.num_dropped:
             notes.append(
                 f"{self.num_dropped} training examples that also stand in a test split were dropped"
@@ -65,6 +71,7 @@ def build_federation(recipe: Recipe) -> Federation:
         ValueError: It cannot be read, or cannot be divided as asked.
     """
     data, seeds = recipe.data, Seeds(recipe.seed)
+    remarks: list[str] = []
     if data.path == WORLD:
         if data.partition != "file":
             raise ValueError(
@@ -75,14 +82,18 @@ def build_federation(recipe: Recipe) -> Federation:
         train = {office.name: list(office.train) for office in offices}
         test = {office.name: list(office.test) for office in offices}
     elif data.partition == "file":
-        train, test = _split_each(_read_clients(data), data, seeds)
+        clients = _without_small(_read_clients(data, remarks), data, remarks)
+        train, test = _split_each(clients, data, seeds)
     else:
-        train, test = _divide(_read_pool(data), data, seeds)
-    return _finish(recipe, train, test)
+        train, test = _divide(_read_pool(data, remarks), data, seeds, remarks)
+    return _finish(recipe, train, test, remarks)
 
 
 def _finish(
-    recipe: Recipe, train: dict[str, list[Example]], test: dict[str, list[Example]]
+    recipe: Recipe,
+    train: dict[str, list[Example]],
+    test: dict[str, list[Example]],
+    remarks: Sequence[str],
 ) -> Federation:
     """Find duplicates, drop those that should be, and draw the test examples that are used."""
     data, seeds = recipe.data, Seeds(recipe.seed)
@@ -99,7 +110,7 @@ def _finish(
         splits = {client: _sample(examples, limit, seeds) for client, examples in splits.items()}
     if has_central_test:
         splits = dict.fromkeys(train, splits[first])
-    return Federation(train, splits, duplicates, num_dropped, has_central_test)
+    return Federation(train, splits, duplicates, num_dropped, has_central_test, tuple(remarks))
 
 
 def build_site(recipe: Recipe, client_id: str) -> Federation:
@@ -115,9 +126,16 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
     """
     data, seeds = recipe.data, Seeds(recipe.seed)
     _require_path(data)
-    examples = read_jsonl(data.path, _fields(data))
-    train, test = _split_each({client_id: examples}, data, seeds)
-    return _finish(recipe, train, test)
+    reading = read_file(data.path, _reader(data))
+    remarks = reading_notes({client_id: reading}, of="data.path")
+    num_examples = len(reading.examples)
+    if num_examples < data.min_examples:
+        raise ValueError(
+            f"client {client_id!r} must hold at least {data.min_examples} examples "
+            f"(data.min_examples), got {num_examples}; add some, or take no part"
+        )
+    train, test = _split_each({client_id: reading.examples}, data, seeds)
+    return _finish(recipe, train, test, remarks)
 
 
 @dataclass(frozen=True)
@@ -127,10 +145,16 @@ class DataDigest:
     Attributes:
         overall: SHA-256 over all clients, in their order.
         clients: Client id to SHA-256 over what that client holds.
+        own: Client id to SHA-256 over its own training and test examples alone.
+        shared: What all clients hold, by the option that names it, to its SHA-256.
+        sizes: Client id to the numbers of its ``train`` and ``test`` examples.
     """
 
     overall: str
     clients: Mapping[str, str]
+    own: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
 
 def data_digest(
@@ -161,40 +185,75 @@ def data_digest(
             known[id(examples)] = found.hexdigest()
         return known[id(examples)]
 
-    clients = {}
+    clients, own, sizes = {}, {}, {}
     for client, train in federation.train.items():
-        held = (train, federation.test[client], retention, calibration)
-        clients[client] = _sha256(*map(of, held))
-    return DataDigest(_sha256(*(part for item in clients.items() for part in item)), clients)
+        test = federation.test[client]
+        clients[client] = _sha256(*map(of, (train, test, retention, calibration)))
+        own[client] = _sha256(of(train), of(test))
+        sizes[client] = {"train": len(train), "test": len(test)}
+    return DataDigest(
+        overall=_sha256(*(part for item in clients.items() for part in item)),
+        clients=clients,
+        own=own,
+        shared={
+            "evaluation.retention_path": of(retention),
+            "strategy.calibration_path": of(calibration),
+        },
+        sizes=sizes,
+    )
 
 
 def _sha256(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def read_retention(recipe: Recipe) -> list[Example]:
-    """Return the examples of ``evaluation.retention_path``; empty where there is none.
+@dataclass(frozen=True)
+class Elsewhere:
+    """What all clients hold beside their own examples.
+
+    Attributes:
+        retention: Examples of ``evaluation.retention_path``.
+        calibration: Examples of ``strategy.calibration_path``.
+        remarks: What of them was taken, left out or not read.
+    """
+
+    retention: list[Example]
+    calibration: list[Example]
+    remarks: tuple[str, ...] = ()
+
+
+def read_elsewhere(recipe: Recipe) -> Elsewhere:
+    """Read what all clients hold: examples of retention and of calibration, where there are some.
 
     Raises:
-        FileNotFoundError: The file is not there.
+        FileNotFoundError: A file is not there.
         ValueError: It cannot be read.
     """
-    path = recipe.evaluation.retention_path
-    if path == FACTS:
-        return world.facts()
-    return read_jsonl(path, _fields(recipe.data)) if path else []
+    path, remarks = recipe.evaluation.retention_path, list[str]()
+    retention = world.facts() if path == FACTS else []
+    if path and path != FACTS:
+        retention = _read_other(path, recipe.data, "evaluation.retention_path", remarks)
+    calibration: list[Example] = []
+    if recipe.strategy.calibration == "corpus":
+        path = recipe.strategy.calibration_path
+        calibration = _read_other(path, recipe.data, "strategy.calibration_path", remarks)
+    return Elsewhere(retention, calibration, tuple(remarks))
+
+
+def read_retention(recipe: Recipe) -> list[Example]:
+    """Return the examples of ``evaluation.retention_path``; see ``read_elsewhere``."""
+    return read_elsewhere(recipe).retention
 
 
 def read_calibration(recipe: Recipe) -> list[Example]:
-    """Return the examples of ``strategy.calibration_path``; empty where it is not used.
+    """Return the examples of ``strategy.calibration_path``; see ``read_elsewhere``."""
+    return read_elsewhere(recipe).calibration
 
-    Raises:
-        FileNotFoundError: The file is not there.
-        ValueError: It cannot be read.
-    """
-    if recipe.strategy.calibration != "corpus":
-        return []
-    return read_jsonl(recipe.strategy.calibration_path, _fields(recipe.data))
+
+def _read_other(path: str, data: DataOptions, option: str, remarks: list[str]) -> list[Example]:
+    reading = read_file(path, _reader(data))
+    remarks += reading_notes({option: reading}, of=option)
+    return reading.examples
 
 
 def _sample(examples: Sequence[Example], size: int, seeds: Seeds) -> list[Example]:
@@ -209,11 +268,22 @@ def _fields(data: DataOptions) -> Fields:
         response=data.response,
         context=data.context,
         category=data.category,
+        system=data.system,
+        history=data.history,
+        conversation=data.conversation,
         wording=data.wording,
         labels=words(data.labels),
         options=words(data.options),
         answer=data.answer,  # type: ignore[arg-type]
         letters=data.letters,
+    )
+
+
+def _reader(data: DataOptions) -> Reader:
+    return Reader(
+        _fields(data),
+        format=data.format,  # type: ignore[arg-type]
+        bad_rows=data.bad_rows,  # type: ignore[arg-type]
     )
 
 
@@ -225,19 +295,55 @@ def _require_path(data: DataOptions) -> None:
         )
 
 
-def _read_clients(data: DataOptions) -> dict[str, list[Example]]:
+def _read_clients(data: DataOptions, remarks: list[str]) -> dict[str, list[Example]]:
     _require_path(data)
-    if not is_client_folder(Path(data.path).expanduser()):
+    path = Path(data.path).expanduser()
+    if path.is_file():
         raise ValueError(
-            f"data.path must be a folder with one .jsonl file per client with data.partition = "
-            f"file, got {data.path}; choose another data.partition, or make the folder"
+            "data.path must be a folder with one .jsonl file per client with data.partition = "
+            f"file, got the file {data.path}; choose data.partition=iid (data.num_clients clients) "
+            "or category (one for each category), or make the folder"
         )
-    return read_client_folder(Path(data.path).expanduser(), _fields(data))
+    read = read_folder(path, _reader(data))
+    remarks += reading_notes(read.clients, of="data.path")
+    if read.unread:
+        names = ", ".join(map(repr, read.unread[:_NUM_NAMED]))
+        more = len(read.unread) - _NUM_NAMED
+        remarks.append(
+            f"files of data.path that are not read ({len(read.unread)}): {names}"
+            f"{f' and {more} more' if more > 0 else ''}"
+        )
+    return {client: reading.examples for client, reading in read.clients.items()}
 
 
-def _read_pool(data: DataOptions) -> list[Example]:
+def _read_pool(data: DataOptions, remarks: list[str]) -> Sequence[Example]:
     _require_path(data)
-    return load_examples(data.path, _fields(data), split=data.split, subset=data.subset or None)
+    reading: Reading = load_pool(
+        data.path, _reader(data), split=data.split, subset=data.subset or None
+    )
+    remarks += reading_notes({data.path: reading}, of="data.path")
+    return reading.examples
+
+
+def _without_small(
+    clients: Mapping[str, list[Example]], data: DataOptions, remarks: list[str]
+) -> dict[str, list[Example]]:
+    """Leave out the clients that hold fewer than ``data.min_examples``, and say so."""
+    small = {client: len(own) for client, own in clients.items() if len(own) < data.min_examples}
+    if not small:
+        return dict(clients)
+    if len(small) == len(clients):
+        raise ValueError(
+            f"data.min_examples must leave a client in, got {data.min_examples}, and the largest "
+            f"holds {max(small.values())}; lower it"
+        )
+    named = ", ".join(f"{client!r} ({number})" for client, number in [*small.items()][:_NUM_NAMED])
+    more = len(small) - _NUM_NAMED
+    remarks.append(
+        f"{len(small)} of {len(clients)} clients hold fewer than {data.min_examples} examples "
+        f"(data.min_examples) and are left out: {named}{f' and {more} more' if more > 0 else ''}"
+    )
+    return {client: own for client, own in clients.items() if client not in small}
 
 
 def _split_each(
@@ -257,11 +363,14 @@ def _split_each(
 
 
 def _divide(
-    pool: Sequence[Example], data: DataOptions, seeds: Seeds
+    pool: Sequence[Example], data: DataOptions, seeds: Seeds, remarks: list[str]
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
     """Divide one pool over clients, by the recipe's partition."""
     categories = words(data.categories)
     labels = [example.category for example in pool]
+    by_category = bool(categories) or data.partition == "category"
+    if by_category:
+        _check_categories(labels, data, remarks)
     if categories:
         chosen = sorted(
             index
@@ -271,7 +380,7 @@ def _divide(
         pool = [pool[index] for index in chosen]
         labels = [example.category for example in pool]
     elif data.partition == "category":
-        categories = tuple(sorted(set(labels) - {""}))
+        categories = tuple(sorted({label for label in labels if label.strip()}))
     central: list[Example] = []
     if data.test_per_category:
         kept, held_out = partition.split_pool(
@@ -282,9 +391,33 @@ def _divide(
         labels = [example.category for example in pool]
     clients = _partition(labels, categories, data, seeds)
     held = {client: [pool[index] for index in indices] for client, indices in clients.items()}
+    held = _without_small(held, data, remarks)
     if central:
         return held, dict.fromkeys(held, central)
     return _split_each(held, data, seeds)
+
+
+def _check_categories(labels: Sequence[str], data: DataOptions, remarks: list[str]) -> None:
+    """Say how many examples have no category, where only those with one are used.
+
+    Raises:
+        ValueError: None has.
+    """
+    num_without = sum(not label.strip() for label in labels)
+    if num_without == len(labels):
+        column = f"the column {data.category!r}" if data.category else "no column (data.category)"
+        raise ValueError(
+            f"data.partition must be iid or file for examples without categories, got "
+            f"{data.partition}, and none of {len(labels)} has one in {column}; choose "
+            "data.partition=iid (data.num_clients clients, dealt at random) or file (a folder with "
+            "one file for each client), drop data.categories, or name the column of the categories "
+            "in data.category"
+        )
+    if num_without:
+        remarks.append(
+            f"{num_without} of {len(labels)} examples have no category "
+            f"(data.category = {data.category}) and go to no client"
+        )
 
 
 def _partition(

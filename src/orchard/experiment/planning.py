@@ -14,7 +14,7 @@ from rich.table import Table
 from orchard.client.requirements import PeakMemory, Requirements
 from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
-from orchard.experiment.holdings import Federation, build_federation
+from orchard.experiment.holdings import Federation, build_federation, read_elsewhere
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import build_channel
@@ -55,11 +55,13 @@ class Plan:
         num_layers: MoE layers.
         num_experts: Over all of them.
         clients: In the order of the data.
+        notes: What a person should know about the data.
     """
 
     num_layers: int
     num_experts: int
     clients: tuple[ClientPlan, ...]
+    notes: tuple[str, ...] = ()
 
 
 def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
@@ -101,7 +103,8 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
                 downlink_bytes=_downlink(recipe, requirements) if takes_part else 0,
             )
         )
-    return Plan(len(requirements.footprint.layers), num_experts, tuple(clients))
+    notes = (*federation.notes(), *read_elsewhere(recipe).remarks)
+    return Plan(len(requirements.footprint.layers), num_experts, tuple(clients), notes)
 
 
 def _trainable(requirements: Requirements, budget: int) -> int:
@@ -195,7 +198,10 @@ def plan_as_json(plan: Plan) -> str:
                 "downlink_bytes": client.downlink_bytes,
             }
         )
-    about = {"moe_layers": plan.num_layers, "experts": plan.num_experts, "clients": clients}
+    about = {
+        **{"moe_layers": plan.num_layers, "experts": plan.num_experts, "clients": clients},
+        "notes": list(plan.notes),
+    }
     return json.dumps(about, indent=1)
 
 

@@ -16,8 +16,7 @@ from orchard.experiment.holdings import (
     build_federation,
     build_site,
     data_digest,
-    read_calibration,
-    read_retention,
+    read_elsewhere,
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.settings import lora_settings
@@ -41,6 +40,7 @@ class Experiment:
         tokenizer: The model's.
         budgets: Client id to the experts that it can afford, over all MoE layers; None = all.
         digest: Of everything that the clients hold, before it was encoded.
+        remarks: What of retention and calibration was taken, left out or not read.
     """
 
     recipe: Recipe
@@ -52,6 +52,7 @@ class Experiment:
     tokenizer: Any
     budgets: Mapping[str, int | None]
     digest: DataDigest
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
             f"server.clients_per_round must be in 0..{num_clients}, got "
             f"{recipe.server.clients_per_round}; there are {num_clients} clients"
         )
-    retention, calibration = read_retention(recipe), read_calibration(recipe)
+    elsewhere = read_elsewhere(recipe)
+    retention, calibration = elsewhere.retention, elsewhere.calibration
     if "accuracy" in words(recipe.evaluation.metrics):
         held_out = [
             example.options for examples in federation.test.values() for example in examples
@@ -144,6 +146,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         tokenizer=tokenizer,
         budgets=dict(zip(federation.train, budgets, strict=True)),
         digest=data_digest(federation, retention=retention, calibration=calibration),
+        remarks=elsewhere.remarks,
     )
 
 
@@ -156,7 +159,7 @@ def data_notes(experiment: Experiment) -> list[str]:
     """Return what a person should know about the data before trusting a result."""
     limit = experiment.recipe.data.max_tokens
     truncated = count_truncated(experiment)
-    notes = experiment.federation.notes()
+    notes = [*experiment.federation.notes(), *experiment.remarks]
     if truncated:
         total = sum(len(examples) for examples in experiment.train.values())
         notes.append(f"{truncated} of {total} training examples were cut to {limit} tokens")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,9 @@ from orchard.recipe.reading import format_value, known_options, option_value, re
 from orchard.recipe.run_options import DeploymentOptions
 from orchard.results import environment, write_atomically, write_json
 from orchard.strategies.strategy import Strategy
+
+# An id that is safe as a name: it holds no ~, which sets all other names apart from it.
+_PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,63}")
 
 RECIPE_FILE, METHODS_FILE = "recipe.toml", "methods.json"
 
@@ -113,8 +117,19 @@ def check_folder(
 
 
 def folder_name(client_id: str) -> str:
-    """Return a file name for any client id: letters, digits, ``_`` and ``-`` stay as they are."""
-    return re.sub(r"[^A-Za-z0-9_-]", lambda match: f"%{ord(match[0]):02x}", client_id)
+    """Return the name of a folder for any client id, and for no other id.
+
+    An id of up to 64 lowercase ASCII letters, digits, ``_`` and ``-`` is its own name. Any other
+    becomes what is readable of it, ``~`` and a digest of the whole id, so that names differ too
+    where a file system ignores case, normalizes Unicode or bounds the length of a name.
+    """
+    if _PLAIN.fullmatch(client_id):
+        return client_id
+    ascii_letters = unicodedata.normalize("NFKD", client_id).encode("ascii", "ignore").decode()
+    readable = re.sub(r"[^a-z0-9]+", "-", ascii_letters.lower())[:32].strip("-")
+    # Half of a surrogate pair stands for a byte of a file's name that is no Unicode.
+    whole = hashlib.sha256(client_id.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{readable or 'client'}~{whole[:20]}"
 
 
 def recipe_digest(recipe: Recipe) -> str:

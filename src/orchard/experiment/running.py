@@ -14,10 +14,12 @@ from orchard.engine.progress import Reporter
 from orchard.engine.simulator import Schedule, simulate
 from orchard.evaluation.quality import EvaluationSettings
 from orchard.evaluation.slow_ways import slow_ways
+from orchard.experiment.data_record import check_data, record_data
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import Transform, passed_name
 from orchard.experiment.preparation import Experiment, count_truncated
 from orchard.experiment.run_folder import (
+    RECIPE_FILE,
     begin_folder,
     check_folder,
     facts_of,
@@ -82,6 +84,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         max_new_tokens=recipe.evaluation.max_new_tokens,
         batch_size=recipe.evaluation.batch_size,
         length_normalization=recipe.evaluation.length_normalization,  # type: ignore[arg-type]
+        keeps_answers=recipe.evaluation.keep_answers,
     )
     submodels = SubmodelSource(
         path=recipe.model.path,
@@ -142,6 +145,30 @@ def build_schedule(recipe: Recipe) -> Schedule:
     )
 
 
+def check_run(
+    folder: Path,
+    experiment: Experiment,
+    *,
+    resume: bool,
+    passed: Strategy | Transform | None = None,
+) -> None:
+    """Check that a run of ``experiment`` may be written to ``folder``, or goes on in it.
+
+    Args:
+        folder: Of the run.
+        experiment: The checked recipe and its data.
+        resume: Whether a run that is there may be continued.
+        passed: The method, where it was passed as an object.
+
+    Raises:
+        ValueError: The folder holds a run, and ``resume`` is not set, or the recipe, a method or
+            the data is another.
+    """
+    check_folder(folder, experiment.recipe, resume=resume, passed=passed)
+    if (folder / RECIPE_FILE).exists():
+        check_data(folder, experiment.digest, what=f"the run in {folder}")
+
+
 def run_experiment(
     experiment: Experiment,
     *,
@@ -170,13 +197,14 @@ def run_experiment(
         ValueError: The folder holds another run, or the method cannot be put on.
     """
     recipe = experiment.recipe
-    check_folder(folder, recipe, resume=True, passed=strategy)
+    check_run(folder, experiment, resume=True, passed=strategy)
     recorded = recorded_as(recipe, strategy)
     if isinstance(strategy, Strategy):
         method = strategy
     else:
         own = {passed_name(strategy): strategy} if strategy else {}
         method = build_strategy(recipe, num_clients=len(experiment.train), own=own)
+    record_data(folder, experiment.digest)
     begin_folder(folder, recorded)
     with threads(recipe.model.num_threads):
         model = model or load_model(recipe, experiment.tokenizer)

@@ -90,12 +90,16 @@ class _Mixed(nn.Module):
         super().__init__()
         self._settings = settings
         self.openness_sum, self.openness_count = torch.zeros(()), 0
+        self.is_real_BS: torch.Tensor | None = None
 
     def mix(self, x_BSD: torch.Tensor, routed_BSD: torch.Tensor) -> torch.Tensor:
         """Return the layer's output with the graft in it, in the layer's dtype."""
         openness_BS1, y_BSD = self(x_BSD)
-        self.openness_sum = self.openness_sum + openness_BS1.detach().sum()
-        self.openness_count += openness_BS1.numel()
+        seen = openness_BS1.detach()
+        if self.is_real_BS is not None:
+            seen = seen.flatten()[self.is_real_BS.flatten()]
+        self.openness_sum = self.openness_sum + seen.sum()
+        self.openness_count += seen.numel()
         own_BSD: torch.Tensor = (openness_BS1 * y_BSD).to(routed_BSD.dtype)
         if self._settings.mix == "convex":
             own_BSD = own_BSD + ((1 - openness_BS1) * routed_BSD).to(routed_BSD.dtype)
@@ -232,7 +236,10 @@ class Grafts:
     modules: tuple[Graft | GraftMixture, ...]
 
     def mean_openness(self) -> tuple[float, ...]:
-        """Return the mean gate of each layer over all tokens since attaching; 0 before any."""
+        """Return the mean gate of each layer over all tokens since attaching; 0 before any.
+
+        Padding is no token.
+        """
         return tuple(
             float(graft.openness_sum) / graft.openness_count if graft.openness_count else 0.0
             for graft in self.modules
@@ -288,8 +295,34 @@ def grafted(
                 undo.callback(delattr, layer.block, "graft")
                 hook = layer.block.register_forward_hook(_add_graft, with_kwargs=True)
                 undo.callback(hook.remove)
+        undo.enter_context(_told_of_padding(model.view.model, modules))
         undo.enter_context(model.extended(slots))
         yield Grafts(tuple(slots), tuple(modules))
+
+
+@contextmanager
+def _told_of_padding(model: nn.Module, grafts: Sequence[_Mixed]) -> Iterator[None]:
+    """Tell grafts in each forward pass of a model which tokens are real."""
+
+    def before(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        mask_BS = kwargs.get("attention_mask")
+        # While a text is generated, the mask is longer than what is fed.
+        if mask_BS is not None and mask_BS.shape == kwargs["input_ids"].shape:
+            tell(mask_BS.bool())
+
+    def tell(is_real_BS: torch.Tensor | None) -> None:
+        for graft in grafts:
+            graft.is_real_BS = is_real_BS
+
+    handles = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(lambda *_: tell(None)),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _find_origin(model: AdaptedModel, layer: MoELayer, expert: int) -> Origin:

@@ -119,7 +119,9 @@ class SelectionOptions:
     )
     every: int = option(1, "Optimizer steps between choices of cadence steps.", minimum=1)
     scoring_batches: int = option(
-        4, "Batches that experts are ranked on, for cadences round and run.", minimum=1
+        4,
+        "Batches of a step that experts are ranked on, for cadences round and run.",
+        minimum=1,
     )
     cumulative_weight: float = option(
         0.9, "HFedMoE: lambda, mean against maximum probability.", minimum=0, maximum=1

@@ -288,4 +288,4 @@ def _check_combinations(recipe: Recipe) -> None:
                 raise ValueError(f"{key} must be of {', '.join(choices)}, got {word}")
 
 
-_METRICS = ("loss", "rouge_l", "exact_match", "accuracy")
+_METRICS = ("loss", "rouge_l", "chrf", "exact_match", "accuracy")

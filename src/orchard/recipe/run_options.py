@@ -39,7 +39,24 @@ class DataOptions:
     """Examples, and which client holds them."""
 
     path: str = option(
-        "", "JSON Lines file, folder with one file per client, Hugging Face name, or orchard:world."
+        "",
+        "File (JSON Lines, JSON, CSV, TSV, parquet), folder with one file per client, Hugging Face "
+        "name, or orchard:world.",
+    )
+    format: str = option(
+        "auto",
+        "What rows are; auto = recognized by their columns, and said. The columns that the options "
+        "below name; instruction, input, output; question, answer; prompt, completion; input, "
+        "output; a list of turns with role and content; one with from and value.",
+        choices=(
+            *("auto", "instruction", "alpaca", "question_answer", "prompt_completion"),
+            *("input_output", "messages", "sharegpt"),
+        ),
+    )
+    bad_rows: str = option(
+        "error",
+        "A row that is no example: an error, or left out and counted.",
+        choices=("error", "skip"),
     )
     subset: str = option("", "Configuration of a Hugging Face data set.")
     split: str = option("train", "Split of a Hugging Face data set.")
@@ -47,6 +64,13 @@ class DataOptions:
     context: str = option("context", "Column with the context; empty = none.")
     response: str = option("response", "Column with the response.")
     category: str = option("category", "Column with the category; empty = none.")
+    system: str = option("system", "Column with a system turn; empty = none.")
+    history: str = option(
+        "history", "Column with the turns before, a list of pairs or of turns; empty = none."
+    )
+    conversation: str = option(
+        "", "Column with the turns of a conversation; empty = messages or conversations."
+    )
     wording: str = option(
         "",
         "Instead of an instruction column, its words; {COLUMN} stands for the text of that column.",
@@ -88,6 +112,12 @@ class DataOptions:
     test_per_category: int = option(
         0, "If above 0, one test set for all clients, so many of each category.", minimum=0
     )
+    min_examples: int = option(
+        0,
+        "Clients with fewer examples are left out, and named; 0 = none is, and one that is too "
+        "small for data.test_size is an error.",
+        minimum=0,
+    )
     duplicates: str = option(
         "report",
         "Training rows that also stand in a test split: report them, or drop them.",
@@ -126,12 +156,12 @@ class ClientOptions:
     packing: bool = option(
         True,
         "Read the examples of a batch behind each other, each by itself, where the model can; "
-        "else pad them to the longest. The same gradients; with dropout, other draws.",
+        "else pad them to the longest. The same result, rounding aside.",
     )
     pass_tokens: int = option(
         512,
         "On a CPU, a batch with more tokens is read in several passes, which needs less memory; "
-        "0 = never. The same gradients; with dropout, other draws.",
+        "0 = never. The same result, rounding aside.",
         minimum=0,
     )
 
@@ -174,7 +204,7 @@ class EvaluationOptions:
     )
     metrics: str = option(
         "loss,rouge_l,exact_match",
-        "Of loss, rouge_l, exact_match, and with labels or options, accuracy.",
+        "Of loss, rouge_l, chrf, exact_match, and with labels or options, accuracy.",
     )
     length_normalization: str = option(
         "none",
@@ -185,6 +215,11 @@ class EvaluationOptions:
     max_new_tokens: int = option(64, "Longest generated answer.", minimum=1)
     batch_size: int = option(32, "Examples at a time.", minimum=1)
     max_examples: int = option(0, "Test examples per client, drawn at random; 0 = all.", minimum=0)
+    keep_answers: bool = option(
+        True,
+        "Each client keeps the answers that are generated beside the right ones, in its own "
+        "folder: orchard answers shows them.",
+    )
     retention_path: str = option(
         "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
     )

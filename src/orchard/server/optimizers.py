@@ -99,7 +99,8 @@ class Adaptive:
     tau^2 and follows ``rule``. There is no bias correction.
 
     Source: Reddi et al., 2021, arXiv 2003.00295, Algorithm 2. For FedAdagrad beta1 is 0 there;
-    set it so.
+    set it so. OpenFedLLM, which FLEx's code builds on, differs in FedAdam and FedYogi: its first m
+    is the first delta itself, not (1 - beta1) times it, and its v follows the square of m.
 
     Attributes:
         rule: ``adagrad``, ``adam`` or ``yogi``.

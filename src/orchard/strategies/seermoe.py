@@ -58,10 +58,12 @@ def seermoe(strategy: Strategy, subset: SubsetSettings, *, entropy_coefficient: 
         with pruned.prepare(client, task) as plan:
             model = plan.model or client.model
             seen: list[torch.Tensor] = []
+            num_tokens: list[int] = []
 
             def see(layers: tuple[LayerPass, ...]) -> None:
                 if model.model.training:
                     seen.append(routing_entropy(layers))
+                    num_tokens.append(len(layers[0].sample_T))
 
             def watch() -> dict[str, torch.Tensor]:
                 live = seen[-1]
@@ -69,7 +71,10 @@ def seermoe(strategy: Strategy, subset: SubsetSettings, *, entropy_coefficient: 
                 return {**plan.watch(), _ENTROPY: live}
 
             def measure() -> Metrics:
-                return {**plan.measure(), "client/router_entropy": fmean(map(float, seen))}
+                return {
+                    **plan.measure(),
+                    "client/router_entropy": fmean(map(float, seen), num_tokens),
+                }
 
             with watch_routing(model.view, see, keep_graph=True):
                 yield replace(plan, watch=watch, measure=measure)

@@ -51,7 +51,8 @@ class SubsetSettings:
         cadence: Choose anew for every ``batch``, every so many ``steps``, each ``round``, or once
             in a ``run``.
         every: Optimizer steps between choices of cadence ``steps``.
-        scoring_batches: Batches that experts are ranked on for cadences ``round`` and ``run``.
+        scoring_batches: Batches, each of a whole optimizer step, that experts are ranked on for
+            cadences ``round`` and ``run``.
         importance: How routing becomes scores.
         usage_mode: How routing becomes usage; see ``UsageMeter.usage``.
     """
@@ -89,6 +90,8 @@ class Session:
         self.expert_ids: list[Sequence[int]] = [range(size) for size in sizes.values()]
         self.step = 0
         self.active: list[ExpertMask] = []
+        # Routing of the step that is under way, pass by pass.
+        self.passes: list[tuple[LayerPass, ...]] = []
         self.is_metering = True
         # Meters are of the last local epoch.
         self.reset_at = num_steps_before_last_epoch(
@@ -129,10 +132,16 @@ class Session:
             active_E[list(ids)] |= is_used[:-1]
             active_E &= learning_E
         if self.is_metering:
-            self.meter(layers)
+            self.passes.append(layers)
+
+    def end_step(self) -> None:
+        """Meter what a step has read as one batch, in however many passes it was read."""
+        if self.passes:
+            self.meter(concatenate(self.passes))
+            self.passes = []
 
     def meter(self, layers: tuple[LayerPass, ...]) -> None:
-        """Add routing to usage and importance."""
+        """Add the routing of one batch to usage and importance."""
         for index, layer in enumerate(layers):
             self.usage.add(
                 index,
@@ -144,6 +153,7 @@ class Session:
 
     def hold_still(self, batches: Sequence[Sequence[Encoded]]) -> Collection[str]:
         """Choose for the coming step where it is time to, and return the names that stay."""
+        self.end_step()
         if self.step == self.reset_at and self.is_metering:
             self.start_meters()
         cadence = self.settings.cadence
@@ -177,10 +187,11 @@ class Session:
         return chosen
 
     def scoring_batches(self) -> list[list[Encoded]]:
-        """Draw the batches that a choice for longer than a batch is made on."""
-        size = self.client.training.batch_size
+        """Draw the micro-batches of as many steps as a choice for longer than one is made on."""
+        size, number = self.client.training.batch_size, self.client.training.grad_accumulation
         examples = self.client.train
-        order = self.generator.permutation(len(examples))[: size * self.settings.scoring_batches]
+        num_drawn = size * number * self.settings.scoring_batches
+        order = self.generator.permutation(len(examples))[:num_drawn]
         drawn = [examples[int(index)] for index in order]
         return [drawn[start : start + size] for start in range(0, len(drawn), size)]
 
@@ -206,6 +217,7 @@ class Session:
 
     def observe(self) -> dict[str, torch.Tensor]:
         """Return usage and importance, and which experts were trained; see the module."""
+        self.end_step()
         usage = self.usage.usage(self.settings.usage_mode)
         importance = self.importance.mean()
         trained = self.trained()

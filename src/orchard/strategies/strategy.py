@@ -14,16 +14,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeAlias
 
 import torch
 
+from orchard.client.answers import keep_answers
 from orchard.client.client import Client
 from orchard.client.objectives import Objective, causal_lm
 from orchard.client.store import Personal
 from orchard.client.training import HoldStill, TrainingReport, train
 from orchard.communication.messages import Task, Update
-from orchard.evaluation.quality import evaluate
+from orchard.evaluation.quality import KeepAnswers, evaluate
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.results import Metrics
 from orchard.server.aggregation import mean
@@ -181,7 +183,7 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
         }
         if task.evaluate_local:
             started = time.monotonic()
-            metrics |= _measure(client, "local", plan.model)
+            metrics |= _measure(client, "local", task.round_number, plan.model)
             metrics["client/evaluation_seconds"] = time.monotonic() - started
     # What is sent moves a global value; a personal tensor has none.
     leaked = sorted(sent.delta.keys() - (task.shared.keys() - set(plan.personal)))
@@ -246,19 +248,19 @@ def evaluate_client(
         ``model/metric`` to value; ``model/retention_metric`` too where there is retention.
     """
     metrics = dict(known or {})
-    models = set(models)
+    models, completed = set(models), task.round_number - 1
     has_global = "global" in models or any(name.startswith("global/") for name in metrics)
     if "base" in models:
         with client.model.without_adapters():
-            metrics |= _measure(client, "base")
+            metrics |= _measure(client, "base", completed)
     if "global" in models:
         place_global(client.model, task)
-        metrics |= _measure(client, "global")
+        metrics |= _measure(client, "global", completed)
     if "personal" in models:
         with strategy.prepare(client, task) as plan:
             if plan.personal or plan.model is not None or not has_global:
                 _place(client, task, plan)
-                metrics |= _measure(client, "personal", plan.model)
+                metrics |= _measure(client, "personal", completed, plan.model)
             else:
                 same = {k: v for k, v in metrics.items() if k.startswith("global/")}
                 metrics |= {k.replace("global/", "personal/", 1): v for k, v in same.items()}
@@ -274,13 +276,28 @@ def _delta(model: AdaptedModel, plan: Plan, task: Task) -> dict[str, torch.Tenso
     }
 
 
-def _measure(client: Client, kind: str, model: AdaptedModel | None = None) -> dict[str, float]:
+def _measure(
+    client: Client, kind: str, round_number: int, model: AdaptedModel | None = None
+) -> dict[str, float]:
     """Evaluate a model as it stands, on what the client tests and on what it must retain."""
     model = model or client.model
-    own = evaluate(model, client.test, client.evaluation)
+
+    def keep(of: str) -> KeepAnswers | None:
+        if not client.evaluation.keeps_answers:
+            return None
+        return partial(
+            keep_answers,
+            client.store,
+            client_id=client.client_id,
+            round_number=round_number,
+            model=kind,
+            of=of,
+        )
+
+    own = evaluate(model, client.test, client.evaluation, keep=keep("test"))
     values = {f"{kind}/{name}": value for name, value in own.items()}
     if client.retention:
-        old = evaluate(model, client.retention, client.evaluation)
+        old = evaluate(model, client.retention, client.evaluation, keep=keep("retention"))
         values |= {f"{kind}/retention_{name}": value for name, value in old.items()}
     return values
 

@@ -97,8 +97,9 @@ def _carved(client: Client, task: Task, plan: Plan, settings: SubsetSettings) ->
         passes = route_each(skeleton, session.scoring_batches())
     # Usage is of whole routers, as other clients measure it: among its own experts alone, those of
     # a client with few would all look much used.
-    for layers in passes:
-        session.meter(layers)
+    number = client.training.grad_accumulation
+    for start in range(0, len(passes), number):
+        session.meter(concatenate(passes[start : start + number]))
     session.is_metering = False
     session.switch.learning = session.choose_for_round(lambda: concatenate(passes))
     kept = [mask_E.nonzero().flatten().tolist() for mask_E in session.switch.learning]
