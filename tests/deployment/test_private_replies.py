@@ -322,6 +322,17 @@ def test_another_base_than_the_run_began_with_is_refused(worker: SiteWorker) -> 
     assert (reply["refused"], reply["option"], body) == ("base_changed", "--model", b"")
 
 
+def test_other_data_than_the_run_began_with_is_refused(worker: SiteWorker) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    with Path(worker._consent.data).open("a") as file:
+        file.write(json.dumps(dict.fromkeys(COLUMNS, f"{CANARY}more")) + "\n")
+    again = SiteWorker(worker._settings)
+    for header in (join(recipe), round_of(recipe)):
+        reply, _ = again.handle(header, task_of(recipe))
+        assert reply == {"refused": "data_changed", "option": "", "site": "north"}
+
+
 def test_a_damaged_personal_file_is_named_here_and_said_there(tmp_path: Path) -> None:
     worker = make_worker(tmp_path, write_rows(tmp_path))
     recipe = asked_recipe(strategy__name="scaffold", evaluation__models="", server__rounds=3)

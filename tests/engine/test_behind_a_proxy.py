@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import os
 import shutil
 import subprocess
 import threading
@@ -145,6 +146,39 @@ def test_the_set_up_of_nginx_that_is_shown_lets_sites_in_and_nobody_else(tmp_pat
             end = time.monotonic() + 10
             while not reached(port):
                 assert time.monotonic() < end, (tmp_path / "error.log").read_text()
+                time.sleep(0.05)
+            assert status(port, FLEET) == 200
+            assert status(port, CONTROL) in (403, 404)
+            assert status(own, CONTROL) == 200
+        finally:
+            process.terminate()
+            process.wait(10)
+
+
+@pytest.mark.skipif(shutil.which("caddy") is None, reason="caddy is not installed")
+def test_the_set_up_of_caddy_that_is_shown_lets_sites_in_and_nobody_else(tmp_path: Path) -> None:
+    port = free_port()
+    with coordinator(trusted=["127.0.0.1"]) as (public, own):
+        inner = shown("caddy").replace("coordinator.example", f"http://127.0.0.1:{port}")
+        inner = inner.replace("https://127.0.0.1:8443", f"http://127.0.0.1:{public}")
+        inner = "".join(line for line in inner.splitlines(True) if "tls_" not in line)
+        (tmp_path / "Caddyfile").write_text(f"{{\n    admin off\n}}\n{inner}")
+        command = [
+            "caddy",
+            "run",
+            "--adapter",
+            "caddyfile",
+            "--config",
+            str(tmp_path / "Caddyfile"),
+        ]
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command, stderr=log, env={**os.environ, "HOME": str(tmp_path)}
+            )
+        try:
+            end = time.monotonic() + 20
+            while not reached(port):
+                assert time.monotonic() < end, (tmp_path / "log").read_text()
                 time.sleep(0.05)
             assert status(port, FLEET) == 200
             assert status(port, CONTROL) in (403, 404)
