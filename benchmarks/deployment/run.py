@@ -147,8 +147,8 @@ def run(num_sites: int, *, rounds: int, is_large: bool = False) -> dict[str, Any
         run_folder = folder / "run"
         port = str(federation.port)
         patterns = {
-            "superlink": f"orchard.engine.superlink --host 127.0.0.1 --port {port}",
-            "rounds": f"flwr-serverapp --runtime-api-address 127.0.0.1:{port}",
+            "superlink": f"orchard.engine.superlink --public 127.0.0.1:{port}",
+            "rounds": "flwr-serverapp --runtime-api-address 127.0.0.1:",
             "coordinate": f"--address 127.0.0.1:{port}",
         }
         with running(federation), watched(patterns) as peaks:

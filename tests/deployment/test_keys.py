@@ -9,7 +9,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 
-from orchard.deployment.addresses import check_security, is_local, own_address, split_address
+from orchard.deployment.addresses import check_proxies, check_security, is_local, split_address
 from orchard.deployment.key_files import site_keys
 from orchard.deployment.keys import make_coordinator_keys, make_site_keys
 
@@ -62,12 +62,6 @@ def test_an_address_without_a_port_is_refused(address: str) -> None:
         split_address(address)
 
 
-def test_own_processes_reach_what_listens_everywhere_on_the_loopback() -> None:
-    assert own_address("0.0.0.0:8443") == "127.0.0.1:8443"
-    assert own_address("[::]:8443") == "127.0.0.1:8443"
-    assert own_address("10.0.0.5:8443") == "10.0.0.5:8443"
-
-
 def test_crossing_a_network_takes_keys_or_saying_so(caplog: pytest.LogCaptureFixture) -> None:
     assert is_local("127.0.0.1")
     assert is_local("[::1]")
@@ -80,3 +74,14 @@ def test_crossing_a_network_takes_keys_or_saying_so(caplog: pytest.LogCaptureFix
     assert "INSECURE" in caplog.text
     with pytest.raises(ValueError, match="must not both"):
         check_security("server:8443", keys=Path("keys"), is_insecure=True)
+
+
+def test_a_proxy_that_is_trusted_is_an_address_and_takes_keys(tmp_path: Path) -> None:
+    check_proxies(["127.0.0.1", "10.0.0.0/24", "::1"], keys=tmp_path, is_insecure=False)
+    check_proxies((), keys=None, is_insecure=False)
+    with pytest.raises(ValueError, match=r"^--trusted-proxy must be an address"):
+        check_proxies(["proxy.example"], keys=tmp_path, is_insecure=False)
+    # Behind a proxy a loopback address is no protection.
+    with pytest.raises(ValueError, match=r"^--keys must be given with --trusted-proxy"):
+        check_proxies(["127.0.0.1"], keys=None, is_insecure=False)
+    check_proxies(["127.0.0.1"], keys=None, is_insecure=True)

@@ -21,9 +21,10 @@ pytestmark = pytest.mark.deployment
 
 @contextmanager
 def superlink(keys: Path, port: int) -> Iterator[Child]:
-    """Have the coordinator's SuperLink running inside."""
+    """Have the coordinator's SuperLink running inside, at a public port and one beside it."""
     command = [sys.executable, "-m", "orchard.engine.superlink", "--host", "127.0.0.1"]
-    command += ["--port", str(port), "--disable-runtime-dependency-installation"]
+    command += ["--public", f"127.0.0.1:{port}", "--port", str(own_port(port))]
+    command += ["--disable-runtime-dependency-installation"]
     command += ["--ssl-certfile", str(keys / "coordinator.crt")]
     command += ["--ssl-keyfile", str(keys / "coordinator.key")]
     command += ["--ssl-ca-certfile", str(keys / "authority.crt"), "--enable-supernode-auth"]
@@ -34,6 +35,10 @@ def superlink(keys: Path, port: int) -> Iterator[Child]:
         yield child
     finally:
         child.stop()
+
+
+def own_port(port: int) -> int:
+    return port + 1
 
 
 def supernode(keys: Path, port: int, key: Path | None, log: Path) -> Child:
@@ -53,7 +58,9 @@ def wait_until_ready(port: int, keys: Path) -> None:
     for _ in range(200):
         try:
             register_nodes(
-                f"127.0.0.1:{port}", authority=keys / "authority.crt", keys=site_keys(keys)
+                f"127.0.0.1:{own_port(port)}",
+                authority=keys / "authority.crt",
+                keys=site_keys(keys),
             )
             return
         except ConnectionError:

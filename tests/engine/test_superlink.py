@@ -3,38 +3,53 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from ipaddress import ip_network
 from typing import Any
 
 import pytest
 
 pytest.importorskip("flwr")
-from orchard.engine.superlink import FleetOnly, clock_skew, listening
+from orchard.engine.superlink import FrontDoor, clock_skew, listening
 
 OUTSIDE, HERE = "192.0.2.7", "127.0.0.1"
+PUBLIC_PORT, OWN_PORT = 8443, 50001
+FLEET, CONTROL = "/v1/fleet/activate-node", "/v1/control/start-run"
 
 
-def status(host: str, path: str, server: str = "192.0.2.1") -> int:
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+async def serve_all(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
 
+
+def status(
+    host: str,
+    path: str,
+    *,
+    server: tuple[Any, ...] | None = (HERE, PUBLIC_PORT),
+    headers: Sequence[tuple[bytes, bytes]] = (),
+    trusted: Sequence[str] = (),
+) -> int:
     sent: list[dict[str, Any]] = []
 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "path": path, "client": (host, 5), "server": (server, 8443)}
-    asyncio.run(FleetOnly(app)(scope, None, send))
+    scope = {"type": "http", "path": path, "client": (host, 5), "server": server}
+    networks = tuple(ip_network(one) for one in trusted)
+    door = FrontDoor(serve_all, own_port=OWN_PORT, trusted=networks)
+    asyncio.run(door({**scope, "headers": list(headers)}, None, send))
     return int(sent[0]["status"])
 
 
+@pytest.mark.parametrize("host", [OUTSIDE, HERE, "::1", "::ffff:127.0.0.1", "", "nonsense"])
 @pytest.mark.parametrize(
     ("path", "expected"),
     [
-        ("/v1/fleet/activate-node", 200),
+        (FLEET, 200),
         ("/v1/control/register-node", 403),
-        ("/v1/control/start-run", 403),
+        (CONTROL, 403),
         ("/v1/runtime/get-nodes", 403),
         ("/docs", 403),
         ("/", 403),
@@ -43,25 +58,38 @@ def status(host: str, path: str, server: str = "192.0.2.1") -> int:
         ("/v1/fleet//x", 403),
     ],
 )
-def test_other_machines_reach_the_fleet_alone(path: str, expected: int) -> None:
-    assert status(OUTSIDE, path) == expected
-    assert status(HERE, path) == 200
+def test_at_the_public_port_anybody_reaches_the_fleet_alone(
+    path: str, expected: int, host: str
+) -> None:
+    assert status(host, path) == expected
+    # Which port it is stands in the socket: nobody can say it.
+    assert status(host, path, server=(OUTSIDE, OWN_PORT)) == expected
+    assert status(host, path, server=None) == expected
 
 
-@pytest.mark.parametrize("host", ["", "nonsense", "::ffff:192.0.2.7"])
-def test_who_cannot_be_told_is_a_stranger(host: str) -> None:
-    assert status(host, "/v1/control/start-run") == 403
+def test_this_machines_own_processes_reach_everything_at_their_own_port() -> None:
+    for path in (FLEET, CONTROL, "/v1/runtime/get-nodes"):
+        assert status(HERE, path, server=(HERE, OWN_PORT)) == 200
 
 
-def test_who_calls_from_the_address_that_is_called_is_this_machine() -> None:
-    assert status("192.0.2.1", "/v1/control/start-run", server="192.0.2.1") == 200
-    assert status("192.0.2.7", "/v1/control/start-run", server="192.0.2.1") == 403
-    assert status("", "/v1/control/start-run", server="") == 403
-
-
-@pytest.mark.parametrize("host", ["::ffff:127.0.0.1", "::1"])
-def test_this_machine_is_itself_in_either_family(host: str) -> None:
-    assert status(host, "/v1/control/start-run") == 200
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Forwarded", "X-Forwarded-For", "x-forwarded-proto", "X-Forwarded-Anything", "Via"),
+        *("X-Real-IP", "CF-Connecting-IP", "True-Client-IP", "X-Client-IP"),
+    ],
+)
+def test_a_forwarded_request_is_refused_but_from_a_trusted_proxy(name: str) -> None:
+    headers = [(b"host", b"coordinator"), (name.encode(), b"127.0.0.1")]
+    assert status(HERE, FLEET, headers=headers) == 403
+    assert status(HERE, CONTROL, headers=headers, server=(HERE, OWN_PORT)) == 403
+    assert status(HERE, FLEET, headers=headers, trusted=["127.0.0.1"]) == 200
+    assert status("10.0.0.9", FLEET, headers=headers, trusted=["10.0.0.0/24"]) == 200
+    assert status("10.0.1.9", FLEET, headers=headers, trusted=["10.0.0.0/24"]) == 403
+    # Trust is about who is behind it, and opens nothing.
+    assert status(HERE, CONTROL, headers=headers, trusted=["127.0.0.1"]) == 403
+    own = (HERE, OWN_PORT)
+    assert status(HERE, CONTROL, headers=headers, trusted=["127.0.0.1"], server=own) == 403
 
 
 NOW = datetime(2026, 11, 25, 12, 0, tzinfo=UTC)
@@ -91,7 +119,7 @@ def test_the_log_says_why_a_site_is_not_let_in(caplog: pytest.LogCaptureFixture)
         "client": (OUTSIDE, 5),
         "headers": [(b"flwr-timestamp", signed_at)],
     }
-    door = FleetOnly(app)
+    door = FrontDoor(app, own_port=OWN_PORT)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):  # it says so once a minute
             asyncio.run(door(scope, None, None))

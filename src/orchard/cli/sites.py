@@ -33,6 +33,10 @@ def coordinate(
     keys: KeysOption = None,
     insecure: InsecureOption = False,
     resume: ResumeOption = False,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="Address of a reverse proxy before this coordinator; repeatable."),
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe with sites on other machines, over Flower."""
@@ -43,7 +47,9 @@ def coordinate(
         from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
         from orchard.deployment.hosting import coordinate as run_coordinator
 
-        options = CoordinatorOptions(folder, address, keys, insecure)
+        options = CoordinatorOptions(
+            folder, address, keys, insecure, trusted_proxies=tuple(trusted_proxy or ())
+        )
         num_sites = check_coordinator(resolved.recipe, options, resume=resume)
     from orchard.engine.processes import leaves_on_termination
     from orchard.engine.progress import make_console

@@ -23,6 +23,7 @@ from msgspec import Meta, Struct
 
 from orchard.communication.bounded_json import read_json
 from orchard.communication.readable import readable
+from orchard.communication.refusals import explain
 
 MAX_HEADER_BYTES = 1 << 20
 """Longest header of a request or a reply, in bytes of JSON."""
@@ -242,7 +243,7 @@ def read_failure(header: object) -> str:
     if not _has(header, "error"):
         return ""
     found: Failed = _convert(header, Failed, "reply")
-    return readable(found.error)
+    return explain(found.error)
 
 
 # What is written in the header of an encoded message.

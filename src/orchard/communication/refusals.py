@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from orchard.communication.readable import readable
+
 
 class Code(StrEnum):
     """What a site may say; the sentences are in ``explain``."""
@@ -59,7 +61,8 @@ _SENTENCES = {
     Code.TERMS: "not as the owner of the data has agreed; the data section is the site's own",
     Code.TASK_KIND: "the site's data is for another kind of task",
     Code.DATA: "the site's data cannot be read so; its owner finds the reason in the site's log",
-    Code.DATA_CHANGED: "not the data that the site began the run with; put it back or begin anew",
+    Code.DATA_CHANGED: "the site's data is not what it began the run with; its owner brings it "
+    "back, or takes part in another run",
     Code.DATA_TRIES: "too many tries to read the site's data; its owner has to look at them",
     Code.FEW_ROWS: "fewer rows than the owner wants to be measured or counted together",
     Code.RECIPE: "the recipe does not work at this site; its owner finds the reason in the log",
@@ -95,9 +98,9 @@ def explain(text: str, option: str = "") -> str:
     """Return what a site's answer means, as a sentence of this side's own.
 
     Args:
-        text: The code as it arrived; one that is not known is not repeated.
+        text: The code as it arrived; what is none is shown as it is, cut and escaped.
         option: Of the recipe or of the site's command; empty = none.
     """
     code = known_code(text)
-    sentence = f"{_SENTENCES[code]} ({code})" if code else "for a reason that is not known here"
+    sentence = f"{_SENTENCES[code]} ({code})" if code else readable(text)
     return f"{option}: {sentence}" if option else sentence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 log = logging.getLogger(__name__)
@@ -19,12 +20,6 @@ def split_address(address: str) -> tuple[str, int]:
     if not separator or not host or not port.isdigit() or not 0 < int(port) < 65536:
         raise ValueError(f"address must be host:port, got {address!r}; for example server:8443")
     return host.strip("[]"), int(port)
-
-
-def own_address(address: str) -> str:
-    """Return where this machine's own processes reach what listens at ``address``."""
-    host, port = split_address(address)
-    return f"127.0.0.1:{port}" if host in ("0.0.0.0", "::") else address
 
 
 def is_local(host: str) -> bool:
@@ -59,3 +54,24 @@ def check_security(address: str, *, keys: Path | None, is_insecure: bool) -> Non
         "and anybody may take part",
         address,
     )
+
+
+def check_proxies(proxies: Sequence[str], *, keys: Path | None, is_insecure: bool) -> None:
+    """Refuse a proxy that is none, or one that lets strangers in without keys.
+
+    Raises:
+        ValueError: It is no address or network, or there are no keys and no ``--insecure``.
+    """
+    for proxy in proxies:
+        try:
+            ipaddress.ip_network(proxy)
+        except ValueError as error:
+            raise ValueError(
+                f"--trusted-proxy must be an address or a network, got {proxy!r}; for example "
+                "127.0.0.1 or 10.0.0.0/24"
+            ) from error
+    if proxies and not keys and not is_insecure:
+        raise ValueError(
+            "--keys must be given with --trusted-proxy, got nothing; whoever reaches the proxy "
+            "reaches the coordinator: make keys with orchard keys, or say --insecure"
+        )

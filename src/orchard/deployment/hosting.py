@@ -9,15 +9,15 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchard.deployment.addresses import check_security, own_address, split_address
+from orchard.deployment.addresses import check_proxies, check_security, split_address
 from orchard.deployment.key_files import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
 from orchard.deployment.server_app import FAILURE_FILE, LOCK_FILE, RESULT_FILE, RUN_FILE
-from orchard.engine.processes import Child, child_environment, only_one
+from orchard.engine.processes import Child, child_environment, free_port, only_one
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
 from orchard.experiment.settings import lora_settings
@@ -45,6 +45,9 @@ class CoordinatorOptions:
         keys: Folder with its certificate and the public keys of its sites; None = without TLS.
         is_insecure: Whether going without keys on a network was asked for.
         attempts: Restarts in a row that complete no round, before it gives up.
+        trusted_proxies: Addresses or networks of reverse proxies, whose requests may say that they
+            were forwarded.
+        own_port: Of the loopback device, for this machine's own processes.
     """
 
     folder: Path
@@ -52,6 +55,13 @@ class CoordinatorOptions:
     keys: Path | None = None
     is_insecure: bool = False
     attempts: int = 5
+    trusted_proxies: tuple[str, ...] = ()
+    own_port: int = field(default_factory=free_port)
+
+    @property
+    def own_address(self) -> str:
+        """Where this machine's own processes reach the SuperLink, and nobody else."""
+        return f"127.0.0.1:{self.own_port}"
 
 
 class RoundsFailedError(OSError):
@@ -67,6 +77,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
     """
     require("flower", to="leave one machine")
     check_security(options.address, keys=options.keys, is_insecure=options.is_insecure)
+    check_proxies(options.trusted_proxies, keys=options.keys, is_insecure=options.is_insecure)
     check_strategy(recipe.strategy.name)
     check_folder(options.folder, recipe, resume=resume)
     check_communication(recipe)
@@ -190,15 +201,17 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
 
 
 def _superlink(options: CoordinatorOptions, folder: Path) -> Child:
-    host, port = split_address(options.address)
     command = [
         sys.executable,
         "-m",
         "orchard.engine.superlink",
+        "--public",
+        options.address,
+        *(part for one in options.trusted_proxies for part in ("--trusted-proxy", one)),
         "--host",
-        host,
+        "127.0.0.1",
         "--port",
-        str(port),
+        str(options.own_port),
         "--disable-runtime-dependency-installation",
     ]
     if options.keys:
@@ -224,14 +237,14 @@ def _write_connection(options: CoordinatorOptions, home: Path) -> None:
         if options.keys
         else "insecure = true"
     )
-    own = f'[superlink.own]\naddress = "{own_address(options.address)}"\n{security}\n'
+    own = f'[superlink.own]\naddress = "{options.own_address}"\n{security}\n'
     text = f'[superlink]\ndefault = "own"\n\n{own}'
     write_atomically(home / "config.toml", text.encode())
 
 
 def _wait_for(address: str) -> bool:
     """Wait until somebody listens, and say whether somebody does."""
-    own = split_address(own_address(address))
+    own = split_address(address)
     end = time.monotonic() + _START_SECONDS
     while time.monotonic() < end:
         try:
@@ -244,7 +257,7 @@ def _wait_for(address: str) -> bool:
 
 def _make_ready(options: CoordinatorOptions) -> bool:
     """Wait for the SuperLink and tell it the keys of the sites; a new one knows none."""
-    if not _wait_for(options.address):
+    if not _wait_for(options.own_address):
         return False
     if not options.keys:
         return True
@@ -252,7 +265,7 @@ def _make_ready(options: CoordinatorOptions) -> bool:
 
     try:
         register_nodes(
-            own_address(options.address),
+            options.own_address,
             authority=options.keys / AUTHORITY,
             keys=site_keys(options.keys),
         )

@@ -12,7 +12,7 @@ from orchard.recipe.reading import known_options, option_value
 
 CLIENTS = "clients"
 LIMITS: Mapping[str, float] = {
-    "model.num_threads": os.cpu_count() or 1,
+    "model.num_threads": max(os.cpu_count() or 1, 64),
     "model.lora_rank": 512,
     "data.max_tokens": 16_384,
     "strategy.graft_rank": 512,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from orchard.communication.readable import readable
 from orchard.deployment.consent import SiteSettings
 from orchard.deployment.limits import LIMITS
+from orchard.deployment.terms import term_keys
 from orchard.experiment.methods import check_strategy, has_part
 from orchard.experiment.planning import ClientPlan, make_plan
 from orchard.experiment.preparation import Experiment
@@ -71,20 +72,18 @@ def _asked(recipe: Recipe) -> list[str]:
 
 def _read(experiment: Experiment, settings: SiteSettings) -> list[str]:
     recipe, data = experiment.recipe, experiment.recipe.data
-    columns = {
-        name: getattr(data, name)
-        for name in ("instruction", "context", "response", "category", "wording", "labels")
-    }
-    asked = {name: value for name, value in columns.items() if value}
-    if data.options:
-        asked["options"] = data.options
-    if data.wording:
-        del asked["instruction"]
+    said = {key: option_value(recipe, key) for key in term_keys()}
+    before = {key: option_value(Recipe(), key) for key in term_keys()}
     entries = [
         f"{data.path}: {len(experiment.train[settings.name])} rows to train on, "
         f"{len(experiment.test[settings.name])} held out",
-        *(f"{name}: {readable(value)}" for name, value in asked.items()),
-        f"template {data.template}, at most {data.max_tokens} tokens a row",
+        f"the columns {data.instruction}, {data.context}, {data.response} and {data.category}, "
+        f"where they are, by the template {data.template}",
+        *(
+            f"{key} = {readable(format_value(value))}"
+            for key, value in said.items()
+            if value != before[key]
+        ),
     ]
     for what, path in (
         ("calibration", recipe.strategy.calibration_path),

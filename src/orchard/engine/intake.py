@@ -11,6 +11,7 @@ from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.channel import Channel
 from orchard.communication.messages import Update
 from orchard.communication.readable import readable
+from orchard.communication.refusals import explain
 from orchard.engine.evaluations import Ranges, measured_ranges
 from orchard.engine.exchange import Answer
 from orchard.engine.inbox import Arrived, Inbox
@@ -92,6 +93,8 @@ class Intake:
             reply = self._read(answer, is_last=is_last)
             if isinstance(reply, door.LacksValues):
                 return Taken(lacks_values=True)
+            if reply.changed:
+                self._note_changes(answer.site, asked.round_number, reply.changed)
             check_measured(reply.evaluation, models=asked.models, metrics=self.ranges)
             if not asked.trains:
                 return Taken(reply)
@@ -111,6 +114,11 @@ class Intake:
         )
         return Taken(reply, arrived.weighed(norm, max(update.weight.values(), default=0.0)))
 
+    def _note_changes(self, site: str, round_number: int, what: Collection[str]) -> None:
+        """Write down that a site says of itself that something is not as it was."""
+        self.audit.write("changed", site=site, round=round_number, what=list(what))
+        log.warning("round %d, %s: changed since: %s", round_number, site, ", ".join(what))
+
     def _read(self, answer: Answer, *, is_last: bool) -> door.RoundDone | door.LacksValues:
         if answer.failure:
             raise ValueError(answer.failure)
@@ -118,7 +126,7 @@ class Intake:
         if reply.site not in (None, answer.site):
             raise ValueError(f"site must be {answer.site}, who was asked, got {reply.site}")
         if isinstance(reply, door.Refused):
-            raise ValueError(f"{reply.refused} ({reply.option})" if reply.option else reply.refused)
+            raise ValueError(explain(reply.refused, reply.option))
         if isinstance(reply, door.LacksValues):
             if is_last:
                 raise ValueError("site must read whole values, got an answer that it lacks some")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from orchard.communication import door
 from orchard.communication.readable import readable
+from orchard.communication.refusals import explain
 from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
 from orchard.engine.intake import Intake
 from orchard.engine.progress import Reporter
@@ -83,7 +84,7 @@ def _read(answer: Answer, known: Mapping[str, int | None]) -> int | None:
     """
     reply = door.read_join_reply(answer.header)
     if isinstance(reply, door.Refused):
-        raise ValueError(f"{reply.refused} ({reply.option})" if reply.option else reply.refused)
+        raise ValueError(explain(reply.refused, reply.option))
     if reply.site != answer.site:
         raise ValueError(f"site must be {answer.site}, who was asked, got {reply.site}")
     before = known.get(answer.site)

@@ -2,19 +2,27 @@
 
 Flower's SuperLink serves three interfaces on one port: the fleet's, for SuperNodes, which can ask
 for their keys; the control interface, which registers nodes and starts apps; and the runtime's,
-for its own processes. The last two ask for nothing by default. Here they answer this machine
-alone, and other machines reach the fleet's interface and no more.
+for its own processes. The last two ask for nothing by default.
 
-Run as ``python -m orchard.engine.superlink`` with the arguments of ``flower-superlink``.
+Here it listens twice: at a port of the loopback device, where everything is served, and at the
+public address, where the fleet's interface is and no more. Which of the two a request came in by is
+known from its socket. Where it came from is not: behind a proxy on this machine every stranger
+comes from here. So nothing is granted to a caller's address, and a request that says it was
+forwarded is refused unless it comes from a proxy that the owner trusts.
+
+Run as ``python -m orchard.engine.superlink --public HOST:PORT`` with the arguments of
+``flower-superlink``, which are about the port of the loopback device.
 """
 
 from __future__ import annotations
 
+import argparse
 import ipaddress
 import logging
 import socket
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,14 +34,34 @@ from flwr.superlink.main import create_app
 log = logging.getLogger(__name__)
 _FLEET = "/v1/fleet/"
 _SAY_AGAIN_SECONDS, _MAX_HOSTS = 60.0, 1000
+# What proxies add, each in its own way; one that adds nothing reaches the public port like anybody.
+_FORWARDED = frozenset(
+    {
+        *(b"forwarded", b"via", b"x-real-ip", b"x-client-ip", b"x-cluster-client-ip"),
+        *(b"x-original-forwarded-for", b"x-envoy-external-address", b"true-client-ip"),
+        *(b"cf-connecting-ip", b"fastly-client-ip", b"client-ip", b"x-proxyuser-ip"),
+    }
+)
 
 
-class FleetOnly:
-    """Wraps an ASGI app: from other machines, only the fleet's paths are served."""
+class FrontDoor:
+    """Wraps an ASGI app: at the public port, only the fleet's paths are served."""
 
-    def __init__(self, app: Any) -> None:
-        """Guard ``app``."""
-        self._app = app
+    def __init__(
+        self,
+        app: Any,
+        *,
+        own_port: int,
+        trusted: Sequence[ipaddress.IPv4Network | ipaddress.IPv6Network] = (),
+    ) -> None:
+        """Guard ``app``.
+
+        Args:
+            app: Serves everything.
+            own_port: Of the loopback device, where this machine's own processes call.
+            trusted: Where proxies call from whose requests may say that they were forwarded.
+        """
+        self._app, self._own_port, self._trusted = app, own_port, trusted
         self._said: dict[str, float] = {}
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -45,23 +73,23 @@ class FleetOnly:
         await send({"type": "http.response.start", "status": 403, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
-    @staticmethod
-    def _may_pass(scope: Mapping[str, Any]) -> bool:
+    def _may_pass(self, scope: Mapping[str, Any]) -> bool:
+        is_forwarded = any(
+            name.lower() in _FORWARDED or name.lower().startswith(b"x-forwarded")
+            for name, _ in scope.get("headers") or ()
+        )
+        host, port = (scope.get("server") or ("", None))[:2]
+        if port == self._own_port and _is_loopback(host):
+            return not is_forwarded
+        if is_forwarded and not self._is_trusted((scope.get("client") or ("",))[0]):
+            return False
         # Paths with dots or doubled slashes are for nobody's good.
         path = str(scope.get("path", ""))
-        if path.startswith(_FLEET) and ".." not in path and "//" not in path:
-            return True
-        host = (scope.get("client") or ("",))[0]
-        try:
-            own = ipaddress.ip_address(host)
-            # How a socket for both families shows a caller of the older one.
-            own = getattr(own, "ipv4_mapped", None) or own
-            if own.is_loopback:
-                return True
-            # Who calls from the address that is called is this machine too.
-            return bool(host == (scope.get("server") or ("",))[0])
-        except ValueError:
-            return False
+        return path.startswith(_FLEET) and ".." not in path and "//" not in path
+
+    def _is_trusted(self, host: str) -> bool:
+        address = _address(host)
+        return address is not None and any(address in network for network in self._trusted)
 
     def _look_at_clock(self, scope: Mapping[str, Any]) -> None:
         """Say so where Flower will not let a site in because of its clock: it gives no reason."""
@@ -117,21 +145,42 @@ def listening(host: str, port: int) -> socket.socket:
     return socket.create_server((host, port), family=family, dualstack_ipv6=is_both)
 
 
+def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    # How a socket for both families shows a caller of the older one.
+    return getattr(address, "ipv4_mapped", None) or address
+
+
+def _is_loopback(host: str) -> bool:
+    address = _address(host)
+    return address is not None and address.is_loopback
+
+
+def server_of(app: Any, **options: Any) -> uvicorn.Server:
+    """Return what serves an app, and takes the caller for who called."""
+    # With proxy_headers, whoever a header names would be the caller.
+    config = uvicorn.Config(app, log_level="warning", workers=1, proxy_headers=False, **options)
+    return uvicorn.Server(config)
+
+
 def main() -> None:
-    """Serve until stopped, by the arguments of ``flower-superlink``."""
+    """Serve until stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--public", required=True)
+    parser.add_argument("--trusted-proxy", action="append", default=[])
+    given, rest = parser.parse_known_args()
+    sys.argv[1:] = rest  # what is left is Flower's, which reads it from there
     config = _parse_superlink_lifespan_config()
-    own = uvicorn.Config(
-        FleetOnly(create_app(config, SuperLinkLifespan)),
-        log_level="warning",
-        ssl_keyfile=config.ssl_keyfile,
-        ssl_certfile=config.ssl_certfile,
-        workers=1,
-    )
-    sockets = [listening(config.host, config.port)] if config.host == "::" else None
-    if sockets is None:
-        own.host, own.port = config.host, config.port
-    uvicorn.Server(own).run(sockets=sockets)
+    trusted = tuple(ipaddress.ip_network(one) for one in given.trusted_proxy)
+    host, _, port = given.public.rpartition(":")
+    served = FrontDoor(create_app(config, SuperLinkLifespan), own_port=config.port, trusted=trusted)
+    sockets = [listening(host.strip("[]"), int(port)), listening(config.host, config.port)]
+    server = server_of(served, ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile)
+    server.run(sockets=sockets)
 
 
 if __name__ == "__main__":
