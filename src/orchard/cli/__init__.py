@@ -111,6 +111,8 @@ def run(
         result = execute(prepared, progress=choose_reporter(console), warn=note)
     console.print(result.table())
     console.print(run_sentence(result.record, folder), highlight=False)
+    for text in result.notes:
+        note(text)
 
 
 @app.command("resume")
@@ -358,7 +360,7 @@ def compare(
             console.print(comparisons.comparison_table(found, console))
             if found.differing:
                 print(f"runs differ in {', '.join(found.differing)}")
-        for note in found.notes:
+        for note in (*found.incomparable, *found.notes):
             print(f"note: {note}", file=sys.stderr)
 
 

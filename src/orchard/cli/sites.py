@@ -58,6 +58,8 @@ def coordinate(
     console = make_console()
     console.print(result_table(result))
     console.print(run_sentence(result, folder), highlight=False)
+    for text in result["notes"]:
+        console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
 
 
 def site(
