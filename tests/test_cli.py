@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from federations import QUICK
-from orchard.catalog import find_recipe
+from orchard.catalog import find_recipe, recipe_name
 from orchard.cli import app
 from orchard.cli.sites import log_to_stderr
 from orchard.recipe.reading import known_options, option_value, read_recipe
@@ -322,7 +322,24 @@ def test_ls_names_every_method_and_recipe() -> None:
     assert result.exit_code == 0
     assert all(name in result.output for name in METHODS)
     assert len(list_recipes()) > 20
-    assert all(path.stem in result.output for path in list_recipes())
+    for path in list_recipes():
+        assert f" {recipe_name(path)} " in result.output
+        assert find_recipe(Path(recipe_name(path))) == path
+
+
+def test_ls_fits_60_columns_with_whole_names_and_loads_no_torch() -> None:
+    from orchard.catalog import list_recipes
+    from orchard.recipe.method_options import BUILT_IN
+
+    code = "import sys; from orchard.catalog import print_catalog; print_catalog()\n"
+    code += "assert not {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)"
+    environment = {**os.environ, "COLUMNS": "60"}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    ).stdout
+    assert max(map(len, shown.splitlines())) <= 60
+    for name in (*BUILT_IN, *map(recipe_name, list_recipes())):
+        assert f" {name} " in shown
 
 
 def test_import_loads_neither_torch_nor_transformers_and_help_is_quick() -> None:

@@ -204,3 +204,52 @@ def test_the_command_prints_one_form(three_seeds: list[Path]) -> None:
 def test_the_default_recipe_can_be_compared(tmp_path: Path) -> None:
     write_run(tmp_path / "run")
     assert compare_runs([tmp_path / "run"]).rows[0].strategy == Recipe().strategy.name
+
+
+ALIKE = {"base_digest": "b", "test_digest": "t"}
+
+
+def test_runs_on_one_base_and_one_test_are_ranked_without_a_word(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "one", **ALIKE),
+        write_run(tmp_path / "two", "strategy.name=local", **ALIKE),
+    ]
+    assert compare_runs(runs).incomparable == ()
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [
+        ({"base_digest": "c"}, "the base model is not the same, so these are not to be ranked"),
+        ({"test_digest": "u"}, "the test data is not the same, so these are not to be ranked"),
+        ({"test_digest": None}, "whether the test data is the same is not known of"),
+    ],
+)
+def test_runs_that_cannot_be_ranked_say_so(
+    facts: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    one, two = (
+        write_run(tmp_path / "one", **ALIKE),
+        write_run(tmp_path / "two", "strategy.name=local", **{**ALIKE, **facts}),
+    )
+    (sentence,) = compare_runs([one, two]).incomparable
+    assert words in sentence
+    assert str(two) in sentence
+    shown = CliRunner().invoke(app, ["compare", str(one), str(two)])
+    assert shown.exit_code == 0
+    assert words in " ".join(shown.stderr.split())
+    as_json = json.loads(CliRunner().invoke(app, ["compare", "--json", str(one), str(two)]).stdout)
+    assert as_json["incomparable"] == [sentence]
+
+
+def test_a_test_drawn_by_the_seed_is_compared_seed_by_seed(tmp_path: Path) -> None:
+    def write(method: str, seed: int, test: str) -> Path:
+        changes = (f"seed={seed}", f"strategy.name={method}")
+        return write_run(tmp_path / f"{method}{seed}", *changes, base_digest="b", test_digest=test)
+
+    flex, local = ([write(m, 0, "t0"), write(m, 1, "t1")] for m in ("flex", "local"))
+    assert compare_runs([*flex, *local]).incomparable == ()
+    # The same seed with another test, and no seed in common.
+    assert compare_runs([*flex, write("fedavg", 1, "other")]).incomparable
+    assert compare_runs([*flex, write("fedprox", 2, "t2")]).incomparable
+    assert compare_runs([*flex, write("fedadam", 3, "t1")]).incomparable

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +15,7 @@ from rich.text import Text
 
 from orchard.engine.progress import make_console
 from orchard.recipe.describing import Scalar
+from orchard.recipe.method_options import BUILT_IN, OWN_METHODS
 from orchard.recipe.reading import Resolved, format_value, known_options, option_value, read_recipe
 
 _TABLE_WIDTH = 100  # below it five columns are too narrow to read
@@ -71,16 +73,20 @@ def list_recipes() -> list[Path]:
 
 
 def print_catalog() -> None:
-    """Print methods, families and recipes."""
-    from orchard.experiment.methods import METHODS
-    from orchard.experiment.own_methods import offered
-
+    """Print methods, families and recipes, each by the name that is typed; no torch is loaded."""
     console = make_console()
-    methods = Table("method", "what it is", "source", title="Methods", title_justify="left")
-    for name, method in METHODS.items():
-        methods.add_row(name, method.about, method.source)
-    for name in offered():
-        methods.add_row(name, *_about_own(name))
+    listed = dict(BUILT_IN)
+    # What a package offers is imported to be described, and that takes as long as a run's start.
+    for point in entry_points(group=OWN_METHODS):
+        listed[point.name] = _about_own(point.name)
+    is_narrow = console.width < _TABLE_WIDTH
+    methods = Table(title="Methods", title_justify="left")
+    methods.add_column("method", no_wrap=True)
+    methods.add_column("what it is")
+    if not is_narrow:
+        methods.add_column("source")
+    for name, (about, source) in listed.items():
+        methods.add_row(name, *((about,) if is_narrow else (about, source)))
     console.print(methods)
     console.print(
         "Methods join by +, such as flex+fedadam: at most one server optimizer and one way to fit "
@@ -89,11 +95,22 @@ def print_catalog() -> None:
     )
     console.print("[bold]Model families[/bold] that the parity tests cover:", highlight=False)
     console.print(f"  {', '.join(FAMILIES)}\n", highlight=False)
-    recipes = Table("recipe", "method", "partition", title="Recipes", title_justify="left")
+    recipes = Table(title="Recipes: orchard run NAME", title_justify="left")
+    recipes.add_column("name", no_wrap=True)
+    recipes.add_column("method")
+    if not is_narrow:
+        recipes.add_column("partition")
     for path in list_recipes():
         recipe = read_recipe(path).recipe
-        recipes.add_row(str(path), recipe.strategy.name, recipe.data.partition)
+        cells = (recipe_name(path), recipe.strategy.name, recipe.data.partition)
+        recipes.add_row(*(cells[:2] if is_narrow else cells))
     console.print(recipes)
+
+
+def recipe_name(path: Path) -> str:
+    """Return the name by which ``find_recipe`` finds a recipe of ``list_recipes``."""
+    inside = next(path.relative_to(top) for top in recipe_folders() if path.is_relative_to(top))
+    return inside.with_suffix("").as_posix()
 
 
 def _about_own(name: str) -> tuple[str, str]:

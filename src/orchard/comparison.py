@@ -96,11 +96,13 @@ class Comparison:
         rows: In the order of their first runs.
         differing: Options, other than the seed, that are not the same in all runs.
         notes: Why runs that might be one row are not.
+        incomparable: Why rows cannot be ranked: another base, other test data, or not known.
     """
 
     rows: tuple[Row, ...]
     differing: tuple[str, ...]
     notes: tuple[str, ...]
+    incomparable: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> list[str]:
@@ -145,7 +147,43 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         for key in known_options()
         if key != "seed" and len({option_value(recipe, key) for recipe in recipes}) > 1
     )
-    return Comparison(tuple(rows), differing, tuple(notes))
+    return Comparison(tuple(rows), differing, tuple(notes), _incomparable(read))
+
+
+def _incomparable(read: Sequence[_Read]) -> tuple[str, ...]:
+    """Return sentences on what runs must share to be ranked, and do not.
+
+    A seed draws a test split too, so test data is compared between runs of one seed; runs without
+    any seed in common were measured on different examples unless they have one test set.
+    """
+    sentences = []
+    for key, what in (("base_digest", "the base model"), ("test_digest", "the test data")):
+        found: dict[str, list[_Read]] = {}
+        for run in read:
+            found.setdefault(run.result.get(key) or "", []).append(run)
+        unknown = found.pop("", [])
+        if _differ(found, is_drawn=key == "test_digest"):
+            groups = "; ".join(", ".join(run.name for run in runs) for runs in found.values())
+            sentences.append(f"{what} is not the same, so these are not to be ranked: {groups}")
+        if unknown and len(read) > 1:
+            names = ", ".join(run.name for run in unknown)
+            sentences.append(f"whether {what} is the same is not known of {names}")
+    return tuple(sentences)
+
+
+def _differ(found: Mapping[str, Sequence[_Read]], *, is_drawn: bool) -> bool:
+    """Say whether runs with different digests should have had one."""
+    if len(found) < 2 or not is_drawn:
+        return len(found) > 1
+    by_seed: dict[int, set[str]] = {}
+    by_row: dict[object, set[int]] = {}
+    for digest, runs in found.items():
+        for run in runs:
+            by_seed.setdefault(run.result["seed"], set()).add(digest)
+            by_row.setdefault(_key(run), set()).add(run.result["seed"])
+    seeds = list(by_row.values())
+    is_apart = any(not one & other for one in seeds for other in seeds)
+    return is_apart or any(len(digests) > 1 for digests in by_seed.values())
 
 
 def _read(folder: Path, notes: list[str]) -> _Read:

@@ -13,6 +13,7 @@ from typing import Any
 from rich.table import Table
 
 from orchard.data.examples import Example
+from orchard.endings import ending_notes, graft_record
 from orchard.evaluation.quality import METRICS, STDERR
 from orchard.evaluation.rouge import summarize
 from orchard.results import MetricsLog
@@ -40,6 +41,7 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     seconds = math.fsum(line["round/seconds"] for line in rounds)
     overhead = math.fsum(line["round/overhead_seconds"] for line in rounds)
     metrics = _latest_metrics(lines)
+    losses, grafts = [line.get("round/train_loss") for line in rounds], graft_record(lines)
     return {
         **facts,
         "num_rounds": len(rounds),
@@ -54,7 +56,9 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         "peak_memory_bytes": max((line["round/peak_memory_bytes"] for line in rounds), default=0),
         "uplink_bytes_per_round": [line["round/uplink_bytes"] for line in rounds],
         "downlink_bytes_per_round": [line["round/downlink_bytes"] for line in rounds],
-        "train_loss_per_round": [line.get("round/train_loss") for line in rounds],
+        "train_loss_per_round": losses,
+        **({"grafts": grafts} if grafts else {}),
+        "notes": ending_notes(losses, grafts, learning_rate=facts.get("learning_rate")),
         "metrics": metrics,
         "summary": _summarize(
             metrics, has_central_test=facts.get("data", {}).get("has_central_test", False)

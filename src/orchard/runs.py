@@ -80,6 +80,11 @@ class Result:
         """SHA-256 of the final global tree: two runs with the same one are the same."""
         return str(self.record["shared_digest"])
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a person should know of how the run went, such as a loss that hardly moved."""
+        return tuple(self.record.get("notes", ()))
+
     def table(self) -> Table:
         """Return a row per model, a column per client, then mean, worst client and spread."""
         from orchard.reports import result_table

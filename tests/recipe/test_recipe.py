@@ -119,7 +119,7 @@ def test_a_list_is_refused(write: Write) -> None:
     [
         ("server.rounds=0", "server.rounds must be at least 1, got 0"),
         ("seed=-1", "seed must be at least 0, got -1"),
-        ("client.lr=0", "client.lr must be above 0, got 0.0"),
+        ("client.lr=-1", "client.lr must be at least 0, got -1.0"),
         ("model.lora_dropout=1.0", "model.lora_dropout must be at most 0.99, got 1.0"),
         ("server.dampening=0.0", "server.dampening must be above 0, got 0.0"),
         ("server.dampening=1.5", "server.dampening must be at most 1, got 1.5"),

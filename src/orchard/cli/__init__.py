@@ -113,6 +113,8 @@ def run(
         result = execute(prepared, progress=choose_reporter(console), warn=note)
     print_table(console, result.table(), num_keys=2)
     console.print(run_sentence(result.record, folder), highlight=False)
+    for text in result.notes:
+        note(text)
 
 
 @app.command("resume")
@@ -362,7 +364,7 @@ def compare(
             console.print(comparisons.comparison_table(found, console))
             if found.differing:
                 print(f"runs differ in {', '.join(found.differing)}")
-        for note in found.notes:
+        for note in (*found.incomparable, *found.notes):
             print(f"note: {note}", file=sys.stderr)
 
 

@@ -65,6 +65,8 @@ def coordinate(
     console = make_console()
     print_table(console, result_table(result), num_keys=2)
     console.print(run_sentence(result, folder), highlight=False)
+    for text in result["notes"]:
+        console.print(f"note: {text}", style="yellow", highlight=False, markup=False)
 
 
 def site(

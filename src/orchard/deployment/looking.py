@@ -62,7 +62,8 @@ def _asked(recipe: Recipe) -> list[str]:
     return [
         f"method {readable(recipe.strategy.name)} on {recipe.model.path}",
         f"{recipe.server.rounds} rounds of {length} of {client.batch_size} x "
-        f"{client.grad_accumulation} rows, {client.optimizer}, learning rate {client.lr:g}",
+        f"{client.grad_accumulation} rows, {client.optimizer}, learning rate "
+        f"{client.lr:g}" + (" (by the model's width)" if client.lr == 0 else ""),
         f"measures {readable(recipe.evaluation.metrics)} of {readable(models)}, {often}after the "
         "last round"
         if models

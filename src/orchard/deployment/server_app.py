@@ -23,6 +23,7 @@ from orchard.experiment.run_folder import (
     recorded_as,
 )
 from orchard.experiment.running import build_schedule, load_model
+from orchard.experiment.settings import learning_rate
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import load_tokenizer, threads
 from orchard.recipe.options import Recipe
@@ -73,9 +74,15 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
     with threads(recipe.model.num_threads):
         model = load_model(recipe, tokenizer)
         fresh, base_digest = dict(model.fresh), model.base_digest
+        rate = learning_rate(recipe, model.view)
         del model
         coordinator = build_coordinator(
-            recipe, folder, run=facts["run"], base_digest=base_digest, num_sites=facts["num_sites"]
+            recipe,
+            folder,
+            run=facts["run"],
+            base_digest=base_digest,
+            num_sites=facts["num_sites"],
+            rate=rate,
         )
 
         def begin(num_clients: int) -> tuple[Strategy, ServerState]:
@@ -89,6 +96,8 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             **facts_of(recorded_as(recipe)),
             # The data is at the sites, and of what it is nothing leaves them.
             "data_digest": None,
+            "test_digest": None,
+            "learning_rate": rate,
             "base_digest": base_digest,
             "shared_digest": digest(state.shared),
             "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
@@ -100,12 +109,18 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
 
 
 def build_coordinator(
-    recipe: Recipe, folder: Path, *, run: str, base_digest: str, num_sites: int
+    recipe: Recipe,
+    folder: Path,
+    *,
+    run: str,
+    base_digest: str,
+    num_sites: int,
+    rate: float | None = None,
 ) -> Coordinator:
     """Return what runs the rounds of a recipe."""
     options = recipe.deployment
     return Coordinator(
-        schedule=build_schedule(recipe),
+        schedule=build_schedule(recipe, rate=rate),
         channel=build_channel(recipe),
         seeds=Seeds(recipe.seed),
         folder=folder,

@@ -52,7 +52,7 @@ from orchard.experiment.own_methods import import_from, own_digests
 from orchard.experiment.preparation import Experiment, Seat, data_notes, prepare_experiment
 from orchard.experiment.run_folder import folder_name, recipe_digest
 from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
-from orchard.experiment.settings import lora_settings
+from orchard.experiment.settings import learning_rate, lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
 from orchard.models.trainable.adapters import AdaptedModel
@@ -348,7 +348,13 @@ class SiteWorker:
         for sentence in slow_ways_of(experiment, model):
             log.warning("%s", sentence)
         (client,) = build_clients(experiment, model, folder)
-        return _Session(recipe, client, strategy, build_channel(recipe), build_schedule(recipe))
+        return _Session(
+            recipe,
+            client,
+            strategy,
+            build_channel(recipe),
+            build_schedule(recipe, rate=learning_rate(recipe, model.view)),
+        )
 
     def _pin_data(self, run: str, experiment: Experiment) -> Path:
         """Return the folder of a run, with which this site takes part with the same data alone."""

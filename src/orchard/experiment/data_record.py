@@ -31,6 +31,7 @@ class DataDigest:
         own: Client id to SHA-256 over its own training and test examples alone.
         shared: What all clients hold, by the option that names it, to its SHA-256.
         sizes: Client id to the numbers of its ``train`` and ``test`` examples.
+        test: SHA-256 of what models are measured on: all clients' test examples, and retention.
     """
 
     overall: str
@@ -38,6 +39,7 @@ class DataDigest:
     own: Mapping[str, str] = field(default_factory=dict)
     shared: Mapping[str, str] = field(default_factory=dict)
     sizes: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    test: str = ""
 
 
 def data_digest(
@@ -83,6 +85,10 @@ def data_digest(
             "strategy.calibration_path": of(calibration),
         },
         sizes=sizes,
+        test=_sha256(
+            *(part for client in own for part in (client, of(federation.test[client]))),
+            of(retention),
+        ),
     )
 
 

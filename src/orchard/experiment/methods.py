@@ -13,7 +13,7 @@ from orchard.experiment.own_methods import Transform, as_method, find_own, offer
 from orchard.experiment.parts import PARTS, Method
 from orchard.experiment.settings import graft_settings, subset_settings
 from orchard.experts.graft_search import SearchSettings
-from orchard.recipe.method_options import method_names
+from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.recipe.options import Recipe
 from orchard.server.optimizers import SGD
 from orchard.server.robust import MIN_CONTRIBUTORS, RobustSettings, robust_aggregate
@@ -102,83 +102,65 @@ def _scaffold(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "fedavg": Method(
-            "weighted mean of what clients send",
-            "McMahan et al., 2017, arXiv:1602.05629",
+            *BUILT_IN["fedavg"],
             "server",
             lambda strategy, recipe, num_clients: strategy,
         ),
-        "fedavgm": Method(
-            "server momentum", "Hsu et al., 2019, arXiv:1909.06335", "server", _fedavgm
-        ),
+        "fedavgm": Method(*BUILT_IN["fedavgm"], "server", _fedavgm),
         "fedadagrad": Method(
-            "server Adagrad",
-            "Reddi et al., 2021, arXiv:2003.00295",
+            *BUILT_IN["fedadagrad"],
             "server",
             _adaptive("adagrad"),
         ),
-        "fedadam": Method(
-            "server Adam", "Reddi et al., 2021, arXiv:2003.00295", "server", _adaptive("adam")
-        ),
-        "fedyogi": Method(
-            "server Yogi", "Reddi et al., 2021, arXiv:2003.00295", "server", _adaptive("yogi")
-        ),
+        "fedadam": Method(*BUILT_IN["fedadam"], "server", _adaptive("adam")),
+        "fedyogi": Method(*BUILT_IN["fedyogi"], "server", _adaptive("yogi")),
         "fedprox": Method(
-            "clients are pulled to the global values",
-            "Li et al., 2020, arXiv:1812.06127",
+            *BUILT_IN["fedprox"],
             "objective",
             lambda strategy, recipe, num_clients: fedprox(strategy, mu=recipe.strategy.prox_mu),
         ),
         "hfedmoe": Method(
-            "clients train the experts that they can afford",
-            "Fang et al., 2026, arXiv:2601.00583",
+            *BUILT_IN["hfedmoe"],
             "budget",
             _hfedmoe,
         ),
         "fedavg_dropout": Method(
-            "clients that cannot afford all experts drop out",
-            "the reference of Fang et al., 2026, arXiv:2601.00583",
+            *BUILT_IN["fedavg_dropout"],
             "budget",
             lambda strategy, recipe, num_clients: fedavg_dropout(strategy),
         ),
         "fedavg_random": Method(
-            "clients train random experts",
-            "the control of Fang et al., 2026, arXiv:2601.00583",
+            *BUILT_IN["fedavg_random"],
             "budget",
             _with_subset(fedavg_random),
         ),
         "pflmoe": Method(
-            "clients train and send the experts that they use most",
-            "Guo et al., 2020, arXiv:2012.15589, as arXiv:2601.00583 describes it",
+            *BUILT_IN["pflmoe"],
             "budget",
             _with_subset(pflmoe),
         ),
         "fedmoe": Method(
-            "a submodel of the most used experts for each client",
-            "Mei et al., 2024, arXiv:2408.11304",
+            *BUILT_IN["fedmoe"],
             "budget",
             _with_subset(fedmoe),
         ),
         "seermoe": Method(
-            "clients prune experts and train sharper routers",
-            "Muzio et al., 2024, arXiv:2404.05089",
+            *BUILT_IN["seermoe"],
             "budget",
             _seermoe,
         ),
         "flex": Method(
-            "a personal expert grafted beside the frozen ones",
-            "Liu et al., 2025, arXiv:2506.00965",
+            *BUILT_IN["flex"],
             "experts",
             _flex,
         ),
         "scaffold": Method(
-            "control variates against client drift",
-            "Karimireddy et al., 2020, arXiv:1910.06378",
+            *BUILT_IN["scaffold"],
             "control",
             _scaffold,
         ),
         "local": Method(
-            "no aggregation: every client alone",
-            "the reference that a federation has to beat",
+            *BUILT_IN["local"],
             "sharing",
             lambda strategy, recipe, num_clients: local(strategy),
         ),

@@ -21,10 +21,11 @@ from types import ModuleType
 from typing import Any, TypeAlias
 
 from orchard.experiment.parts import Method
+from orchard.recipe.method_options import OWN_METHODS
 from orchard.recipe.options import Recipe
 from orchard.strategies.strategy import Strategy
 
-GROUP = "orchard.methods"
+GROUP = OWN_METHODS
 """The group of entry points that installed packages offer methods in."""
 
 Transform: TypeAlias = Callable[[Strategy], Strategy]

@@ -16,7 +16,7 @@ from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
 from orchard.experiment.holdings import Federation, build_federation, read_elsewhere
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
-from orchard.experiment.settings import lora_settings
+from orchard.experiment.settings import learning_rate, lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import check_checkpoint, check_vocabulary, load_tokenizer
 from orchard.recipe.options import Recipe
@@ -56,12 +56,14 @@ class Plan:
         num_experts: Over all of them.
         clients: In the order of the data.
         notes: What a person should know about the data and the base.
+        learning_rate: Of the first round.
     """
 
     num_layers: int
     num_experts: int
     clients: tuple[ClientPlan, ...]
     notes: tuple[str, ...] = ()
+    learning_rate: float = 0.0
 
 
 def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
@@ -108,7 +110,8 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
         )
     base_notes = (*checked.notes, *([unknown] if unknown else []))
     notes = (*federation.notes(), *read_elsewhere(recipe).remarks, *base_notes)
-    return Plan(len(requirements.footprint.layers), num_experts, tuple(clients), notes)
+    layers, rate = len(requirements.footprint.layers), learning_rate(recipe, view)
+    return Plan(layers, num_experts, tuple(clients), notes, rate)
 
 
 def _trainable(requirements: Requirements, budget: int) -> int:
@@ -154,7 +157,10 @@ def _message(recipe: Recipe, requirements: Requirements, experts: int, *, is_upd
 
 def plan_table(plan: Plan) -> Table:
     """Return a plan for people."""
-    title = f"{plan.num_experts} experts in {plan.num_layers} MoE layers"
+    title = (
+        f"{plan.num_experts} experts in {plan.num_layers} MoE layers, "
+        f"learning rate {plan.learning_rate:g}"
+    )
     table = Table("client", title=title, title_justify="left")
     for name in ("examples", "memory", "experts", "trainable", "predicted peak", "up", "down"):
         table.add_column(name, justify="right")
@@ -205,6 +211,7 @@ def plan_as_json(plan: Plan) -> str:
     about = {
         "moe_layers": plan.num_layers,
         "experts": plan.num_experts,
+        "learning_rate": plan.learning_rate,
         "clients": clients,
         "notes": list(plan.notes),
     }

@@ -27,7 +27,7 @@ from orchard.experiment.run_folder import (
     recipe_digest,
     recorded_as,
 )
-from orchard.experiment.settings import lora_settings
+from orchard.experiment.settings import learning_rate, lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
 from orchard.models.stored.loading import load_base, threads
@@ -125,20 +125,25 @@ def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
         model,
         longest=max(len(example.input_ids) for examples in held for example in examples),
         packs=recipe.client.packing,
-        answers=is_evaluated and bool(metrics & {"rouge_l", "exact_match"}),
+        answers=is_evaluated and bool(metrics & {"rouge_l", "chrf", "exact_match"}),
         chooses=is_evaluated and "accuracy" in metrics,
     )
 
 
-def build_schedule(recipe: Recipe) -> Schedule:
-    """Return what happens in which round."""
+def build_schedule(recipe: Recipe, *, rate: float | None = None) -> Schedule:
+    """Return what happens in which round.
+
+    Args:
+        recipe: Every choice.
+        rate: Learning rate of the first round, see ``settings.learning_rate``; None = the recipe's.
+    """
     client, server, evaluation = recipe.client, recipe.server, recipe.evaluation
     return Schedule(
         num_rounds=server.rounds,
         clients_per_round=server.clients_per_round,
         steps=client.steps,
         epochs=client.epochs,
-        lr=client.lr,
+        lr=client.lr if rate is None else rate,
         lr_min=client.lr_min,
         is_cosine=client.schedule == "cosine",
         evaluate_every=evaluation.every,
@@ -217,7 +222,7 @@ def run_experiment(
             method,
             clients,
             start_server(method, model.fresh),
-            schedule=build_schedule(recipe),
+            schedule=build_schedule(recipe, rate=learning_rate(recipe, model.view)),
             channel=build_channel(recipe),
             seeds=seeds,
             folder=folder,
@@ -235,6 +240,8 @@ def run_experiment(
         "base_digest": model.base_digest,
         "base_is_unchanged": digest(model.base_state) == model.base_digest,
         "shared_digest": digest(state.shared),
+        "test_digest": experiment.digest.test,
+        "learning_rate": learning_rate(recipe, model.view),
         "clients": {
             client.client_id: {
                 "num_train": len(client.train),

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from orchard.experts.grafting import GraftSettings
 from orchard.experts.importance import ImportanceSettings
 from orchard.models.trainable.targets import LoraSettings
+from orchard.models.view.moe import MoEView
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.strategies.session import SubsetSettings
+
+_RATE_TIMES_WIDTH = 0.4  # 1.6e-3 at a width of 256, 2e-4 at 2048
+
+
+def learning_rate(recipe: Recipe, view: MoEView) -> float:
+    """Return the learning rate of the first round: the recipe's, or by the model's width.
+
+    ``client.lr = 0`` means 0.4 over the width, to two digits. Under Adam every value moves by about
+    the rate in a step, and what a product over D values changes by grows with D.
+
+    Source: the constant is ours; that the rate goes with one over the width is from Yang et al.,
+    2022, arXiv:2203.03466.
+    """
+    if recipe.client.lr > 0:
+        return recipe.client.lr
+    network: Any = view.model
+    return float(f"{_RATE_TIMES_WIDTH / network.config.get_text_config().hidden_size:.1e}")
 
 
 def graft_settings(recipe: Recipe) -> GraftSettings:

@@ -27,6 +27,7 @@ from orchard.engine.simulator import simulate
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import build_clients, build_schedule, load_model
+from orchard.experiment.settings import learning_rate
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
 from orchard.process_memory import loading_to_stay, peak_memory_bytes, resident_memory_bytes
@@ -86,7 +87,7 @@ def run_rounds(num_clients: int, num_rounds: int) -> dict[str, float]:
                 build_strategy(recipe, num_clients=num_clients),
                 clients,
                 state,
-                schedule=build_schedule(recipe),
+                schedule=build_schedule(recipe, rate=learning_rate(recipe, model.view)),
                 channel=build_channel(recipe),
                 seeds=Seeds(recipe.seed),
                 folder=folder,

@@ -2,24 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from orchard.recipe.describing import option
 
-BUILT_IN = (
-    *("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox", "hfedmoe"),
-    *(
-        "fedavg_dropout",
-        "fedavg_random",
-        "pflmoe",
-        "fedmoe",
-        "seermoe",
-        "flex",
-        "scaffold",
-        "local",
-    ),
+BUILT_IN: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {
+        "fedavg": ("weighted mean of what clients send", "McMahan et al., 2017, arXiv:1602.05629"),
+        "fedavgm": ("server momentum", "Hsu et al., 2019, arXiv:1909.06335"),
+        "fedadagrad": ("server Adagrad", "Reddi et al., 2021, arXiv:2003.00295"),
+        "fedadam": ("server Adam", "Reddi et al., 2021, arXiv:2003.00295"),
+        "fedyogi": ("server Yogi", "Reddi et al., 2021, arXiv:2003.00295"),
+        "fedprox": ("clients are pulled to the global values", "Li et al., 2020, arXiv:1812.06127"),
+        "hfedmoe": (
+            "clients train the experts that they can afford",
+            "Fang et al., 2026, arXiv:2601.00583",
+        ),
+        "fedavg_dropout": (
+            "clients that cannot afford all experts drop out",
+            "the reference of Fang et al., 2026, arXiv:2601.00583",
+        ),
+        "fedavg_random": (
+            "clients train random experts",
+            "the control of Fang et al., 2026, arXiv:2601.00583",
+        ),
+        "pflmoe": (
+            "clients train and send the experts that they use most",
+            "Guo et al., 2020, arXiv:2012.15589, as arXiv:2601.00583 describes it",
+        ),
+        "fedmoe": (
+            "a submodel of the most used experts for each client",
+            "Mei et al., 2024, arXiv:2408.11304",
+        ),
+        "seermoe": (
+            "clients prune experts and train sharper routers",
+            "Muzio et al., 2024, arXiv:2404.05089",
+        ),
+        "flex": (
+            "a personal expert grafted beside the frozen ones",
+            "Liu et al., 2025, arXiv:2506.00965",
+        ),
+        "scaffold": (
+            "control variates against client drift",
+            "Karimireddy et al., 2020, arXiv:1910.06378",
+        ),
+        "local": (
+            "no aggregation: every client alone",
+            "the reference that a federation has to beat",
+        ),
+    }
 )
-"""Methods that come with Orchard; ``experiment/methods.py`` says what they are."""
+"""Methods that come with Orchard, to what each is and where it comes from; what they do is in
+``experiment/methods.py``, which takes longer to import."""
+
+OWN_METHODS = "orchard.methods"
+"""The group of entry points by which installed packages offer methods."""
 
 
 def method_names(name: str) -> tuple[str, ...]:

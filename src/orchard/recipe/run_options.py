@@ -156,7 +156,12 @@ class ClientOptions:
     batch_size: int = option(4, "Examples per micro-batch.", minimum=1)
     grad_accumulation: int = option(1, "Micro-batches per step.", minimum=1)
     optimizer: str = option("adamw", "Made anew each round.", choices=("adamw", "sgd"))
-    lr: float = option(4e-5, "Learning rate of the first round.", above=0)
+    lr: float = option(
+        4e-5,
+        "Learning rate of the first round; 0 = 0.4 over the model's width, which orchard plan and "
+        "result.json say.",
+        minimum=0,
+    )
     lr_min: float = option(1e-6, "Where the cosine ends.", minimum=0)
     schedule: str = option("cosine", "Over rounds.", choices=("cosine", "constant"))
     weight_decay: float = option(0.0, "Of the optimizer.", minimum=0)
