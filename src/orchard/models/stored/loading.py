@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+from orchard.models.stored.alignment import align
 from orchard.models.trainable.targets import LoraSettings, check_targets
 from orchard.models.view.detection import view_config, view_moe
 from orchard.models.view.moe import MoEView
@@ -182,6 +183,7 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
             model: Any = AutoModelForCausalLM.from_pretrained(
                 source, dtype=DTYPES[dtype], experts_implementation="eager", use_safetensors=True
             )
+            align(model)
     except SafetensorError as error:
         raise ValueError(
             f"model.path must hold readable weights, got {path} ({error}); download them again"
