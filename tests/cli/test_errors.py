@@ -180,9 +180,12 @@ def test_a_tokenizer_that_is_none_is_told_before_training(tmp_path: Path) -> Non
 
 
 def test_what_is_written_whole_or_not_at_all_names_its_file_where_no_space_is_left(
-    tmp_path: Path,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / ".result.json.partial").symlink_to(FULL)
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"No space left.*result\.json") as raised:
         write_atomically(tmp_path / "result.json", b"{}")
     assert raised.value.filename == str(tmp_path / "result.json")

@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from federations import quick_recipe, short_first, short_model
+from orchard.communication.audit import read_audit
+from orchard.communication.refusals import Code
 from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.site_worker import SiteWorker
 from orchard.experiment.planning import make_plan, plan_sentences
@@ -273,9 +275,10 @@ def test_damage_is_refused_by_a_site_before_it_loads(name: str, tmp_path: Path) 
     )
     recipe = to_toml(site_recipe("fedavg", data))
     answer, _ = site.handle({"kind": "join", "run": "test", "recipe": recipe}, b"")
-    assert "the recipe must fit this site" in answer["refused"]
+    assert (answer["refused"], answer["option"]) == (Code.DATA, "model.path")
     with pytest.raises(ValueError, match=match):
-        raise ValueError(answer["refused"].removeprefix("the recipe must fit this site: "))
+        (asked,) = read_audit(tmp_path / "store" / "audit.jsonl")
+        raise ValueError(asked["reason"].partition(": ")[2])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from orchard.models.stored.alignment import align
 from orchard.models.stored.completeness import check_complete, check_loaded, extra_note
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.sources import PACKAGED as PACKAGED
@@ -171,10 +172,10 @@ def load_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # whatever a library makes of files that somebody else wrote
-        raise ValueError(f"model.path must hold a tokenizer, got {path} without") from error
+        raise ValueError(_no_tokenizer(path)) from error
     # Some tokenizer classes load from nothing, and then know no token.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
-        raise ValueError(f"model.path must hold a tokenizer, got {path} without")
+        raise ValueError(_no_tokenizer(path))
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer must have an end-of-text token, got none in {path}; "
@@ -183,6 +184,13 @@ def load_tokenizer(path: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _no_tokenizer(path: str) -> str:
+    return (
+        f"model.path must hold a tokenizer, got {path} without; "
+        "download the files of its tokenizer too"
+    )
 
 
 def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
@@ -205,6 +213,7 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
     try:
         with without_reports(), mappings_released(".safetensors"):
             model, found = _load(source, about)
+            align(model)
     except (SafetensorError, OSError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
             f"model.path must lead to a model that loads, got {path} ({first_line(error)}); "
