@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -276,9 +277,8 @@ def test_damage_is_refused_by_a_site_before_it_loads(name: str, tmp_path: Path) 
     recipe = to_toml(site_recipe("fedavg", data))
     answer, _ = site.handle({"kind": "join", "run": "test", "recipe": recipe}, b"")
     assert (answer["refused"], answer["option"]) == (Code.DATA, "model.path")
-    with pytest.raises(ValueError, match=match):
-        (asked,) = read_audit(tmp_path / "store" / "audit.jsonl")
-        raise ValueError(asked["reason"].partition(": ")[2])
+    (entry,) = read_audit(tmp_path / "store" / "audit.jsonl")
+    assert re.search(match, entry["reason"])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
