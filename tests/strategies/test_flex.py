@@ -11,7 +11,7 @@ import torch
 
 from federations import build, quick_recipe
 from orchard.client.client import Client
-from orchard.data.templates import blocks
+from orchard.data.encoded import blocks
 from orchard.experts.graft_search import LayerSearch
 from orchard.experts.grafting import GraftSettings
 from orchard.experts.reconstruction import batch_blocks, read_layers, reconstruction_losses
