@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from orchard.models.stored.alignment import align
 from orchard.models.stored.carving import carve_layer, check_carvable, check_kept, select_rows
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
 from orchard.models.stored.loading import DTYPES, load_config, without_progress_bars
@@ -153,7 +152,6 @@ def _load_dense(
     model.__class__ = model_class
     model.name_or_path = model.config.name_or_path = stored.source
     _set_generation(model, stored.source)
-    align(model)
     return model.to(device).eval().requires_grad_(False), tuple(found)
 
 
