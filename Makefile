@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NEWEST := .venv-newest
+LOWEST := .venv-lowest
+EXTRAS := dev,docs,report,flower,tensorboard,mlflow
+TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all test-deployment mutants bench kill-test check format clean
+.PHONY: demo test test-all test-deployment test-newest test-lowest test-capabilities mutants bench kill-test check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
@@ -19,6 +23,26 @@ test-all: test
 # Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m deployment
+
+# What make test runs, with the newest versions that pyproject.toml allows; torch alone is pinned,
+# because its CPU build is what there is. make clean, or removing .venv-newest, asks for newer ones.
+test-newest: $(NEWEST)/.installed
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 -p no:cacheprovider
+
+# The same with the lowest versions that it allows.
+test-lowest: $(LOWEST)/.installed
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/pytest -n 2 -p no:cacheprovider
+
+# What is promised to the bit, with other instruction sets and numbers of threads.
+PROMISED := tests/engine tests/deployment/test_coordinator.py tests/models/stored
+test-capabilities: $(INSTALLED)
+	for threads in 1 2; do \
+		OMP_NUM_THREADS=$$threads $(BIN)/pytest $(PROMISED) || exit 1; \
+		for capability in default avx2; do \
+			ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=$$threads \
+				$(BIN)/pytest $(PROMISED) || exit 1; \
+		done; \
+	done
 
 # 150 small changes of the source, and whether make test notices each; runs/mutants.json has all.
 mutants: $(INSTALLED)
@@ -52,8 +76,27 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable \
-		".[dev,docs,report,flower,tensorboard,mlflow]"
+		".[$(EXTRAS)]"
 	touch $(INSTALLED)
 
+$(NEWEST)/.installed: pyproject.toml constraints.txt
+	rm -rf $(NEWEST)
+	$(PYTHON) -m venv $(NEWEST)
+	echo "$(TORCH)" > $(NEWEST)/constraints.txt
+	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt torch
+	$(NEWEST)/bin/pip install --quiet --constraint $(NEWEST)/constraints.txt \
+		--editable ".[$(EXTRAS)]"
+	touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints.txt scripts/lowest_versions.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	echo "$(TORCH)" > $(LOWEST)/constraints.txt
+	$(PYTHON) scripts/lowest_versions.py >> $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/pip install --quiet --constraint $(LOWEST)/constraints.txt \
+		--editable ".[$(EXTRAS)]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build site
+	rm -rf $(VENV) $(NEWEST) $(LOWEST) runs build site

@@ -16,7 +16,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from orchard.models.stored.alignment import align
 from orchard.models.stored.carving import carve_layer, check_carvable, check_kept, select_rows
 from orchard.models.stored.completeness import check_loaded
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
@@ -157,7 +156,6 @@ def _load_dense(
     model.__class__ = model_class
     model.name_or_path = model.config.name_or_path = stored.source
     _set_generation(model, stored.source)
-    align(model)
     return model.to(device).eval().requires_grad_(False), tuple(found)
 
 
