@@ -168,14 +168,12 @@ def owned() -> list[str]:
 
 
 @pytest.mark.parametrize("key", owned())
-def test_no_later_request_reads_the_rows_otherwise(key: str, tmp_path: Path) -> None:
-    worker = make_worker(tmp_path, write_rows(tmp_path))
-    worker.handle(join(asked_recipe()), b"")
+def test_no_later_request_reads_the_rows_otherwise(key: str, joined: SiteWorker) -> None:
     later = changed(asked_recipe(), key, other_value(key))
     for run in ("r", "another"):
-        reply, _ = worker.handle(join(later, run=run), b"")
+        reply, _ = joined.handle(join(later, run=run), b"")
         assert reply == {"refused": "terms", "option": key, "site": "north"}
-    reply, _ = worker.handle(round_of(later), task_of(later))
+    reply, _ = joined.handle(round_of(later), task_of(later))
     assert reply["refused"] == "terms"
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ class Saboteur:
         if target == "superlink":
             return _child(coordinator.pid, "orchard.engine.superlink"), ""
         if target == "rounds":
-            address = f"127.0.0.1:{self._federation.port}"
+            address = self._own_address()
             for process in psutil.process_iter(["cmdline"]):
                 command = " ".join(process.info["cmdline"] or ())
                 if "flwr-serverapp" in command and address in command:
@@ -127,6 +128,13 @@ class Saboteur:
             return site, name
         pattern = "flower-supernode" if target == "supernode" else "site_worker"
         return _child(site.pid, pattern), name
+
+    def _own_address(self) -> str:
+        """Return where the coordinator's own processes call; it is drawn at each of its starts."""
+        path = self._run / "flower" / "config.toml"
+        if not path.exists():
+            return "not there yet"
+        return str(tomllib.loads(path.read_text())["superlink"]["own"]["address"])
 
     def _num_rounds(self) -> int:
         lines = MetricsLog(self._run / "metrics.jsonl").read()
