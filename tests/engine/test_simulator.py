@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from federations import QUICK, RECIPES, build, quick_recipe, run_quickly
+from federations import QUICK, RECIPES, build, prepared, quick_recipe, run_quickly
 from orchard.communication import messages
 from orchard.communication.channel import Channel
 from orchard.communication.messages import Task
 from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
+from orchard.evaluation.loss import forward_losses
 from orchard.experiment.data_record import data_digest
 from orchard.experiment.holdings import build_federation, read_retention
 from orchard.experiment.preparation import prepare_experiment
@@ -300,11 +301,27 @@ def test_the_learning_rate_follows_a_cosine_over_rounds() -> None:
     assert rates == sorted(rates, reverse=True)
 
 
-def test_a_failing_client_says_round_and_client(tmp_path: Path) -> None:
-    recipe = quick_recipe("fedavg", "client.lr=1e30", "client.max_grad_norm=0.0", "server.rounds=4")
-    with pytest.raises(FloatingPointError, match=r"lower client\.lr") as caught:
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_failing_client_says_round_and_client(
+    value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rates that are too high overflow where a machine's kernels let them: here the loss does."""
+    recipe = quick_recipe("fedavg", "server.rounds=2", "client.steps=1")
+    third = list(prepared(recipe).train)[2]
+    calls = []
+
+    def overflow(*args: Any, **options: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        calls.append(args)
+        losses_T, router_loss = forward_losses(*args, **options)
+        # Four clients in a round, and one pass each: the third of the second round.
+        return (losses_T * value if len(calls) == 7 else losses_T), router_loss
+
+    monkeypatch.setattr("orchard.client.training.forward_losses", overflow)
+    with pytest.raises(
+        FloatingPointError, match=r"^loss must be finite, .* lower client\.lr"
+    ) as caught:
         run_quickly(tmp_path, recipe)
-    assert any("client" in note and "round" in note for note in caught.value.__notes__)
+    assert caught.value.__notes__ == [f"in round 2, client {third}, local training"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
