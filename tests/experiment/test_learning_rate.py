@@ -23,7 +23,7 @@ def width() -> int:
 
 def test_a_rate_of_0_is_by_the_models_width_and_any_other_stays() -> None:
     for recipe, expected in (
-        (quick_recipe("fedavg", *AUTO), 0.4 / width()),
+        (quick_recipe("fedavg", *AUTO), 0.2 / width()),
         (quick_recipe("fedavg", "client.lr=3e-4"), 3e-4),
     ):
         model = load_model(recipe, prepared(recipe).tokenizer)
@@ -37,7 +37,7 @@ def test_plan_and_result_say_the_rate_that_was_trained_with(tmp_path: Path) -> N
     plan = json.loads(plan_as_json(make_plan(recipe)))
     result = run_quickly(tmp_path / "auto", recipe)
     assert (
-        result["learning_rate"] == plan["learning_rate"] == pytest.approx(0.4 / width(), rel=0.05)
+        result["learning_rate"] == plan["learning_rate"] == pytest.approx(0.2 / width(), rel=0.05)
     )
     given = quick_recipe(
         "fedavg",

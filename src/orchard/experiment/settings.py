@@ -12,13 +12,13 @@ from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.strategies.session import SubsetSettings
 
-_RATE_TIMES_WIDTH = 0.4  # 1.6e-3 at a width of 256, 2e-4 at 2048
+_RATE_TIMES_WIDTH = 0.2  # 7.8e-4 at a width of 256, 9.8e-5 at 2048
 
 
 def learning_rate(recipe: Recipe, view: MoEView) -> float:
     """Return the learning rate of the first round: the recipe's, or by the model's width.
 
-    ``client.lr = 0`` means 0.4 over the width, to two digits. Under Adam every value moves by about
+    ``client.lr = 0`` means 0.2 over the width, to two digits. Under Adam every value moves by about
     the rate in a step, and what a product over D values changes by grows with D.
 
     Source: the constant is ours; that the rate goes with one over the width is from Yang et al.,

@@ -158,7 +158,7 @@ class ClientOptions:
     optimizer: str = option("adamw", "Made anew each round.", choices=("adamw", "sgd"))
     lr: float = option(
         4e-5,
-        "Learning rate of the first round; 0 = 0.4 over the model's width, which orchard plan and "
+        "Learning rate of the first round; 0 = 0.2 over the model's width, which orchard plan and "
         "result.json say.",
         minimum=0,
     )
