@@ -23,7 +23,7 @@ from typing import Any
 from orchard.client.client import Client
 from orchard.client.kept_messages import read_task, write_update
 from orchard.client.store import DamagedError, OtherBaseError, set_aside
-from orchard.communication.audit import AUDIT_FILE, AuditLog, content_digest
+from orchard.communication.audit import AUDIT_FILE, MAX_TEXT, AuditLog, content_digest
 from orchard.communication.channel import Channel, MissingCopyError
 from orchard.communication.door import (
     Alive,
@@ -34,6 +34,7 @@ from orchard.communication.door import (
     read_request,
 )
 from orchard.communication.messages import Task, Update
+from orchard.communication.readable import readable
 from orchard.communication.refusals import Code
 from orchard.deployment.accepted import check_request, check_task
 from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
@@ -135,7 +136,7 @@ class SiteWorker:
                 return self._looked(f"the site would refuse: {refusal}\n"), b""
             refused = {"refused": str(refusal.code), "option": refusal.option}
             self._audit.write("refused", **own, **refused, reason=str(refusal))
-            log.warning("refused: %s", refusal)
+            log.warning("refused: %s", readable(str(refusal), limit=MAX_TEXT))
         except OtherBaseError as error:
             refused = {"refused": str(Code.BASE_CHANGED), "option": "model.path"}
             self._audit.write("refused", **own, **refused, reason=str(error))
