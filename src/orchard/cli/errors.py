@@ -67,8 +67,8 @@ def clear_errors(
     """
     try:
         yield
-    except (click.ClickException, click.exceptions.Exit, click.Abort):
-        raise
+    except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        raise  # click ends quietly where nobody reads on, as behind orchard ls | head -1
     except KeyboardInterrupt:
         print(f"\n{stopped()}", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
