@@ -40,7 +40,7 @@ from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
 from orchard.deployment.failures import as_refusal, code_of, in_words
 from orchard.deployment.joined import Runs
 from orchard.deployment.looking import LookingError, describe
-from orchard.deployment.measures import check_rows, let_out, num_rows_read, rounded
+from orchard.deployment.measures import check_rows, let_out, rounded, rows_read
 from orchard.deployment.site_recipe import check_methods, own_recipe
 from orchard.deployment.terms import AGREED_FILE, Agreement, Terms
 from orchard.engine.processes import only_one
@@ -173,15 +173,22 @@ class SiteWorker:
             if not self._settings.only_looks:
                 self._agreement.failed()
             raise as_refusal(Code.DATA, error) from error
-        check_rows(experiment, self._consent, client_id=name)
+        try:
+            check_rows(experiment, self._consent, client_id=name)
+        except Refusal:
+            # That a choice of rows leaves few of them tells of the rows too.
+            if not self._settings.only_looks:
+                self._agreement.failed()
+            raise
         differs = _differences(asked, recipe)
         if self._settings.only_looks:
             text = describe(experiment, self._settings, run=request.run, differs=differs)
             raise LookingError(text)
+        # First: a run that is one too many leaves nothing on the disk.
+        self._runs.join(request.run, recipe_digest(asked), self._consent)
         self._pin_data(request.run, experiment)
         for note in data_notes(experiment):
             log.info("data: %s", note)
-        self._runs.join(request.run, recipe_digest(asked), self._consent)
         self._agreement.keep(terms, run=request.run)
         self._audit.write(
             "joined",
@@ -298,8 +305,8 @@ class SiteWorker:
         except Exception as error:
             error.add_note(f"in round {task.round_number}, local training")
             raise
-        num_rows = num_rows_read(client.num_examples, client.training, task.settings)
-        return replace(update, metrics=let_out(update.metrics, self._consent, num_rows=num_rows))
+        rows = rows_read(session.recipe, client, task.settings)
+        return replace(update, metrics=let_out(update.metrics, self._consent, rows=rows))
 
     def _write_update(self, update: Update, session: _Session) -> bytes:
         try:
@@ -316,6 +323,7 @@ class SiteWorker:
             raise Refusal(Code.REQUEST, f"index must be in 0..{num_clients - 1}, got {index}")
         asked, recipe, terms = self._own_recipe(request)
         joined = self._runs.of_round(request.run, recipe_digest(asked))
+        self._runs.check_seat(request.run, index, num_clients)
         changed = []
         if self._runs.note_consent(joined, self._consent):
             changed.append("consent")

@@ -123,6 +123,7 @@ def exchange(
     *,
     seconds: float,
     late: dict[str, str] | None = None,
+    more: Callable[[Collection[str]], Mapping[str, Request]] = lambda online: {},
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Answer]:
@@ -138,6 +139,8 @@ def exchange(
         patience: How long is waited, and how often a site is asked.
         seconds: Until the deadline of the whole exchange.
         late: Ticket to site of requests that were not answered at the deadline are put here.
+        more: From the sites that are online now to what is asked beside, of sites that were not
+            asked before; so nobody who does not answer keeps others from being asked.
         clock: Seconds, monotonic.
         sleep: Waits for some seconds.
     """
@@ -146,6 +149,7 @@ def exchange(
     while pending:
         now = clock()
         online = post.online()
+        pending |= {site: _Pending(request) for site, request in more(online).items()}
         for site, own in pending.items():
             if not own.ticket and site in online and now >= own.wait_until:
                 own.ticket = post.send(site, own.request.header, own.request.body)

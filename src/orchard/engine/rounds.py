@@ -18,6 +18,7 @@ from orchard.engine.progress import Reporter
 from orchard.engine.simulator import rounds_since_sent
 from orchard.process_memory import peak_memory_bytes
 from orchard.results import MetricsLog
+from orchard.server.admission import SMALLEST_WEIGHT
 from orchard.server.beside import Bounds, bounded, round_median, too_heavy
 from orchard.server.checkpoint import ServerState
 from orchard.server.moves import check_move
@@ -149,6 +150,8 @@ class Rounds:
             for name, value in weight.items()
             if value > 0
         }
+        # Also one so late that its weight is 0 in float32.
+        weight = {name: value for name, value in weight.items() if value >= SMALLEST_WEIGHT}
         delta = update.delta
         if len(weight) < len(delta):
             delta = select(delta, weight)
