@@ -316,6 +316,33 @@ def test_steps_and_learning_rate_are_the_recipes(
     assert (reply["refused"], body) == (code, b"")
 
 
+@pytest.mark.parametrize("kind", ["a name less", "a name more", "a shape", "integers", "nothing"])
+def test_a_task_holds_the_tree_of_the_model(kind: str, worker: SiteWorker) -> None:
+    recipe, shared = asked_recipe(), dict(fresh())
+    name = min(shared)
+    shared = {
+        "a name less": {key: value for key, value in shared.items() if key != name},
+        "a name more": {**shared, "other": torch.zeros(3)},
+        "a shape": {**shared, name: torch.zeros(3)},
+        "integers": {**shared, name: shared[name].to(torch.int64)},
+        "nothing": {},
+    }[kind]
+    worker.handle(join(recipe), b"")
+    body = encode_task(build_schedule(recipe).task(1, shared))
+    reply, update = worker.handle(round_of(recipe), body)
+    assert (reply.get("refused"), update) == ("request", b"")
+
+
+def test_a_task_longer_than_the_tree_is_not_read(
+    worker: SiteWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    monkeypatch.setattr("orchard.deployment.site_worker.read_task", lambda *given: 1 / 0)
+    reply, _ = worker.handle(round_of(recipe), task_of(recipe) + bytes(3_000_000))
+    assert reply["refused"] == "request"
+
+
 def test_a_run_keeps_the_recipe_that_the_site_joined_with(worker: SiteWorker) -> None:
     recipe = asked_recipe()
     worker.handle(join(recipe), b"")

@@ -35,7 +35,7 @@ from orchard.communication.door import (
 )
 from orchard.communication.messages import Task, Update
 from orchard.communication.refusals import Code
-from orchard.deployment.accepted import check_request, check_task
+from orchard.deployment.accepted import check_request, check_task, check_tree, shapes_of
 from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
 from orchard.deployment.failures import as_refusal, code_of, in_words
 from orchard.deployment.joined import Runs
@@ -59,8 +59,9 @@ from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import known_options, option_value, parse_recipe
 from orchard.results import write_atomically
-from orchard.strategies.strategy import Strategy, evaluate_client, train_client
-from orchard.trees import digest
+from orchard.server.admission import Admission
+from orchard.strategies.strategy import Strategy, evaluate_client, start_server, train_client
+from orchard.trees import Tree, digest
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ class _Session:
     strategy: Strategy
     channel: Channel
     schedule: Schedule
+    shared: Tree  # what a task holds, without its values
 
 
 class SiteWorker:
@@ -274,14 +276,18 @@ class SiteWorker:
 
     def _read_task(self, body: bytes, session: _Session) -> Task:
         try:
-            return read_task(body, session.channel, session.client.store)
+            # Before memory is taken for what it claims to hold.
+            Admission().check_header(body, session.shared)
+            task = read_task(body, session.channel, session.client.store)
+            check_tree(task, session.shared)
+            return task
         except MissingCopyError:
             raise
         except DamagedError as error:  # of the values that it was sent: it can be sent them again
             self._set_aside(error)
             raise MissingCopyError(str(error)) from error
         except ValueError as error:
-            if isinstance(error, OtherBaseError):
+            if isinstance(error, OtherBaseError | Refusal):
                 raise
             raise as_refusal(Code.REQUEST, error) from error
 
@@ -362,6 +368,7 @@ class SiteWorker:
             strategy,
             build_channel(recipe),
             build_schedule(recipe, rate=learning_rate(recipe, model.view)),
+            shapes_of(start_server(strategy, model.fresh).shared),
         )
 
     def _pin_data(self, run: str, experiment: Experiment) -> Path:
