@@ -113,6 +113,7 @@ class _Pending:
     sent_at: float = 0.0
     probe: str = ""
     attempts: int = 0
+    losses: int = 0
     wait_until: float = 0.0
 
 
@@ -191,11 +192,18 @@ def _collect(
         elif own.attempts >= patience.attempts and not reply.is_lost:
             settled.append(Answer(site, failure=reply.error))
         else:
-            wait = 0.0 if reply.is_lost else patience.poll_seconds * 2**own.attempts
+            # What is lost costs no attempt, so that whoever says so again and again is asked ever
+            # more rarely.
+            tries = own.losses if reply.is_lost else own.attempts
+            wait = patience.poll_seconds * 2 ** min(tries, 30) if tries else 0.0
+            wait = min(wait, max(patience.probe_seconds, patience.poll_seconds))
             why = readable(reply.error)
             log.warning("%s: %s; asking again in %.1f seconds", site, why, wait)
             pending[site] = _Pending(
-                own.request, attempts=own.attempts - reply.is_lost, wait_until=now + wait
+                own.request,
+                attempts=own.attempts - reply.is_lost,
+                losses=own.losses + reply.is_lost,
+                wait_until=now + wait,
             )
     done = {answer.site for answer in settled}
     for ticket, site in of_probe.items():
@@ -211,5 +219,5 @@ def _collect(
             settled.append(Answer(site, last[0].header, last[0].body))
             continue
         log.warning("%s lost the request it was sent; asking again", site)
-        pending[site] = _Pending(own.request, attempts=own.attempts - 1)
+        pending[site] = _Pending(own.request, attempts=own.attempts - 1, losses=own.losses)
     return settled
