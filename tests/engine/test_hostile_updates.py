@@ -209,6 +209,18 @@ def test_a_name_that_comes_too_late_to_weigh_anything_is_left_alone(tmp_path: Pa
     assert same(made.state.shared, SHARED)
 
 
+def test_one_of_two_updates_does_not_bound_its_own_move(tmp_path: Path) -> None:
+    """The fault committed a tree of 5e16: the bound was a hundred times the sender's own norm."""
+    post = ScriptedPost(
+        full(1e17), slow=lambda site, asked: (site, asked["kind"]) == ("b", "round")
+    )
+    with pytest.raises(TimeoutError):  # the second honest site is needed
+        run(tmp_path / "run", post, num_rounds=1, patience=replace(PATIENCE, round_seconds=0.05))
+    assert "must move the global tree" in reasons(tmp_path / "run")[0]
+    state, _ = run(tmp_path / "run", ScriptedPost(full(1e17)), num_rounds=1)
+    assert state.shared[FIRST].unique().tolist() == [1.5]
+
+
 class Trap(RuntimeError):
     """What an aggregation raises that nobody foresaw."""
 
