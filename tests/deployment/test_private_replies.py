@@ -11,7 +11,8 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,10 +20,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from federations import short_model
+from orchard.client.client import Client
 from orchard.communication.audit import read_audit
 from orchard.communication.messages import LocalSettings, decode_update, encode_task
 from orchard.communication.refusals import Code, explain
 from orchard.deployment.consent import Consent, SiteSettings
+from orchard.deployment.measures import let_out, rounded, rows_read
 from orchard.deployment.site_worker import SiteWorker
 from orchard.experiment.methods import METHODS
 from orchard.experiment.running import build_schedule, load_model
@@ -62,7 +65,7 @@ def asked_recipe(**options: Any) -> Recipe:
         "fedavg",
         Path("elsewhere"),
         *("evaluation.models=base,global,local,personal", "evaluation.metrics=loss"),
-        *("evaluation.every=1", "client.batch_size=8", "data.max_tokens=32"),
+        *("evaluation.every=1", "client.batch_size=8", "data.max_tokens=32", "client.steps=3"),
     )
     whole = changed(whole, "data.test_size", 0.4)
     for key, value in options.items():
@@ -126,14 +129,50 @@ def test_a_round_leaves_rounded_means_and_no_more(worker: SiteWorker) -> None:
     assert sent["settings"] == {"steps": 4, "epochs": 0, "learning_rate": recipe.client.lr}
 
 
-def test_what_few_rows_were_read_for_stays(worker: SiteWorker) -> None:
-    recipe = asked_recipe(client__steps=1)  # 8 rows, of the 20 that there must be
+def test_no_update_is_of_few_rows(worker: SiteWorker) -> None:
+    reply, _ = worker.handle(join(asked_recipe(client__steps=2)), b"")  # 16 rows
+    assert reply == {"refused": "few_rows", "option": "client.steps", "site": "north"}
+    assert "refused" not in worker.handle(join(asked_recipe(client__steps=3)), b"")[0]
+
+
+@pytest.mark.parametrize(("blocks", "is_told"), [(1, False), (80, True)])
+def test_what_grafts_were_chosen_on_is_not_told_of_few_rows(
+    blocks: int, is_told: bool, worker: SiteWorker
+) -> None:
+    recipe = asked_recipe(strategy__name="flex", strategy__calibration_blocks=blocks)
+    recipe = changed(recipe, "strategy.calibration_tokens", 8)
     worker.handle(join(recipe), b"")
     _, body = worker.handle(round_of(recipe), task_of(recipe))
     metrics = decode_update(body).metrics
-    assert metrics["client/num_examples"] == ROWS - HELD_OUT
-    assert "local/loss" in metrics
-    assert not {"client/train_loss", "client/num_tokens"} & metrics.keys()
+    assert "client/train_loss" in metrics
+    assert any(name.startswith("client/graft_") for name in metrics) is is_told
+
+
+def test_what_experts_were_ranked_on_is_not_told_of_few_rows(worker: SiteWorker) -> None:
+    recipe = asked_recipe(strategy__name="fedmoe", selection__scoring_batches=1)
+    client = cast(Client, SimpleNamespace(num_examples=30, training=recipe.client))
+    rows = rows_read(recipe, client, LocalSettings(3, 0, 0.1))
+    metrics = {"client/active_share": 0.5, "client/train_loss": 1.0, "local/loss": 1.0}
+    assert let_out(metrics, worker._consent, rows=rows).keys() == {
+        "client/train_loss",
+        "local/loss",
+    }
+    more = changed(recipe, "selection.scoring_batches", 3)
+    rows = rows_read(more, client, LocalSettings(3, 0, 0.1))
+    assert let_out(metrics, worker._consent, rows=rows).keys() == metrics.keys()
+
+
+@given(value=st.floats(-1e30, 1e30), decimals=st.integers(0, 8))
+def test_no_size_of_a_value_makes_it_more_exact(value: float, decimals: int) -> None:
+    (found,) = rounded({"x": value}, Consent("", decimals=decimals)).values()
+    assert found == round(found, decimals)
+    if 10 <= abs(found) < 1e15:
+        assert float(f"{found:.{decimals + 1}e}") == found
+
+
+def test_a_site_says_its_rows_as_when_it_joined() -> None:
+    values = {"client/num_examples": 1_234_567.0}
+    assert rounded(values, Consent("", decimals=0)) == values
 
 
 @pytest.mark.parametrize("size", [1.0, 19.0, 31.0])
@@ -226,6 +265,16 @@ def test_tries_to_read_the_rows_are_counted(worker: SiteWorker) -> None:
     assert refused == ["data"] * 10 + ["data_tries"] * 2
 
 
+def test_tries_that_leave_few_rows_are_counted(worker: SiteWorker) -> None:
+    """Which rows pass a filter tells of them, whether they are enough or not."""
+    refused = []
+    for number in range(12):
+        few = ",".join(f"{CANARY}{row}response" for row in range(number, number + 3))
+        recipe = asked_recipe(data__labels=few, data__bad_rows="skip")
+        refused.append(worker.handle(join(recipe), b"")[0]["refused"])
+    assert refused == ["few_rows"] * 10 + ["data_tries"] * 2
+
+
 @pytest.mark.parametrize(
     ("own", "code"),
     [
@@ -266,10 +315,37 @@ def test_steps_and_learning_rate_are_the_recipes(
     assert (reply["refused"], body) == (code, b"")
 
 
+@pytest.mark.parametrize("kind", ["a name less", "a name more", "a shape", "integers", "nothing"])
+def test_a_task_holds_the_tree_of_the_model(kind: str, worker: SiteWorker) -> None:
+    recipe, shared = asked_recipe(), dict(fresh())
+    name = min(shared)
+    shared = {
+        "a name less": {key: value for key, value in shared.items() if key != name},
+        "a name more": {**shared, "other": torch.zeros(3)},
+        "a shape": {**shared, name: torch.zeros(3)},
+        "integers": {**shared, name: shared[name].to(torch.int64)},
+        "nothing": {},
+    }[kind]
+    worker.handle(join(recipe), b"")
+    body = encode_task(build_schedule(recipe).task(1, shared))
+    reply, update = worker.handle(round_of(recipe), body)
+    assert (reply.get("refused"), update) == ("request", b"")
+
+
+def test_a_task_longer_than_the_tree_is_not_read(
+    worker: SiteWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = asked_recipe()
+    worker.handle(join(recipe), b"")
+    monkeypatch.setattr("orchard.deployment.site_worker.read_task", lambda *given: 1 / 0)
+    reply, _ = worker.handle(round_of(recipe), task_of(recipe) + bytes(3_000_000))
+    assert reply["refused"] == "request"
+
+
 def test_a_run_keeps_the_recipe_that_the_site_joined_with(worker: SiteWorker) -> None:
     recipe = asked_recipe()
     worker.handle(join(recipe), b"")
-    other = changed(recipe, "client.steps", 2)
+    other = changed(recipe, "client.steps", 4)
     for header in (join(other), round_of(other)):
         assert worker.handle(header, task_of(other))[0]["refused"] == "recipe_changed"
     # How long a coordinator waits is its own.
@@ -297,6 +373,18 @@ def test_new_runs_are_counted_by_the_day(tmp_path: Path) -> None:
     replies = [worker.handle(join(asked_recipe(), run=f"{n}"), b"")[0] for n in range(5)]
     assert [reply.get("refused") for reply in replies] == [None, None, None, "runs", "runs"]
     assert "refused" not in worker.handle(join(asked_recipe(), run="1"), b"")[0]
+    kept = [path.name for path in (worker._settings.store / "personal").iterdir()]
+    assert sorted(kept) == ["0", "1", "2"]  # what is refused leaves nothing on the disk
+
+
+def test_a_site_keeps_its_place_in_a_run(worker: SiteWorker) -> None:
+    recipe = asked_recipe(evaluation__models="")
+    worker.handle(join(recipe), b"")
+    header = round_of(recipe, evaluate=[], num_clients=3)
+    assert "refused" not in worker.handle(header, task_of(recipe))[0]
+    for own in ({"index": 1}, {"num_clients": 2}):
+        reply, body = SiteWorker(worker._settings).handle({**header, **own}, task_of(recipe))
+        assert (reply["refused"], body) == ("site", b"")
 
 
 def test_a_change_of_consent_between_rounds_is_said_on_both_sides(worker: SiteWorker) -> None:
@@ -427,13 +515,13 @@ def test_an_owner_sees_all_of_it_before_anything_is_joined(tmp_path: Path) -> No
         assert looking.handle(header, task_of(recipe)) == ({"error": "looking"}, b"")
     report = (worker._settings.store / "dry_run.txt").read_text()
     for said in (
-        *("run r asks:", "method fedavg", "2 rounds of 1 steps of 8 x 1 rows", "measures loss"),
+        *("run r asks:", "method fedavg", "2 rounds of 3 steps of 8 x 1 rows", "measures loss"),
         *(
             f"{ROWS - HELD_OUT} rows to train on, {HELD_OUT} held out",
             'data.response = "diagnosis"',
         ),
         *("would be sent:", "an update of at most", "means over 20 rows or more, to 4 digits"),
-        *("would be kept:", "would cost:", "parameters, 16 rows", "at the peak of training"),
+        *("would be kept:", "would cost:", "parameters, 48 rows", "at the peak of training"),
         *("client.steps <= 7", f'data.path = "{worker._consent.data}"'),
     ):
         assert said in report

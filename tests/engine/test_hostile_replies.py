@@ -199,6 +199,17 @@ def test_who_does_not_join_as_one_does_takes_no_part(kind: str, tmp_path: Path) 
     assert len(reason) <= MAX_TEXT
 
 
+def test_a_site_that_is_silent_keeps_no_other_from_joining(tmp_path: Path) -> None:
+    """Who came after it was not asked until the wait for all was over."""
+    post = ScriptedPost(says(), slow=lambda site, asked: site == "bad")
+    looks = iter([frozenset({"bad"})] * 3)
+    online = post.online
+    post.online = lambda: next(looks, online())  # type: ignore[method-assign]
+    patience = Patience(**{**vars(PATIENCE), "join_seconds": 0.1})
+    run(tmp_path / "run", post, num_rounds=1, patience=patience)
+    assert json.loads((tmp_path / "run" / "sites.json").read_text()) == {"a": 4, "b": 4}
+
+
 def test_a_site_that_comes_back_with_other_data_is_told_so(tmp_path: Path) -> None:
     more = Patience(**{**vars(PATIENCE), "quorum": 3, "join_seconds": 0.05})
     with pytest.raises(TimeoutError):

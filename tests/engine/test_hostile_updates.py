@@ -7,6 +7,7 @@ import math
 import os
 import resource
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Update
 from orchard.communication.sparsification import TopK
 from orchard.engine.exchange import Patience
+from orchard.engine.progress import Silent
+from orchard.engine.rounds import Rounds
+from orchard.results import MetricsLog
 from orchard.server.aggregation import mean
 from orchard.server.beside import Bounds
+from orchard.server.checkpoint import ServerState
 from orchard.server.optimizers import Adaptive
 from orchard.server.robust import RobustSettings, robust_aggregate
 from orchard.strategies.strategy import Strategy
@@ -35,6 +40,7 @@ from scripted import (
     Bad,
     Header,
     ScriptedPost,
+    coordinator,
     header_of,
     honest,
     raw_update,
@@ -161,6 +167,58 @@ def test_the_weight_alone_is_not_enough(kernel: str, tmp_path: Path) -> None:
     state, _ = run(tmp_path / "run", ScriptedPost(full(-3.0, 1e9)), strategy=strategy, num_rounds=1)
     # Without the third site a robust kernel has too few, and the tree stays.
     assert float(state.shared[FIRST][0, 0]) == pytest.approx(1.5 if kernel == "mean" else 0.0)
+
+
+@pytest.mark.parametrize("has_preferences", [False, True])
+def test_a_router_weighs_as_it_does_in_the_method(has_preferences: bool, tmp_path: Path) -> None:
+    """A site claimed a router's weight by the number of names, whatever its method."""
+    experts = {f"layers.0.experts.{n}.up_proj.lora_A": torch.zeros(2) for n in range(6)}
+    others = {f"layers.{n}.q_proj.lora_A": torch.zeros(2) for n in range(90)}
+    post = ScriptedPost(None, shared={**SHARED, **experts, **others})
+
+    def heavy(number: float) -> Bad:
+        def answer(asked: Header) -> tuple[Any, bytes]:
+            update = honest("bad", asked["round"], shared=post.shared)
+            weight = {**update.weight, SECOND: number}
+            body = post.channel.pack_update(replace(update, weight=weight))
+            return header_of("bad", asked), body
+
+        return answer
+
+    most = 6.0 if has_preferences else 4.0
+    for number, is_in in ((most, True), (most + 1, False)):
+        post.bad = heavy(number)
+        folder = tmp_path / f"{number}"
+        run(folder, post, num_rounds=1, has_preferences=has_preferences)
+        assert (reasons(folder) == []) is is_in
+
+
+def test_a_name_that_comes_too_late_to_weigh_anything_is_left_alone(tmp_path: Path) -> None:
+    rounds = Rounds(
+        coordinator(tmp_path)._intake,
+        MetricsLog(tmp_path / "metrics.jsonl"),
+        Silent(),
+        bounds=Bounds(),
+        max_move=0.0,
+        staleness=1e-9,
+    )
+    own = rounds.intake.inbox.put("a", 1, Channel().pack_update(honest("a")))
+    made = rounds.combine(Strategy(), ServerState(6, SHARED), [own])
+    assert made is not None
+    assert not made.culprits
+    assert same(made.state.shared, SHARED)
+
+
+def test_one_of_two_updates_does_not_bound_its_own_move(tmp_path: Path) -> None:
+    """The fault committed a tree of 5e16: the bound was a hundred times the sender's own norm."""
+    post = ScriptedPost(
+        full(1e17), slow=lambda site, asked: (site, asked["kind"]) == ("b", "round")
+    )
+    with pytest.raises(TimeoutError):  # the second honest site is needed
+        run(tmp_path / "run", post, num_rounds=1, patience=replace(PATIENCE, round_seconds=0.05))
+    assert "must move the global tree" in reasons(tmp_path / "run")[0]
+    state, _ = run(tmp_path / "run", ScriptedPost(full(1e17)), num_rounds=1)
+    assert state.shared[FIRST].unique().tolist() == [1.5]
 
 
 class Trap(RuntimeError):

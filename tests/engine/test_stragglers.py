@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from orchard.engine.exchange import Reply
+from orchard.engine.exchange import Patience, Reply, Request, exchange
 from orchard.engine.stragglers import Stragglers
 
 
@@ -80,3 +80,36 @@ def test_an_answer_together_with_its_probes_is_not_lost() -> None:
     box.put("one", body=b"update")
     assert [found.reply.body for found in stragglers.collect(box)] == [b"update"]
     assert stragglers.busy == {"b"}
+
+
+class Forgetful(Box):
+    """Sites that say of every request at once that it is lost."""
+
+    def send(self, site: str, header: Mapping[str, Any], body: bytes) -> str:
+        ticket = f"{site} {len(self.probes)}"
+        self.probes.append(site)
+        self.put(ticket, error="gone", is_lost=True)
+        return ticket
+
+
+def test_who_loses_every_request_is_asked_ever_more_rarely() -> None:
+    """Each time costs the whole body; an hour long it was sent at every look."""
+    box, now = Forgetful(), [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    patience = Patience(poll_seconds=0.5, probe_seconds=30.0)
+    answers = list(
+        exchange(
+            box,
+            {"a": Request({"kind": "round"}, b"body")},
+            patience,
+            seconds=3600.0,
+            clock=lambda: now[0],
+            sleep=sleep,
+        )
+    )
+    assert [answer.site for answer in answers] == ["a"]
+    assert answers[0].failure
+    assert 100 < len(box.probes) < 140  # not 7200, and never given up

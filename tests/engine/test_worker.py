@@ -85,6 +85,26 @@ def test_whoever_asks_waits_for_a_worker_that_starts_late(socket: Path) -> None:
         ends[0].set()
 
 
+def test_a_request_that_workers_die_of_is_given_up(
+    socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchard.engine.worker._RETRY_SECONDS", 0.001)
+    given = []
+
+    def answer(connection: Any, handle: Any) -> None:
+        given.append(connection)
+        raise ConnectionResetError
+
+    monkeypatch.setattr("orchard.engine.worker._answer", answer)
+    end = start(socket, double)
+    try:
+        with pytest.raises(WorkerError, match="in 10 tries"):
+            ask(socket, {"n": 1}, b"", seconds=60.0)
+    finally:
+        end.set()
+    assert len(given) == 10
+
+
 def test_a_wait_is_bounded(socket: Path) -> None:
     with pytest.raises(WorkerError, match=r"within 0\.3 seconds"):
         ask(socket, {"n": 1}, b"", seconds=0.3)

@@ -10,6 +10,7 @@ from orchard.communication.messages import Task
 from orchard.communication.refusals import Code
 from orchard.deployment.consent import Refusal
 from orchard.engine.simulator import Schedule
+from orchard.trees import Tree
 
 _ROUNDING = 1e-9  # a cosine may differ in its last bits between machines
 
@@ -47,6 +48,32 @@ def check_request(request: RoundTask, schedule: Schedule) -> None:
             f"{', '.join(sorted(due)) or 'none'} by the recipe, got {more[0]}",
             option="evaluation.models",
         )
+
+
+def shapes_of(tree: Tree) -> Tree:
+    """Return a tree without its values, which takes no memory for them."""
+    return {name: tensor.to("meta") for name, tensor in tree.items()}
+
+
+def check_tree(task: Task, shared: Tree) -> None:
+    """Check that a task holds the global tree of its method and model, whole and nothing else.
+
+    Args:
+        task: As the channel read it.
+        shared: The names and shapes that there must be.
+
+    Raises:
+        Refusal: It holds another.
+    """
+    for name in sorted(task.shared.keys() ^ shared.keys()):
+        raise Refusal(Code.REQUEST, f"{name} must be in the task and in the model, got one of both")
+    for name, tensor in task.shared.items():
+        if tensor.shape != shared[name].shape or not tensor.is_floating_point():
+            raise Refusal(
+                Code.REQUEST,
+                f"{name} must be of shape {tuple(shared[name].shape)} and floating point, got "
+                f"{tuple(tensor.shape)} and {tensor.dtype}",
+            )
 
 
 def check_task(task: Task, request: RoundTask, schedule: Schedule) -> None:

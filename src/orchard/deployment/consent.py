@@ -46,7 +46,8 @@ class Consent:
         retention: Its own file for ``evaluation.retention_path``.
         data_recipe: Its own TOML file with the data section; empty = as the first recipe that it
             joins says, and no other afterwards.
-        min_test: Fewest rows that a measure may be over, and fewest rows for training.
+        min_test: Fewest rows that a measure may be over, and fewest rows for training, in
+            each round too.
         decimals: Digits after the point of every measure that leaves.
         trees_per_round: How many different global trees it measures or trains in one round.
         runs_per_day: How many runs that it does not know yet it joins in 24 hours.

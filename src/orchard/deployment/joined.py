@@ -31,6 +31,7 @@ class Joined:
         recipe_digest: Of the coordinator's recipe, without how long it waits.
         consent_digest: Of the owner's consent when it was last asked.
         base_digest: Of the base; empty until it was loaded.
+        seat: Its place among the sites and how many they are; empty until a round was asked for.
         time: When it joined.
         trees: Round to the digests of the global trees that came for it.
     """
@@ -39,6 +40,7 @@ class Joined:
     recipe_digest: str
     consent_digest: str
     base_digest: str = ""
+    seat: tuple[int, ...] = ()
     time: float = field(default_factory=time.time)
     trees: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -98,6 +100,24 @@ class Runs:
             self._write(replace(self._read(joined.run), consent_digest=now))
         return now != joined.consent_digest
 
+    def check_seat(self, run: str, index: int, num_clients: int) -> None:
+        """Check that the site's place is the one that the run began with.
+
+        What a site may train depends on it, so that each other place would tell of the data anew.
+
+        Raises:
+            Refusal: It is another.
+        """
+        joined, seat = self._read(run), (index, num_clients)
+        if joined.seat and joined.seat != seat:
+            raise Refusal(
+                Code.SITE,
+                f"the site must be number {joined.seat[0]} of {joined.seat[1]} as when run {run} "
+                f"began, got {index} of {num_clients}",
+            )
+        if not joined.seat:
+            self._write(replace(joined, seat=seat))
+
     def check_base(self, run: str, base_digest: str) -> None:
         """Check that the base is the one that the run began with.
 
@@ -150,7 +170,7 @@ class Runs:
     def _read(self, run: str) -> Joined:
         values: dict[str, Any] = json.loads(self._path(run).read_text())
         trees = {key: tuple(known) for key, known in values["trees"].items()}
-        return Joined(**{**values, "trees": trees})
+        return Joined(**{**values, "trees": trees, "seat": tuple(values.get("seat", ()))})
 
     def _write(self, joined: Joined) -> None:
         write_json(self._path(joined.run), asdict(joined))

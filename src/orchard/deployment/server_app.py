@@ -13,7 +13,7 @@ from orchard.engine.evaluations import measured_ranges
 from orchard.engine.exchange import Patience, Post
 from orchard.engine.processes import end_when_free, only_one
 from orchard.engine.progress import Lines, make_console
-from orchard.experiment.methods import build_strategy
+from orchard.experiment.methods import build_strategy, check_strategy
 from orchard.experiment.own_methods import import_from
 from orchard.experiment.run_folder import (
     RECIPE_FILE,
@@ -145,4 +145,6 @@ def build_coordinator(
         max_move=options.max_move,
         ranges=measured_ranges(words(recipe.evaluation.metrics)),
         methods=recorded_as(recipe).digests,
+        has_preferences="hfedmoe" in check_strategy(recipe.strategy.name)
+        and recipe.selection.router != "examples",
     )

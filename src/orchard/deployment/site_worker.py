@@ -36,12 +36,12 @@ from orchard.communication.door import (
 from orchard.communication.messages import Task, Update
 from orchard.communication.readable import readable
 from orchard.communication.refusals import Code
-from orchard.deployment.accepted import check_request, check_task
+from orchard.deployment.accepted import check_request, check_task, check_tree, shapes_of
 from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
 from orchard.deployment.failures import as_refusal, code_of, in_words
 from orchard.deployment.joined import Runs
 from orchard.deployment.looking import LookingError, describe
-from orchard.deployment.measures import check_rows, let_out, num_rows_read, rounded
+from orchard.deployment.measures import check_rows, let_out, rounded, rows_read
 from orchard.deployment.site_recipe import check_methods, own_recipe
 from orchard.deployment.terms import AGREED_FILE, Agreement, Terms
 from orchard.engine.processes import only_one
@@ -60,8 +60,9 @@ from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import known_options, option_value, parse_recipe
 from orchard.results import write_atomically
-from orchard.strategies.strategy import Strategy, evaluate_client, train_client
-from orchard.trees import digest
+from orchard.server.admission import Admission
+from orchard.strategies.strategy import Strategy, evaluate_client, start_server, train_client
+from orchard.trees import Tree, digest
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class _Session:
     strategy: Strategy
     channel: Channel
     schedule: Schedule
+    shared: Tree  # what a task holds, without its values
 
 
 class SiteWorker:
@@ -174,15 +176,22 @@ class SiteWorker:
             if not self._settings.only_looks:
                 self._agreement.failed()
             raise as_refusal(Code.DATA, error) from error
-        check_rows(experiment, self._consent, client_id=name)
+        try:
+            check_rows(experiment, self._consent, client_id=name)
+        except Refusal:
+            # That a choice of rows leaves few of them tells of the rows too.
+            if not self._settings.only_looks:
+                self._agreement.failed()
+            raise
         differs = _differences(asked, recipe)
         if self._settings.only_looks:
             text = describe(experiment, self._settings, run=request.run, differs=differs)
             raise LookingError(text)
+        # First: a run that is one too many leaves nothing on the disk.
+        self._runs.join(request.run, recipe_digest(asked), self._consent)
         self._pin_data(request.run, experiment)
         for note in data_notes(experiment):
             log.info("data: %s", note)
-        self._runs.join(request.run, recipe_digest(asked), self._consent)
         self._agreement.keep(terms, run=request.run)
         self._audit.write(
             "joined",
@@ -268,14 +277,18 @@ class SiteWorker:
 
     def _read_task(self, body: bytes, session: _Session) -> Task:
         try:
-            return read_task(body, session.channel, session.client.store)
+            # Before memory is taken for what it claims to hold.
+            Admission().check_header(body, session.shared)
+            task = read_task(body, session.channel, session.client.store)
+            check_tree(task, session.shared)
+            return task
         except MissingCopyError:
             raise
         except DamagedError as error:  # of the values that it was sent: it can be sent them again
             self._set_aside(error)
             raise MissingCopyError(str(error)) from error
         except ValueError as error:
-            if isinstance(error, OtherBaseError):
+            if isinstance(error, OtherBaseError | Refusal):
                 raise
             raise as_refusal(Code.REQUEST, error) from error
 
@@ -299,8 +312,8 @@ class SiteWorker:
         except Exception as error:
             error.add_note(f"in round {task.round_number}, local training")
             raise
-        num_rows = num_rows_read(client.num_examples, client.training, task.settings)
-        return replace(update, metrics=let_out(update.metrics, self._consent, num_rows=num_rows))
+        rows = rows_read(session.recipe, client, task.settings)
+        return replace(update, metrics=let_out(update.metrics, self._consent, rows=rows))
 
     def _write_update(self, update: Update, session: _Session) -> bytes:
         try:
@@ -317,6 +330,7 @@ class SiteWorker:
             raise Refusal(Code.REQUEST, f"index must be in 0..{num_clients - 1}, got {index}")
         asked, recipe, terms = self._own_recipe(request)
         joined = self._runs.of_round(request.run, recipe_digest(asked))
+        self._runs.check_seat(request.run, index, num_clients)
         changed = []
         if self._runs.note_consent(joined, self._consent):
             changed.append("consent")
@@ -355,6 +369,7 @@ class SiteWorker:
             strategy,
             build_channel(recipe),
             build_schedule(recipe, rate=learning_rate(recipe, model.view)),
+            shapes_of(start_server(strategy, model.fresh).shared),
         )
 
     def _pin_data(self, run: str, experiment: Experiment) -> Path:

@@ -65,6 +65,7 @@ class Coordinator:
         ranges: What sites may measure.
         methods: Methods that do not come with Orchard to the digests of their sources, which every
             site must have too.
+        has_preferences: See ``Intake``.
     """
 
     schedule: Schedule
@@ -82,6 +83,7 @@ class Coordinator:
     max_move: float = 0.0
     ranges: Ranges = field(default_factory=measured_ranges)
     methods: Mapping[str, str] = field(default_factory=dict)
+    has_preferences: bool = False
 
     def __post_init__(self) -> None:
         """Open the logs."""
@@ -94,6 +96,7 @@ class Coordinator:
             inbox=Inbox(self.folder / "inbox"),
             audit=self._audit,
             ranges=self.ranges,
+            has_preferences=self.has_preferences,
         )
         self._stragglers = Stragglers()
 

@@ -113,6 +113,7 @@ class _Pending:
     sent_at: float = 0.0
     probe: str = ""
     attempts: int = 0
+    losses: int = 0
     wait_until: float = 0.0
 
 
@@ -123,6 +124,7 @@ def exchange(
     *,
     seconds: float,
     late: dict[str, str] | None = None,
+    more: Callable[[Collection[str]], Mapping[str, Request]] = lambda online: {},
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Answer]:
@@ -138,6 +140,8 @@ def exchange(
         patience: How long is waited, and how often a site is asked.
         seconds: Until the deadline of the whole exchange.
         late: Ticket to site of requests that were not answered at the deadline are put here.
+        more: From the sites that are online now to what is asked beside, of sites that were not
+            asked before; so nobody who does not answer keeps others from being asked.
         clock: Seconds, monotonic.
         sleep: Waits for some seconds.
     """
@@ -146,6 +150,7 @@ def exchange(
     while pending:
         now = clock()
         online = post.online()
+        pending |= {site: _Pending(request) for site, request in more(online).items()}
         for site, own in pending.items():
             if not own.ticket and site in online and now >= own.wait_until:
                 own.ticket = post.send(site, own.request.header, own.request.body)
@@ -187,11 +192,18 @@ def _collect(
         elif own.attempts >= patience.attempts and not reply.is_lost:
             settled.append(Answer(site, failure=reply.error))
         else:
-            wait = 0.0 if reply.is_lost else patience.poll_seconds * 2**own.attempts
+            # What is lost costs no attempt, so that whoever says so again and again is asked ever
+            # more rarely.
+            tries = own.losses if reply.is_lost else own.attempts
+            wait = patience.poll_seconds * 2 ** min(tries, 30) if tries else 0.0
+            wait = min(wait, max(patience.probe_seconds, patience.poll_seconds))
             why = readable(reply.error)
             log.warning("%s: %s; asking again in %.1f seconds", site, why, wait)
             pending[site] = _Pending(
-                own.request, attempts=own.attempts - reply.is_lost, wait_until=now + wait
+                own.request,
+                attempts=own.attempts - reply.is_lost,
+                losses=own.losses + reply.is_lost,
+                wait_until=now + wait,
             )
     done = {answer.site for answer in settled}
     for ticket, site in of_probe.items():
@@ -207,5 +219,5 @@ def _collect(
             settled.append(Answer(site, last[0].header, last[0].body))
             continue
         log.warning("%s lost the request it was sent; asking again", site)
-        pending[site] = _Pending(own.request, attempts=own.attempts - 1)
+        pending[site] = _Pending(own.request, attempts=own.attempts - 1, losses=own.losses)
     return settled

@@ -16,7 +16,7 @@ from orchard.engine.evaluations import Ranges, measured_ranges
 from orchard.engine.exchange import Answer
 from orchard.engine.inbox import Arrived, Inbox
 from orchard.server.admission import Admission, check_measured
-from orchard.strategies.expert_names import is_router
+from orchard.strategies.expert_names import expert_of, is_router
 from orchard.trees import Tree
 
 log = logging.getLogger(__name__)
@@ -67,6 +67,7 @@ class Intake:
         ranges: What sites may measure.
         examples: Site to how many examples it joined with; None where it did not say.
         accepted: Site to how many examples it counts for; None where no site said how many it has.
+        has_preferences: Whether routers count by preference, not by examples.
     """
 
     channel: Channel
@@ -77,6 +78,7 @@ class Intake:
     ranges: Ranges = field(default_factory=measured_ranges)
     examples: dict[str, int | None] = field(default_factory=dict)
     accepted: dict[str, int | None] = field(default_factory=dict)
+    has_preferences: bool = False
 
     def take(self, answer: Answer, asked: Asked, shared: Tree, *, is_last: bool = True) -> Taken:
         """Check what a site answers, and keep its update on disk.
@@ -173,8 +175,8 @@ class Intake:
     def most(self, site: str, shared: Tree, *, is_said: bool = True) -> dict[str, float] | None:
         """Return name to the largest weight that a site can have for it; None = it never said.
 
-        A name counts as many times as the site has examples, or once. A router may count by
-        preference, which is at most the number of experts.
+        A name counts as many times as the site has examples, or once. Where routers count by
+        preference, each counts at most as many times as there are experts.
 
         Args:
             site: Whose.
@@ -185,10 +187,11 @@ class Intake:
         number = self.accepted.get(site) if number is None else number
         if number is None:
             return None
-        limit = float(max(number, 1))
-        return {
-            name: max(limit, float(len(shared))) if is_router(name) else limit for name in shared
-        }
+        limit = router = float(max(number, 1))
+        if self.has_preferences:
+            # What nobody prefers weighs far less than one, so that examples bound nothing here.
+            router = float(max(len({expert_of(name) for name in shared} - {None}), 1))
+        return {name: router if is_router(name) else limit for name in shared}
 
     def refuse(self, site: str, round_number: int, reason: str) -> None:
         """Write down that something of a site was refused, and why."""

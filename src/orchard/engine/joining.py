@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from orchard.communication import door
 from orchard.communication.readable import readable
@@ -46,14 +46,24 @@ def wait_for_sites(
     end = time.monotonic() + patience.join_seconds
     joined: dict[str, int | None] = {}
     refused: dict[str, str] = {}
+    asked: set[str] = set()
+
+    def ask(online: Collection[str]) -> dict[str, Request]:
+        """Return what sites are asked that came since: who is silent keeps nobody waiting."""
+        new = set(online) - joined.keys() - refused.keys() - asked
+        new = {site for site in new if not known or site in known}
+        asked.update(new)
+        return {site: request for site in sorted(new)}
+
     while len(joined) < expected and time.monotonic() < end:
         reporter.working(f"{len(joined)} of {expected} sites joined", share=0.0)
-        new = post.online() - joined.keys() - refused.keys()
-        asked = {site: request for site in sorted(new) if not known or site in known}
-        for answer in exchange(post, asked, patience, seconds=max(end - time.monotonic(), 0.0)):
+        asked.clear()
+        left = max(end - time.monotonic(), 0.0)
+        for answer in exchange(post, ask(post.online()), patience, seconds=left, more=ask):
             if answer.failure:
                 why = readable(answer.failure)
                 log.warning("%s has not joined yet: %s", answer.site, why)
+                asked.discard(answer.site)
                 continue
             try:
                 number = _read(answer, known)

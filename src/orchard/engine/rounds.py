@@ -18,6 +18,7 @@ from orchard.engine.progress import Reporter
 from orchard.engine.simulator import rounds_since_sent
 from orchard.process_memory import peak_memory_bytes
 from orchard.results import MetricsLog
+from orchard.server.admission import SMALLEST_WEIGHT
 from orchard.server.beside import Bounds, bounded, round_median, too_heavy
 from orchard.server.checkpoint import ServerState
 from orchard.server.moves import check_move
@@ -123,7 +124,10 @@ class Rounds:
             self.reporter.working("updates are aggregated", share=position / len(arrived))
 
         def check(after: ServerState, own: Sequence[Arrived]) -> None:
-            longest = max((one.norm for one in own), default=0.0)
+            norms = [one.norm for one in own]
+            # Without a median to hold updates to, the longest is whatever its sender likes.
+            is_held = bool(round_median(norms) or self._medians())
+            longest = max(norms, default=0.0) if is_held else 0.0
             check_move(state, after, longest=longest, max_move=self.max_move)
 
         made = Combiner(
@@ -149,6 +153,8 @@ class Rounds:
             for name, value in weight.items()
             if value > 0
         }
+        # Also one so late that its weight is 0 in float32.
+        weight = {name: value for name, value in weight.items() if value >= SMALLEST_WEIGHT}
         delta = update.delta
         if len(weight) < len(delta):
             delta = select(delta, weight)

@@ -29,6 +29,8 @@ Handle: TypeAlias = Callable[[Header, bytes], tuple[Header, bytes]]
 _LENGTHS = struct.Struct(">IQ")
 _MAX_HEADER_BYTES = 64 * 2**20
 _RETRY_SECONDS = 0.2
+_MAX_DEATHS = 10
+"""How often one request is given to a worker that dies of it, such as of too little memory."""
 
 
 class WorkerError(RuntimeError):
@@ -100,14 +102,17 @@ def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Hea
         The header and body of the reply.
 
     Raises:
-        WorkerError: There was no answer in time, or the handler raised; then it has the code.
+        WorkerError: There was no answer in time, the worker died of the request again and again, or
+            the handler raised; then it has the code.
     """
-    end = time.monotonic() + seconds
+    end, deaths = time.monotonic() + seconds, 0
     while True:
+        is_connected = False
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
                 connection.settimeout(max(end - time.monotonic(), _RETRY_SECONDS))
                 connection.connect(str(path))
+                is_connected = True
                 _send(connection, header, body)
                 reply, content = _receive(connection)
                 break
@@ -116,6 +121,12 @@ def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Hea
                 raise WorkerError(
                     f"worker must answer within {seconds:g} seconds, got {error}; look at the "
                     "site's log, or raise deployment.round_seconds"
+                ) from error
+            deaths += is_connected
+            if deaths >= _MAX_DEATHS:
+                raise WorkerError(
+                    f"worker must answer, got none that lived through this request in {deaths} "
+                    "tries; look at the site's log and its memory"
                 ) from error
             time.sleep(_RETRY_SECONDS)
     if "error" in reply:

@@ -9,8 +9,8 @@ from orchard.trees import squared_norm, subtract
 
 DEFAULT_RATIO = 100.0
 """By default a round moves the tree by at most so many times the longest of 1, the norm of the tree
-before, and the norm of the longest update: far beyond what any optimizer here does, and far from
-where float32 ends."""
+before, and the norm of the longest update, where updates are held to a median: far beyond what any
+optimizer here does, and far from where float32 ends."""
 
 
 class PoisonedError(ValueError):
@@ -25,7 +25,7 @@ def check_move(
     Args:
         before: The state that the round began with.
         after: What its updates made of it.
-        longest: L2 norm of the longest update.
+        longest: L2 norm of the longest update; 0 = nothing bounds it.
         max_move: Largest L2 norm of the difference; 0 = ``DEFAULT_RATIO`` times what is there.
 
     Raises:
