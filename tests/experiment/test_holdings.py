@@ -197,7 +197,15 @@ def test_examples_without_a_category_are_counted_and_said(
     assert any(note.startswith("20 of 40 examples have no category") for note in federation.notes())
 
 
-@pytest.mark.parametrize("options", [(), ("data.categories=a,b", "data.partition=dirichlet")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("data.categories=a,b", "data.partition=dirichlet"),
+        ("data.partition=dirichlet",),
+        ("data.partition=dirichlet_resample", "data.test_per_category=3"),
+    ],
+)
 def test_data_without_categories_says_so_and_names_what_fits(
     tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -206,6 +214,42 @@ def test_data_without_categories_says_so_and_names_what_fits(
         ValueError, match=r"none of 40 has one in .*'category'.*partition=iid.*file"
     ):
         build_federation(own_recipe(tmp_path / "boxes.jsonl", *options))
+
+
+def test_what_a_skew_of_labels_does_with_examples_without_one_is_said(tmp_path: Path) -> None:
+    write_boxes(tmp_path / "boxes.jsonl", 80, categories=("even", "odd", None, "even"))
+    options = ("data.partition=dirichlet", "data.num_clients=2", "data.alpha=100")
+    federation = build_federation(own_recipe(tmp_path / "boxes.jsonl", *options))
+    assert num_held(federation) == 80
+    assert federation.notes() == [
+        "20 of 80 examples have no category (data.category = category) and are divided as if they "
+        "were of one"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("partition", "unread"),
+    [
+        ("iid", ["notes.txt", "west.csv"]),
+        ("category", ["notes.txt", "west.csv"]),
+        ("file", ["notes.txt", "old/"]),
+    ],
+)
+def test_files_of_a_folder_that_are_not_read_are_named(
+    tmp_path: Path, partition: str, unread: list[str]
+) -> None:
+    folder = tmp_path / "clients"
+    write_boxes(folder / "north.json", 20, categories=("even",))
+    write_boxes(folder / "south.json", 20, categories=("even",))
+    write_boxes(folder / "old" / "north.json", 20, categories=("even",))
+    (folder / "west.csv").write_text(
+        "instruction,response,category\n" + "".join(f"What {n}?,{n},odd\n" for n in range(20))
+    )
+    (folder / "notes.txt").write_text("Ours.")
+    federation = build_federation(own_recipe(folder, f"data.partition={partition}"))
+    (note,) = (note for note in federation.notes() if note.startswith("files"))
+    listed = ", ".join(map(repr, unread))
+    assert note == f"files of data.path that are not read ({len(unread)}): {listed}"
 
 
 def test_a_path_of_another_partition_names_the_one_that_fits(tmp_path: Path) -> None:

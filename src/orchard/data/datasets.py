@@ -26,7 +26,7 @@ class ClientFolder:
 
     Attributes:
         clients: Client id to what was read of its file.
-        unread: Names of files that were not read.
+        unread: Names of files and folders in it that were not read.
     """
 
     clients: Mapping[str, Reading]
@@ -87,8 +87,8 @@ def read_folder(folder: str | Path, reader: Reader) -> ClientFolder:
     """Read a folder with one file for each client.
 
     The client id is the file's name without what follows the last dot, which must be one of
-    ``SUFFIXES``. Clients are in the order of their ids. Hidden files and subfolders are not looked
-    at; other files are not read, and named.
+    ``SUFFIXES``. Clients are in the order of their ids. Hidden files and folders are not looked at;
+    other files, and folders, are not read, and named.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -129,9 +129,9 @@ def read_folder(folder: str | Path, reader: Reader) -> ClientFolder:
                 "write one JSON object a line, or remove the file"
             )
     others = sorted(
-        path.name
+        path.name + ("/" if path.is_dir() else "")
         for path in folder.iterdir()
-        if path.is_file() and not path.name.startswith(".") and path not in files
+        if not path.name.startswith(".") and path not in files
     )
     return ClientFolder(clients, tuple(others))
 
@@ -165,8 +165,11 @@ def read_dataset(
     """
     import datasets
 
+    unread: tuple[str, ...] = ()
     try:
-        files = _local_files(name, subset) if Path(name).is_dir() else None
+        files = None
+        if Path(name).is_dir():
+            files, unread = _local_files(name, subset)
         table = datasets.load_dataset(name, subset, split=split) if files is None else None
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -199,7 +202,7 @@ def read_dataset(
             "choose another split"
         )
     others = () if files is None else tuple(part for part in files if part not in split)
-    return replace(reading, splits=others)
+    return replace(reading, splits=others, files=unread)
 
 
 def read_hub(
@@ -210,8 +213,14 @@ def read_hub(
     return read_dataset(name, reader, split=split, subset=subset).examples
 
 
-def _local_files(name: str, subset: str | None) -> dict[str, list[Path]] | None:
-    """Return the files of each split of a local folder; None where the hub's library reads them."""
+def _local_files(
+    name: str, subset: str | None
+) -> tuple[dict[str, list[Path]] | None, tuple[str, ...]]:
+    """Return the files of each split of a local folder, and the names of those of no split.
+
+    None in their place where the hub's library reads them. Of files in several formats that
+    library takes those of one.
+    """
     import datasets
 
     builder = datasets.load_dataset_builder(name, subset)
@@ -226,7 +235,16 @@ def _local_files(name: str, subset: str | None) -> dict[str, list[Path]] | None:
         for feature in (builder.info.features or {}).values()
     )
     can_read = all(file.suffix.lower() in SUFFIXES and file.is_file() for file in every)
-    return files if every and can_read and not has_labels else None
+    folder, taken = Path(name), {os.path.realpath(file) for file in every}
+    others = sorted(
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.name != "README.md"  # the card, which is read
+        and os.path.realpath(path) not in taken
+    )
+    return files if every and can_read and not has_labels else None, tuple(others)
 
 
 def _split_rows(files: Mapping[str, list[Path]], spec: str, *, name: str) -> Iterator[Row]:

@@ -19,6 +19,7 @@ BadRows: TypeAlias = Literal["error", "skip"]
 _NUM_LOOKED_AT = 1000
 # How many bad rows, columns and files a note names.
 _NUM_NAMED = 3
+_NUM_FILES = 5
 _NUM_COLUMNS = 12
 
 
@@ -49,6 +50,7 @@ class Reading:
         hints: Column that was not read to what it probably is.
         bad: What is wrong with the rows that were left out.
         splits: Other splits that the source has, which were not read.
+        files: Files beside those of the source, which were not read.
     """
 
     examples: list[Example]
@@ -58,6 +60,7 @@ class Reading:
     hints: Mapping[str, str] = field(default_factory=dict)
     bad: tuple[str, ...] = ()
     splits: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
 
 def read_source(rows: Iterable[Row], reader: Reader, *, where: str) -> Reading:
@@ -153,6 +156,7 @@ def reading_notes(readings: Mapping[str, Reading], *, of: str) -> list[str]:
         notes.append(
             f"splits of {of} that are not read: {others}; data.split names the one that is"
         )
+    notes += unread_files([name for reading in readings.values() for name in reading.files], of=of)
     bad = [error for reading in readings.values() for error in reading.bad]
     if bad:
         total = sum(reading.num_rows for reading in readings.values())
@@ -160,6 +164,14 @@ def reading_notes(readings: Mapping[str, Reading], *, of: str) -> list[str]:
             f"{len(bad)} of {_rows(total)} of {of} are bad and left out: {_listed(bad, mark='; ')}"
         )
     return notes
+
+
+def unread_files(names: Sequence[str], *, of: str) -> list[str]:
+    """Return the note that names files which are not read; none where there is no such file."""
+    if not names:
+        return []
+    listed = _listed(list(map(repr, names)), most=_NUM_FILES, mark=", ")
+    return [f"files of {of} that are not read ({len(names)}): {listed}"]
 
 
 def _released(first: list[Row], following: Iterator[Row]) -> Iterator[Row]:

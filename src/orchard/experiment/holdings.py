@@ -10,7 +10,7 @@ from orchard.data import partition, world
 from orchard.data.datasets import load_pool, read_file, read_folder
 from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
-from orchard.data.reading import Reader, Reading, reading_notes
+from orchard.data.reading import Reader, Reading, reading_notes, unread_files
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.recipe.run_options import DataOptions
@@ -18,7 +18,7 @@ from orchard.seeding import Seeds
 
 WORLD, FACTS = "orchard:world", "orchard:facts"
 
-# How many clients or files a note names.
+# How many clients a note names.
 _NUM_NAMED = 5
 
 
@@ -247,13 +247,7 @@ def _read_clients(data: DataOptions, remarks: list[str]) -> dict[str, list[Examp
         )
     read = read_folder(path, _reader(data))
     remarks += reading_notes(read.clients, of="data.path")
-    if read.unread:
-        names = ", ".join(map(repr, read.unread[:_NUM_NAMED]))
-        more = len(read.unread) - _NUM_NAMED
-        remarks.append(
-            f"files of data.path that are not read ({len(read.unread)}): {names}"
-            f"{f' and {more} more' if more > 0 else ''}"
-        )
+    remarks += unread_files(read.unread, of="data.path")
     return {client: reading.examples for client, reading in read.clients.items()}
 
 
@@ -276,7 +270,7 @@ def _without_small(
     if len(small) == len(clients):
         raise ValueError(
             f"data.min_examples must leave a client in, got {data.min_examples}, and the largest "
-            f"holds {max(small.values())}; lower it"
+            f"holds {max(small.values())}; lower it, or data.num_clients"
         )
     named = ", ".join(f"{client!r} ({number})" for client, number in [*small.items()][:_NUM_NAMED])
     more = len(small) - _NUM_NAMED
@@ -310,7 +304,8 @@ def _divide(
     categories = words(data.categories)
     labels = [example.category for example in pool]
     by_category = bool(categories) or data.partition == "category"
-    if by_category:
+    # A skew of labels means nothing where no example has one.
+    if by_category or data.partition.startswith("dirichlet"):
         _check_categories(labels, data, remarks)
     if categories:
         chosen = sorted(
@@ -339,7 +334,7 @@ def _divide(
 
 
 def _check_categories(labels: Sequence[str], data: DataOptions, remarks: list[str]) -> None:
-    """Say how many examples have no category, where only those with one are used.
+    """Say how many examples have no category, and what becomes of them.
 
     Raises:
         ValueError: None has.
@@ -355,9 +350,11 @@ def _check_categories(labels: Sequence[str], data: DataOptions, remarks: list[st
             "in data.category"
         )
     if num_without:
+        is_left_out = bool(data.categories) or data.partition == "category"
+        where = "go to no client" if is_left_out else "are divided as if they were of one"
         remarks.append(
             f"{num_without} of {len(labels)} examples have no category "
-            f"(data.category = {data.category}) and go to no client"
+            f"(data.category = {data.category}) and {where}"
         )
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from orchard.client.requirements import PeakMemory, Requirements
 from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
+from orchard.experiment.encoding import end_ids, make_wording
 from orchard.experiment.holdings import Federation, build_federation, read_elsewhere
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
 from orchard.experiment.settings import learning_rate, lora_settings
@@ -84,7 +85,9 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
     build_strategy(recipe, num_clients=len(federation.train))  # what cannot be put on is refused
     path = recipe.model.path
     checked = check_checkpoint(path, lora_settings(recipe))
-    unknown = check_vocabulary(load_tokenizer(path), checked.vocabulary, path=path)
+    tokenizer = load_tokenizer(path)
+    unknown = check_vocabulary(tokenizer, checked.vocabulary, path=path)
+    end_ids(recipe, make_wording(recipe, tokenizer))  # what cannot be worded is refused, too
     view = checked.view
     limits = client_limits(recipe, view, num_clients=len(federation.train))
     requirements = build_requirements(recipe, view)

@@ -144,6 +144,12 @@ def unreadable_index(base: Path) -> None:
     (base / INDEX).write_text('{"weight_map": [1, 2')
 
 
+def bare_index(base: Path) -> None:
+    shard(base)
+    index = json.loads((base / INDEX).read_text())
+    (base / INDEX).write_text(json.dumps({"weight_map": index["weight_map"]}))
+
+
 def lfs_pointer(base: Path) -> None:
     (base / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 
@@ -209,12 +215,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"must hold .*, as model\.safetensors\.index\.json says, got a fi",
     ),
     "outside": (outside, r"must name files \*\.safetensors beside it, got '\.\./model-00001"),
-    "index": (unreadable_index, r"must name the file of each tensor in a weight_map, got one that"),
+    "index": (unreadable_index, r"must name the file of each tensor in a weight_map, beside its m"),
+    "bare index": (bare_index, r"beside its metadata, got one that cannot be read \('metadata'\)"),
+    "layers": (
+        configured(num_hidden_layers=7),
+        r"must lead to a model, got .*layer.*; check its config\.json",
+    ),
     "pointer": (lfs_pointer, r"got a pointer of Git LFS in model\.safetensors; .* git lfs pull$"),
     "padding": (configured(pad_token_id=99_999), r"^pad_token_id must be in 0\.\.767, the rows of"),
     "no number": (
         configured(num_experts="many"),
-        r"must lead to a model, got .* \(.*\); check the",
+        r"must lead to a model, got .* \(.*\); check its config",
     ),
     "negative": (configured(hidden_size=-128), r"^model\.path must lead to a model, got .*"),
 }
@@ -242,6 +253,27 @@ def test_damage_is_refused_by_plan_run_and_check_with_one_message(
     refused(match, lambda: make_plan(recipe))
     refused(match, lambda: prepare_experiment(recipe))
     refused(match, lambda: check_model(path, NO_LORA))
+
+
+def test_an_unreadable_generation_config_is_refused_by_plan_as_by_run(tmp_path: Path) -> None:
+    base = copied(tmp_path)
+    (base / "generation_config.json").write_text('{"eos_token_id": [')
+    recipe = quick_recipe("fedavg", f"model.path={base}")
+    match = r"^generation_config\.json of model\.path must be JSON, got .*; repair it"
+    refused(match, lambda: make_plan(recipe))
+    refused(match, lambda: prepare_experiment(recipe))
+
+
+@pytest.mark.parametrize("turn", ["{{ raise_exception('no') }}", "{% for %}"])
+def test_a_chat_template_that_raises_is_refused_by_plan_as_by_run(
+    turn: str, tmp_path: Path
+) -> None:
+    base = copied(tmp_path)
+    (base / "chat_template.jinja").write_text(turn)
+    recipe = quick_recipe("fedavg", f"model.path={base}", "data.template=chat")
+    match = "^the tokenizer's chat template must render the turns user, assistant, got Template"
+    refused(match, lambda: make_plan(recipe))
+    refused(match, lambda: prepare_experiment(recipe))
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,11 @@ def test_the_index_says_which_files_count(tmp_path: Path) -> None:
     save_file({"a": TENSORS["a"]}, tmp_path / "one.safetensors")
     save_file({"a": TENSORS["b"]}, tmp_path / "old.safetensors")
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors"}}))
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "one.safetensors"}}))
     assert Checkpoint(tmp_path).tensors["a"].shape == (2, 3, 4)
-    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}))
+    index.write_text(
+        json.dumps({"metadata": {}, "weight_map": {"a": "one.safetensors", "b": "two.safetensors"}})
+    )
     with pytest.raises(ValueError, match=r"got two\.safetensors missing; download them again"):
         Checkpoint(tmp_path)
 

@@ -84,7 +84,7 @@ def load_config(path: str) -> Any:
     except Exception as error:  # whatever a library makes of a file that somebody else wrote
         raise ValueError(
             f"model.path must lead to a model, got {path} ({first_line(error)}); "
-            "check the name, or the network"
+            "check its config.json, or the network"
         ) from error
 
 
@@ -139,8 +139,10 @@ def check_plain(config: Any, path: str) -> None:
 
 def first_line(error: BaseException) -> str:
     """Return what an exception of another library says, in one line."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # A line that announces the next one says nothing alone.
+    announced = lines[1:2] if lines and lines[0].endswith(":") else []
+    return " ".join([*lines[:1], *announced]) or type(error).__name__
 
 
 @contextmanager

@@ -230,10 +230,11 @@ def _read_index(file: Path) -> Mapping[str, str]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_once)
         weight_map = dict(content["weight_map"])
+        dict(content["metadata"])  # which transformers asks for
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
-            f"{file.name} must name the file of each tensor in a weight_map, got one that "
-            f"cannot be read ({first_line(error)}); download it again"
+            f"{file.name} must name the file of each tensor in a weight_map, beside its metadata, "
+            f"got one that cannot be read ({first_line(error)}); download it again"
         ) from error
     for name, file_name in weight_map.items():
         path = Path(file_name) if isinstance(file_name, str) else Path("..")
