@@ -114,7 +114,8 @@ def test_a_config_that_cannot_be_read_is_an_error(copy: Path, text: str) -> None
 )
 def test_a_folder_without_tokenizer_is_an_error(family: str, tmp_path: Path) -> None:
     FAMILIES[family]().save_pretrained(tmp_path)
-    message = f"model.path must hold a tokenizer, got {tmp_path} without"
+    message = f"model.path must hold a tokenizer, got {tmp_path} without; "
+    message += "download the files of its tokenizer too"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_tokenizer(str(tmp_path))
 
