@@ -26,8 +26,10 @@ test-deployment: $(INSTALLED)
 
 # What make test runs, with the newest versions that pyproject.toml allows; torch alone is pinned,
 # because its CPU build is what there is. make clean, or removing .venv-newest, asks for newer ones.
+# TESTS names some of them.
+TESTS :=
 test-newest: $(NEWEST)/.installed
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 -p no:cacheprovider
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/pytest -n 2 -p no:cacheprovider $(TESTS)
 
 # The same with the lowest versions that it allows.
 test-lowest: $(LOWEST)/.installed

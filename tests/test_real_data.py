@@ -37,6 +37,7 @@ def some_dolly(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_a_step_on_real_text_leaves_the_base_alone(some_dolly: Path, tmp_path: Path) -> None:
     overrides = [
         f"model.path={MODEL}",

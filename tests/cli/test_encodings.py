@@ -37,6 +37,7 @@ def test_a_terminal_gets_what_it_knows_and_something_for_the_rest(
     assert said_in("ascii", text, monkeypatch) == "1... +- 2 - \\u0141"
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["latin-1", pytest.param("ascii", marks=pytest.mark.long)])
 def test_a_command_shows_its_table_where_boxes_are_unknown(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -28,6 +28,7 @@ def transferred(recipe: Recipe, folder: Path) -> tuple[int, int]:
     return first["round/uplink_bytes"], first["round/downlink_bytes"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [

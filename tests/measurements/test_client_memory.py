@@ -24,6 +24,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(str(folder), steps=2, num_threads=1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides",
     [

@@ -106,6 +106,7 @@ def test_baselines_learn_and_keep_the_base_bit_for_bit(method: str, tmp_path: Pa
     assert digest(federation.model.base_state) == federation.model.base_digest
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
@@ -425,6 +426,7 @@ def test_methods_that_choose_once_a_round_need_no_cadence_to_carve(tmp_path: Pat
         assert clients[0].budget_experts == QUARTER
 
 
+@pytest.mark.long
 def test_grafts_go_with_every_way_to_carve(tmp_path: Path) -> None:
     for method in SUBSETS:
         recipe = quick_recipe(f"flex+{method}", "selection.mode=carve")
