@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 EXTRAS := dev,docs,report,flower,tensorboard,mlflow
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all test-deployment test-newest test-lowest test-capabilities mutants bench kill-test check format clean
+.PHONY: demo test test-all test-deployment test-newest test-lowest test-capabilities test-exhaustive mutants bench kill-test check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
@@ -19,6 +19,10 @@ test: $(INSTALLED)
 # What make test runs, then what is long: whole matrices, real data, shown commands, packaging.
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "long and not deployment"
+
+# Every pair of what make test-all has a sample of.
+test-exhaustive: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exhaustive
 
 # Real processes with TLS and keys; they mostly wait for each other.
 test-deployment: $(INSTALLED)

@@ -685,7 +685,7 @@ def test_whatever_is_asked_nothing_private_is_answered(
 
 
 @pytest.mark.long
-@settings(max_examples=700, **_ANY)  # type: ignore[arg-type]
+@settings(max_examples=300, **_ANY)  # type: ignore[arg-type]
 @given(header=requests(), body=tasks())
 def test_whatever_is_asked_at_length(
     joined: SiteWorker, header: dict[str, Any], body: bytes
@@ -694,7 +694,7 @@ def test_whatever_is_asked_at_length(
 
 
 @pytest.mark.long
-@settings(max_examples=100, **_ANY)  # type: ignore[arg-type]
+@settings(max_examples=50, **_ANY)  # type: ignore[arg-type]
 @given(header=requests())
 def test_whatever_is_asked_first(header: dict[str, Any]) -> None:
     with TemporaryDirectory() as name:

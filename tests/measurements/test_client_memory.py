@@ -24,15 +24,14 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case(str(folder), steps=2, num_threads=1)
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param({}, marks=pytest.mark.long),
+        pytest.param({}, marks=pytest.mark.exhaustive),
         pytest.param({"mode": "carve", "experts": 4}, marks=pytest.mark.long),
-        pytest.param({"mode": "mask", "experts": 4}, marks=pytest.mark.long),
-        pytest.param(ADAPTERS, marks=pytest.mark.long),
-        {"mode": "carve", "experts": 8, **ADAPTERS},
+        pytest.param({"mode": "mask", "experts": 4}, marks=pytest.mark.exhaustive),
+        pytest.param(ADAPTERS, marks=pytest.mark.exhaustive),
+        pytest.param({"mode": "carve", "experts": 8, **ADAPTERS}, marks=pytest.mark.long),
     ],
     ids=["whole", "carve", "mask", "lora", "lora-carve"],
 )

@@ -102,9 +102,15 @@ def test_settings_of_memory_change_no_method(method: str, name: str, tmp_path: P
     check_setting(method, SETTINGS[name], tmp_path)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("method", [*METHODS, *PAIRS])
+# Every method and every setting is long, all of their pairs are exhaustive.
+ALL_PAIRS = [
+    pytest.param(method, name, marks=pytest.mark.exhaustive if (i + j) % 4 else pytest.mark.long)
+    for i, method in enumerate([*METHODS, *PAIRS])
+    for j, name in enumerate(SETTINGS)
+]
+
+
+@pytest.mark.parametrize(("method", "name"), ALL_PAIRS)
 def test_no_setting_of_speed_or_memory_changes_any_method(
     method: str, name: str, tmp_path: Path
 ) -> None:
