@@ -14,7 +14,13 @@ from typing import Literal, TypeAlias
 
 Kind: TypeAlias = Literal["model", "dataset"]
 
+_SEPARATORS = (os.sep, "/")
 ASK_SECONDS = 5.0  # a hub that answers does so in one; a proxy that does not may never
+
+
+def can_only_be_path(text: str) -> bool:
+    """Say whether ``text`` is spelled as no name on the hub is: these are ``owner/name``."""
+    return text.startswith((".", "~", *_SEPARATORS)) or _depth(text) > 1
 
 
 def looks_like_path(text: str) -> bool:
@@ -22,10 +28,11 @@ def looks_like_path(text: str) -> bool:
 
     ``owner/name`` and ``name`` may be names on the hub, unless their first part is a folder here.
     """
-    separators = {os.sep, "/"}
-    depth = max(text.count(separator) for separator in separators)
-    begins_as_path = text.startswith((".", "~", *separators))
-    return begins_as_path or depth > 1 or (depth == 1 and Path(text).parent.is_dir())
+    return can_only_be_path(text) or (_depth(text) == 1 and Path(text).parent.is_dir())
+
+
+def _depth(text: str) -> int:
+    return max(map(text.count, _SEPARATORS))
 
 
 def spelled_like(text: str) -> str:

@@ -19,8 +19,7 @@ from orchard.data.templates import Wording
 from orchard.evaluation.quality import TestExample
 from orchard.experiment.encoding import (
     cut_note,
-    encode_all,
-    encode_test,
+    encode_clients,
     end_ids,
     make_wording,
     options_note,
@@ -77,25 +76,15 @@ def make_preview(recipe: Recipe, *, client: str = "") -> Preview:
     wording = make_wording(recipe, load_tokenizer(recipe.model.path))
     chosen = [client] if client else list(federation.train)
     limit, chooses = recipe.data.max_tokens, "accuracy" in words(recipe.evaluation.metrics)
-    train = {
-        name: encode_all(
-            federation.train[name],
-            wording,
-            max_tokens=limit,
-            whose=f"the training examples of {name}",
-        )
-        for name in chosen
-    }
-    test = {
-        name: encode_test(
-            federation.test[name],
-            wording,
-            max_tokens=limit,
-            whose=f"the test examples of {name}",
-            chooses=chooses,
-        )
-        for name in (chosen[:1] if federation.has_central_test else chosen)
-    }
+    tested_of = chosen[:1] if federation.has_central_test else chosen
+    train, test = encode_clients(
+        {name: federation.train[name] for name in chosen},
+        {name: federation.test[name] for name in tested_of},
+        wording,
+        has_central_test=federation.has_central_test,
+        max_tokens=limit,
+        chooses=chooses,
+    )
     tested = [example for examples in test.values() for example in examples]
     notes = [
         *federation.notes(),

@@ -79,7 +79,7 @@ def no_file(folder: Path) -> None:
 
 
 def no_right(folder: Path) -> None:
-    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/root/x")
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), "/locked/x")
 
 
 def a_folder(folder: Path) -> None:
@@ -108,7 +108,7 @@ RAISED = [
     (broken_json, "a JSON file must be valid JSON, got JSONDecodeError"),
     (not_utf8, "text must be UTF-8, got byte 0xe9 at place 3"),
     (no_file, "nothing.txt must exist, got No such file"),
-    (no_right, "/root/x must be open to this user, got Permission denied"),
+    (no_right, "/locked/x must be open to this user, got Permission denied"),
     (a_folder, "must be usable, got Is a directory"),
     (no_answer, "the other side must answer, got Connection refused"),
     (no_extra, "cryptography must be installed, got no such package; install"),

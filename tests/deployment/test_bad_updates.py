@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import tempfile
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +17,24 @@ from safetensors.torch import save
 from orchard.communication.audit import read_audit
 from orchard.communication.channel import Channel
 from orchard.communication.messages import LocalSettings, Task, Update
-from orchard.engine.coordinator import Coordinator
 from orchard.engine.exchange import Patience, Reply
-from orchard.engine.progress import Silent
-from orchard.engine.simulator import Schedule
-from orchard.seeding import Seeds
 from orchard.server.admission import Admission
 from orchard.server.checkpoint import ServerState
-from orchard.strategies.strategy import Strategy, start_server
+from scripted import (
+    FIRST,
+    SECOND,
+    SHARED,
+    Header,
+    ScriptedPost,
+    header_of,
+    honest,
+    raw_update,
+    run,
+    update_header,
+)
 from sites import same
 
-SHARED = {"layers.0.q_proj.lora_A": torch.zeros(4, 3), "layers.0.router.1": torch.zeros(3)}
-FIRST, SECOND = SHARED
-SITES = ("a", "b", "bad")
 BAD = 3.0  # what the bad client's honest update would be
-
-
-def honest(site: str, round_number: int = 1) -> Update:
-    value = {"a": 1.0, "b": 2.0, "bad": BAD}[site]
-    delta = {name: torch.full_like(tensor, value) for name, tensor in SHARED.items()}
-    metrics = {"client/train_loss": 1.0, "client/num_examples": 4.0}
-    return Update(site, round_number, delta, dict.fromkeys(delta, 4.0), metrics)
 
 
 def encoded(update: Update) -> bytes:
@@ -67,16 +64,9 @@ def with_weight(weight: float) -> bytes:
 
 def rewritten(change: Callable[[dict[str, Any]], object], tensors: Any = None) -> bytes:
     """Return an honest message whose header was changed by somebody who knows the format."""
-    header: dict[str, Any] = {
-        "kind": "update",
-        "client_id": "bad",
-        "round_number": 1,
-        "weight": dict.fromkeys(SHARED, 4.0),
-        "metrics": {"client/train_loss": 1.0},
-    }
+    header = update_header({"round": 1})
     change(header)
-    delta = dict(honest("bad").delta) if tensors is None else tensors
-    return save(delta, metadata={"orchard": json.dumps(header)})
+    return raw_update(header, tensors)
 
 
 def with_raw_header(change: Callable[[dict[str, Any]], object]) -> bytes:
@@ -180,67 +170,20 @@ BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-@dataclass
-class Scripted:
-    """A post whose sites answer at once; the bad one with what it is given."""
-
-    bad: bytes | None
-    asked: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._waiting: dict[str, tuple[str, Mapping[str, Any]]] = {}
-
-    def online(self) -> frozenset[str]:
-        return frozenset(SITES)
-
-    def send(self, site: str, header: Mapping[str, Any], body: bytes) -> str:
-        self.asked.append(site)
-        ticket = str(len(self.asked))
-        self._waiting[ticket] = site, header
-        return ticket
-
-    def collect(self, tickets: Collection[str]) -> list[Reply]:
-        return [self._reply(ticket, *self._waiting.pop(ticket)) for ticket in tickets]
-
-    def _reply(self, ticket: str, site: str, header: Mapping[str, Any]) -> Reply:
-        if header["kind"] == "join":
-            return Reply(ticket, {"site": site, "num_examples": 4})
-        header_of = {"site": site, "base_digest": "base"}
-        if site != "bad":
-            return Reply(ticket, header_of, encoded(honest(site, header["round"])))
-        if self.bad is None:
-            return Reply(ticket, error="away")
-        return Reply(ticket, header_of, self.bad)
-
-
 def run_round(folder: Path, bad: bytes | None) -> ServerState:
-    schedule = Schedule(
+    def answer(asked: Header) -> tuple[Any, Any] | Reply:
+        if bad is None:
+            return Reply("", error="away")
+        return header_of("bad", asked), bad
+
+    state, _ = run(
+        folder,
+        ScriptedPost(answer),
         num_rounds=1,
-        clients_per_round=0,
-        steps=1,
-        epochs=0,
-        lr=0.1,
-        lr_min=0.1,
-        is_cosine=False,
-        evaluate_every=0,
-        models=(),
-    )
-    coordinator = Coordinator(
-        schedule=schedule,
-        channel=Channel(),
-        seeds=Seeds(0),
-        folder=folder,
-        about={},
-        recipe="",
-        run="test",
-        base_digest="base",
         patience=Patience(quorum=2, attempts=1, poll_seconds=0.0),
         admission=Admission(max_update_norm=100.0, max_weight=1e9),
-        reporter=Silent(),
     )
-    strategy = Strategy()
-    begin = lambda num_clients: (strategy, start_server(strategy, SHARED))  # noqa: E731
-    return coordinator.run_rounds(Scripted(bad), begin, num_sites=3)
+    return state
 
 
 @pytest.mark.parametrize("kind", BAD_UPDATES)

@@ -125,6 +125,24 @@ def reached(port: int) -> bool:
     return True
 
 
+def check_proxy(command: Sequence[str], port: int, own: int, *, folder: Path, log: Path) -> None:
+    """Start a proxy, and check who gets how far through it."""
+    home = {**os.environ, "HOME": str(folder)}
+    with (folder / "log").open("wb") as errors:
+        process = subprocess.Popen(command, stderr=errors, env=home)
+    try:
+        end = time.monotonic() + 20
+        while not reached(port):
+            assert time.monotonic() < end, log.read_text()
+            time.sleep(0.05)
+        assert status(port, FLEET) == 200
+        assert status(port, CONTROL) in (403, 404)
+        assert status(own, CONTROL) == 200
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
 @pytest.mark.skipif(shutil.which("nginx") is None, reason="nginx is not installed")
 def test_the_set_up_of_nginx_that_is_shown_lets_sites_in_and_nobody_else(tmp_path: Path) -> None:
     port = free_port()
@@ -141,18 +159,7 @@ def test_the_set_up_of_nginx_that_is_shown_lets_sites_in_and_nobody_else(tmp_pat
             f"{room}\nevents {{}}\nhttp {{ access_log off; {paths}\n{inner}\n}}\n"
         )
         command = ["nginx", "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf")]
-        process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            end = time.monotonic() + 10
-            while not reached(port):
-                assert time.monotonic() < end, (tmp_path / "error.log").read_text()
-                time.sleep(0.05)
-            assert status(port, FLEET) == 200
-            assert status(port, CONTROL) in (403, 404)
-            assert status(own, CONTROL) == 200
-        finally:
-            process.terminate()
-            process.wait(10)
+        check_proxy(command, port, own, folder=tmp_path, log=tmp_path / "error.log")
 
 
 @pytest.mark.skipif(shutil.which("caddy") is None, reason="caddy is not installed")
@@ -171,21 +178,7 @@ def test_the_set_up_of_caddy_that_is_shown_lets_sites_in_and_nobody_else(tmp_pat
             "--config",
             str(tmp_path / "Caddyfile"),
         ]
-        with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen(
-                command, stderr=log, env={**os.environ, "HOME": str(tmp_path)}
-            )
-        try:
-            end = time.monotonic() + 20
-            while not reached(port):
-                assert time.monotonic() < end, (tmp_path / "log").read_text()
-                time.sleep(0.05)
-            assert status(port, FLEET) == 200
-            assert status(port, CONTROL) in (403, 404)
-            assert status(own, CONTROL) == 200
-        finally:
-            process.terminate()
-            process.wait(10)
+        check_proxy(command, port, own, folder=tmp_path, log=tmp_path / "log")
 
 
 def test_both_set_ups_that_are_shown_say_who_is_behind_them() -> None:

@@ -20,7 +20,7 @@ from orchard.engine.progress import Silent
 from orchard.engine.simulator import Schedule, sample_clients
 from orchard.evaluation.loss import forward_losses
 from orchard.experiment.data_record import data_digest
-from orchard.experiment.holdings import build_federation, read_retention
+from orchard.experiment.holdings import build_federation, read_elsewhere
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.run_folder import recipe_digest
 from orchard.experiment.running import build_schedule, run_experiment
@@ -225,7 +225,7 @@ def test_the_record_of_a_run_is_complete(tmp_path: Path) -> None:
     assert read_recipe(tmp_path / "recipe.toml").recipe == recipe
     assert result["base_is_unchanged"]
     assert result["recipe_digest"] == recipe_digest(recipe)
-    digests = data_digest(build_federation(recipe), retention=read_retention(recipe))
+    digests = data_digest(build_federation(recipe), retention=read_elsewhere(recipe).retention)
     assert result["data_digest"] == digests.overall
     assert {
         client: own["data_digest"] for client, own in result["clients"].items()

@@ -11,8 +11,7 @@ import typer
 
 from orchard.cli import sites
 from orchard.cli.encodings import write_what_the_terminal_knows
-from orchard.cli.errors import BAD_INPUT, FAILED
-from orchard.cli.errors import clear_errors as _clear_errors
+from orchard.cli.errors import BAD_INPUT, FAILED, clear_errors
 from orchard.cli.parameters import (
     JsonOption,
     OutOption,
@@ -20,9 +19,9 @@ from orchard.cli.parameters import (
     RecipeArgument,
     ResumeOption,
     Traceback,
+    default_folder,
+    resolve,
 )
-from orchard.cli.parameters import default_folder as _default_folder
-from orchard.cli.parameters import resolve as _resolve
 from orchard.cli.resuming import back_to_start, is_run, recipe_of, where_it_stopped
 
 app = typer.Typer(
@@ -64,7 +63,7 @@ def demo(
     traceback: Traceback = False,
 ) -> None:
     """Compare no federation, FedAvg and FLEx on a small invented world, in two minutes."""
-    with _clear_errors(code=FAILED, traceback=traceback):
+    with clear_errors(code=FAILED, traceback=traceback):
         from orchard.demo import run_demo
 
         run_demo(out, seed=seed)
@@ -85,12 +84,12 @@ def run(
     """Run a recipe; with --resume, go on with the run in --out, or in the folder in its place."""
     from orchard.process_memory import loading_to_stay
 
-    with _clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
+    with clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
         if resume and out is None and is_run(recipe):
             recipe, out, track = recipe_of(recipe.resolve()), recipe.resolve(), track or []
             track = [*back_to_start(out).track, *track]
-        resolved = _resolve(recipe, overrides)
-        folder = out or _default_folder(recipe)
+        resolved = resolve(recipe, overrides)
+        folder = out or default_folder(recipe)
         from orchard.api import execute, prepare
         from orchard.engine.processes import leaves_on_termination
         from orchard.engine.progress import choose_reporter, make_console
@@ -107,7 +106,7 @@ def run(
         note(text)
     stopped = partial(where_it_stopped, folder, resolved.recipe.server.rounds)
     with (
-        _clear_errors(code=FAILED, traceback=traceback, stopped=stopped),
+        clear_errors(code=FAILED, traceback=traceback, stopped=stopped),
         leaves_on_termination(),
     ):
         result = execute(prepared, progress=choose_reporter(console), warn=note)
@@ -127,7 +126,7 @@ def resume_run(
     traceback: Traceback = False,
 ) -> None:
     """Go on with a run that stopped; its folder knows its recipe and how it was started."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.experiment.starting import read_start
 
         folder = folder.resolve()
@@ -168,10 +167,10 @@ def show(
     traceback: Traceback = False,
 ) -> None:
     """Show what of a recipe differs from the defaults, where it comes from and what it means."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.catalog import print_recipe, recipe_as_json
 
-        resolved = _resolve(recipe, overrides)
+        resolved = resolve(recipe, overrides)
         if as_json:
             print(recipe_as_json(resolved, show_all=show_all))
         else:
@@ -183,13 +182,13 @@ def partition(
     recipe: RecipeArgument, overrides: Overrides = None, traceback: Traceback = False
 ) -> None:
     """Show which client would hold how many examples of what."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.engine.progress import make_console
         from orchard.experiment.holdings import build_federation
         from orchard.reports import partition_table
         from orchard.tables import print_table
 
-        federation = build_federation(_resolve(recipe, overrides).recipe)
+        federation = build_federation(resolve(recipe, overrides).recipe)
         console = make_console()
         print_table(console, partition_table(federation.train, federation.test))
         for note in federation.notes():
@@ -205,11 +204,11 @@ def preview(
     traceback: Traceback = False,
 ) -> None:
     """Show examples as the model sees them: tokens, what is learned, what is cut, lengths."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.engine.progress import make_console
         from orchard.preview import make_preview, print_preview
 
-        made = make_preview(_resolve(recipe, overrides).recipe, client=client)
+        made = make_preview(resolve(recipe, overrides).recipe, client=client)
         print_preview(made, make_console(), num_examples=examples)
 
 
@@ -221,13 +220,13 @@ def plan(
     traceback: Traceback = False,
 ) -> None:
     """Show what a recipe asks of each client, before any weight is loaded."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.api import plan as make_plan
         from orchard.engine.progress import make_console
         from orchard.experiment.planning import plan_as_json, plan_sentences, plan_table
         from orchard.tables import print_table
 
-        made = make_plan(_resolve(recipe, overrides).recipe)
+        made = make_plan(resolve(recipe, overrides).recipe)
         if as_json:
             print(plan_as_json(made))
             return
@@ -255,7 +254,7 @@ def bench(
     traceback: Traceback = False,
 ) -> None:
     """Measure this machine: always two things in one run, medians and ratios."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.measurements import run_bench
 
         print(run_bench(name, as_json=as_json, repeats=repeats, model=model, data=data))
@@ -279,7 +278,7 @@ def make_keys(
     traceback: Traceback = False,
 ) -> None:
     """Make the coordinator's certificate, or the key pair of a site."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.extras import require
 
         require("flower", to="make keys")
@@ -303,7 +302,7 @@ def audit(
     traceback: Traceback = False,
 ) -> None:
     """Show what was asked, what ever left, and what was refused; check that nothing was changed."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         import json
 
         from orchard.communication.audit import AUDIT_FILE, audit_lines, read_audit
@@ -325,7 +324,7 @@ def answers(
     traceback: Traceback = False,
 ) -> None:
     """Show what models answered to held-out examples, beside the right answers."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.answers import answers_as_json, find_answers, print_answers
 
         found = find_answers(folder, client=client or None, round_number=round_number)
@@ -346,7 +345,7 @@ def compare(
     traceback: Traceback = False,
 ) -> None:
     """Show several runs in one table; those that differ in their seed alone are one row."""
-    with _clear_errors(code=BAD_INPUT, traceback=traceback):
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard import comparison as comparisons
         from orchard.engine.progress import make_console
 

@@ -18,6 +18,7 @@ from orchard.data.examples import Example as Example
 from orchard.data.examples import Fields as Fields
 from orchard.data.reading import Reader, Reading, read_source
 from orchard.data.rows import SUFFIXES, Row, first_line, read_rows
+from orchard.hub import can_only_be_path
 
 
 @dataclass(frozen=True)
@@ -304,7 +305,7 @@ def load_pool(
         )
     if local.is_dir():
         return read_dataset(str(local), reader, split=split, subset=subset)
-    if local.is_file() or _looks_like_path(path):
+    if local.is_file() or path.lower().endswith(SUFFIXES) or can_only_be_path(path):
         return read_file(local, reader)
     return read_dataset(path, reader, split=split, subset=subset)
 
@@ -331,15 +332,6 @@ def content_hash(example: Example) -> str:
 
 def _normalize(text: str) -> str:
     return " ".join(text.casefold().split())
-
-
-def _looks_like_path(path: str) -> bool:
-    separators = {os.sep, "/"}
-    return (
-        path.lower().endswith(SUFFIXES)
-        or path.startswith((".", "~", *separators))
-        or max(path.count(separator) for separator in separators) > 1
-    )
 
 
 def _client_files(folder: Path) -> list[Path]:

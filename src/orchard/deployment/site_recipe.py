@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from orchard.communication.refusals import Code
@@ -10,12 +11,14 @@ from orchard.deployment.limits import check_limits
 from orchard.deployment.terms import Terms
 from orchard.experiment.budgets import build_requirements, client_limits
 from orchard.experiment.holdings import FACTS
-from orchard.experiment.methods import check_strategy, has_part
+from orchard.experiment.methods import check_strategy, has_part, own_names
+from orchard.experiment.own_methods import own_digests
 from orchard.experiment.settings import lora_settings
 from orchard.models.stored.loading import check_model
 from orchard.recipe.amounts import parse_amounts
 from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.recipe.options import Recipe
+from orchard.recipe.reading import known_options, option_value
 from orchard.seeding import Seeds
 
 PACKAGED = "orchard:"
@@ -37,6 +40,43 @@ def check_methods(consent: Consent, recipe: Recipe) -> None:
             f"{recipe.strategy.name}; its owner names others with --methods",
             option="strategy.name",
         )
+
+
+def check_sources(recipe: Recipe, theirs: Mapping[str, str]) -> None:
+    """Refuse a method of one's own whose source is another one here than at the coordinator.
+
+    Args:
+        recipe: As this site does it.
+        theirs: Methods to the SHA-256 of their sources, as the coordinator says.
+
+    Raises:
+        Refusal: It is another one.
+    """
+    for name, digest in own_digests(own_names(recipe.strategy.name)).items():
+        if theirs.get(name) != digest:
+            raise Refusal(
+                Code.METHOD_SOURCE,
+                f"{name} must have the coordinator's source at this site, got SHA-256 "
+                f"{digest} for {theirs.get(name)}; install the same version",
+                option="strategy.name",
+            )
+
+
+def without_cohort(recipe: Recipe) -> Recipe:
+    """Return a recipe without what only all sites together can decide."""
+    is_by_client = "," in recipe.client.budget + recipe.client.memory_bytes
+    return replace(
+        recipe,
+        server=replace(recipe.server, clients_per_round=0),
+        client=replace(recipe.client, budget="", memory_bytes="")
+        if is_by_client
+        else recipe.client,
+    )
+
+
+def differences(asked: Recipe, own: Recipe) -> list[str]:
+    """Return the options that are a site's own, whatever was asked."""
+    return [key for key in known_options() if option_value(asked, key) != option_value(own, key)]
 
 
 def own_recipe(consent: Consent, recipe: Recipe, terms: Terms, *, num_clients: int = 1) -> Recipe:

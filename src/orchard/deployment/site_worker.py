@@ -42,14 +42,20 @@ from orchard.deployment.failures import as_refusal, code_of, in_words
 from orchard.deployment.joined import Runs
 from orchard.deployment.looking import LookingError, describe
 from orchard.deployment.measures import check_rows, let_out, rounded, rows_read
-from orchard.deployment.site_recipe import check_methods, own_recipe
+from orchard.deployment.site_recipe import (
+    check_methods,
+    check_sources,
+    differences,
+    own_recipe,
+    without_cohort,
+)
 from orchard.deployment.terms import AGREED_FILE, Agreement, Terms
 from orchard.engine.processes import only_one
 from orchard.engine.simulator import Schedule
 from orchard.engine.worker import serve, watches_parent
 from orchard.experiment.data_record import DATA_FILE, check_data, record_data
-from orchard.experiment.methods import build_strategy, own_names
-from orchard.experiment.own_methods import import_from, own_digests
+from orchard.experiment.methods import build_strategy
+from orchard.experiment.own_methods import import_from
 from orchard.experiment.preparation import Experiment, Seat, data_notes, prepare_experiment
 from orchard.experiment.run_folder import folder_name, recipe_digest
 from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
@@ -58,7 +64,7 @@ from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import known_options, option_value, parse_recipe
+from orchard.recipe.reading import parse_recipe
 from orchard.results import write_atomically
 from orchard.server.admission import Admission
 from orchard.strategies.strategy import Strategy, evaluate_client, start_server, train_client
@@ -67,7 +73,6 @@ from orchard.trees import Tree, digest
 log = logging.getLogger(__name__)
 
 
-# What is wrong with data shows some of it, and is for this site's log alone.
 @dataclass(frozen=True)
 class _Session:
     """One run, as this site takes part in it."""
@@ -170,7 +175,7 @@ class SiteWorker:
         try:
             # Which seat it gets is known when all have joined; the first one must fit.
             experiment = prepare_experiment(
-                _without_cohort(recipe), seat=Seat(name, 0, 1, terms.split_seed)
+                without_cohort(recipe), seat=Seat(name, 0, 1, terms.split_seed)
             )
         except (ValueError, OSError) as error:
             if not self._settings.only_looks:
@@ -183,7 +188,7 @@ class SiteWorker:
             if not self._settings.only_looks:
                 self._agreement.failed()
             raise
-        differs = _differences(asked, recipe)
+        differs = differences(asked, recipe)
         if self._settings.only_looks:
             text = describe(experiment, self._settings, run=request.run, differs=differs)
             raise LookingError(text)
@@ -216,14 +221,7 @@ class SiteWorker:
             check_methods(self._consent, asked)
             terms = self._agreement.terms(self._consent, asked)
             recipe = own_recipe(self._consent, asked, terms, num_clients=num_clients)
-            for name, digest in own_digests(own_names(recipe.strategy.name)).items():
-                if request.methods.get(name) != digest:
-                    raise Refusal(
-                        Code.METHOD_SOURCE,
-                        f"{name} must have the coordinator's source at this site, got SHA-256 "
-                        f"{digest} for {request.methods.get(name)}; install the same version",
-                        option="strategy.name",
-                    )
+            check_sources(recipe, request.methods)
         except Refusal:
             raise
         except (ValueError, OSError, RecursionError) as error:
@@ -400,21 +398,6 @@ class SiteWorker:
                 seconds=round(time.monotonic() - started, 3),
             )
         return self._models[key]
-
-
-def _without_cohort(recipe: Recipe) -> Recipe:
-    return replace(
-        recipe,
-        server=replace(recipe.server, clients_per_round=0),
-        client=replace(recipe.client, budget="", memory_bytes="")
-        if "," in recipe.client.budget + recipe.client.memory_bytes
-        else recipe.client,
-    )
-
-
-def _differences(asked: Recipe, own: Recipe) -> list[str]:
-    """Return the options that are this site's own, whatever was asked."""
-    return [key for key in known_options() if option_value(asked, key) != option_value(own, key)]
 
 
 def main() -> None:

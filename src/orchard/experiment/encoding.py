@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from orchard.data.encoded import Encoded
@@ -98,6 +99,49 @@ def encode_test(
     if chooses:
         _check_options_differ(found, max_tokens=max_tokens, whose=whose)
     return found
+
+
+def encode_clients(
+    train: Mapping[str, Sequence[Example]],
+    test: Mapping[str, Sequence[Example]],
+    wording: Wording,
+    *,
+    has_central_test: bool,
+    max_tokens: int,
+    chooses: bool,
+) -> tuple[dict[str, list[Encoded]], dict[str, list[TestExample]]]:
+    """Encode what clients hold.
+
+    Args:
+        train: Client id to training examples.
+        test: Client id to held-out examples.
+        wording: How.
+        has_central_test: Whether all clients are tested on the same list; then it is encoded once.
+        max_tokens: The longest result.
+        chooses: See ``encode_test``.
+
+    Returns:
+        Client id to encoded training examples, and the same for held-out ones.
+
+    Raises:
+        ValueError: An example cannot be encoded, or has options of equal tokens.
+    """
+    encode_held_out = partial(encode_test, wording=wording, max_tokens=max_tokens, chooses=chooses)
+    if has_central_test:
+        central = encode_held_out(next(iter(test.values())), whose="the test examples")
+        tested = dict.fromkeys(test, central)
+    else:
+        tested = {
+            client: encode_held_out(examples, whose=f"the test examples of {client}")
+            for client, examples in test.items()
+        }
+    learned = {
+        client: encode_all(
+            examples, wording, max_tokens=max_tokens, whose=f"the training examples of {client}"
+        )
+        for client, examples in train.items()
+    }
+    return learned, tested
 
 
 def cut_note(examples: Iterable[Encoded], *, max_tokens: int, whose: str) -> str:

@@ -22,10 +22,6 @@ WORLD, FACTS = "orchard:world", "orchard:facts"
 _NUM_NAMED = 5
 
 
-class UnreadableData(ValueError):
-    """Data that is no examples; the message may show some of it, and stays where the data is."""
-
-
 @dataclass(frozen=True)
 class Federation:
     """Who holds which examples.
@@ -124,8 +120,7 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
 
     Raises:
         FileNotFoundError: The file is not there.
-        UnreadableData: It cannot be read.
-        ValueError: It cannot be divided as asked.
+        ValueError: It cannot be read, or not be divided as asked.
     """
     data, seeds = recipe.data, Seeds(recipe.seed)
     _require_path(data)
@@ -161,7 +156,7 @@ def read_elsewhere(recipe: Recipe) -> Elsewhere:
 
     Raises:
         FileNotFoundError: A file is not there.
-        UnreadableData: It cannot be read.
+        ValueError: It cannot be read.
     """
     path, remarks = recipe.evaluation.retention_path, list[str]()
     retention = world.facts() if path == FACTS else []
@@ -172,16 +167,6 @@ def read_elsewhere(recipe: Recipe) -> Elsewhere:
         path = recipe.strategy.calibration_path
         calibration = _read_other(path, recipe.data, "strategy.calibration_path", remarks)
     return Elsewhere(retention, calibration, tuple(remarks))
-
-
-def read_retention(recipe: Recipe) -> list[Example]:
-    """Return the examples of ``evaluation.retention_path``; see ``read_elsewhere``."""
-    return read_elsewhere(recipe).retention
-
-
-def read_calibration(recipe: Recipe) -> list[Example]:
-    """Return the examples of ``strategy.calibration_path``; see ``read_elsewhere``."""
-    return read_elsewhere(recipe).calibration
 
 
 def _read_other(path: str, data: DataOptions, option: str, remarks: list[str]) -> list[Example]:
@@ -222,10 +207,7 @@ def _reader(data: DataOptions) -> Reader:
 
 
 def _read_file(path: str, data: DataOptions) -> Reading:
-    try:
-        return read_file(path, _reader(data))
-    except ValueError as error:
-        raise UnreadableData(str(error)) from error
+    return read_file(path, _reader(data))
 
 
 def _require_path(data: DataOptions) -> None:

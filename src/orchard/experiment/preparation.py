@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from orchard.data.encoded import Encoded
-from orchard.data.examples import Example
 from orchard.evaluation.quality import TestExample, check_options
 from orchard.experiment.budgets import expert_budgets
 from orchard.experiment.data_record import DataDigest, data_digest
 from orchard.experiment.encoding import (
     cut_note,
     encode_all,
+    encode_clients,
     encode_test,
     end_ids,
     make_wording,
@@ -134,24 +134,21 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     wording = make_wording(recipe, tokenizer)
     limit, chooses = recipe.data.max_tokens, "accuracy" in words(recipe.evaluation.metrics)
 
-    def encode_held_out(examples: Sequence[Example], whose: str) -> list[TestExample]:
-        return encode_test(examples, wording, max_tokens=limit, whose=whose, chooses=chooses)
-
-    if federation.has_central_test:
-        central = encode_held_out(next(iter(federation.test.values())), "the test examples")
-        test = dict.fromkeys(federation.test, central)
-    else:
-        test = {
-            client: encode_held_out(examples, f"the test examples of {client}")
-            for client, examples in federation.test.items()
-        }
-    train = {
-        client: encode_all(
-            examples, wording, max_tokens=limit, whose=f"the training examples of {client}"
-        )
-        for client, examples in federation.train.items()
-    }
-    retention_set = encode_held_out(retention, "the examples of evaluation.retention_path")
+    train, test = encode_clients(
+        federation.train,
+        federation.test,
+        wording,
+        has_central_test=federation.has_central_test,
+        max_tokens=limit,
+        chooses=chooses,
+    )
+    retention_set = encode_test(
+        retention,
+        wording,
+        max_tokens=limit,
+        whose="the examples of evaluation.retention_path",
+        chooses=chooses,
+    )
     calibration_set = encode_all(
         calibration, wording, max_tokens=limit, whose="the examples of strategy.calibration_path"
     )
