@@ -20,7 +20,7 @@ test: $(INSTALLED)
 test-all: test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "long and not deployment"
 
-# Every pair of what make test-all has a sample of.
+# All of what make test-all has a sample of.
 test-exhaustive: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m exhaustive
 

@@ -68,7 +68,7 @@ def test_words_of_english_are_those_of_rouge_score(text: str) -> None:
         assert StemmedWords().tokenize(text) == tokenizers.DefaultTokenizer(True).tokenize(text)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not DOLLY.exists(), reason="needs Dolly in ../shared/data")
 def test_all_of_dolly_has_the_words_of_rouge_score() -> None:
     ours, theirs = StemmedWords(), tokenizers.DefaultTokenizer(True)
