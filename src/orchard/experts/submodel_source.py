@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from orchard.experts.grafting import Origin, ReadOrigin
 from orchard.experts.reconstruction import RunExpert
+from orchard.models.stored.conversion import StoredModel, match_checkpoint
 from orchard.models.stored.streaming import (
     ReadExpert,
     checkpoint_reader,
@@ -49,6 +51,15 @@ class SubmodelSource:
     base_digest: str
     seed: int
 
+    @cached_property
+    def stored(self) -> StoredModel:
+        """Where the checkpoint keeps each expert, found once.
+
+        Raises:
+            ValueError: See ``match_checkpoint``.
+        """
+        return match_checkpoint(self.path)
+
     def carve(self, kept: Sequence[Sequence[int]]) -> AdaptedModel:
         """Load the model with these experts of each MoE layer only, and its adapters.
 
@@ -56,7 +67,7 @@ class SubmodelSource:
             ValueError: See ``load_submodel``; or one expert of a layer alone should get an adapter
                 where PEFT cannot put it.
         """
-        view = load_submodel(self.path, kept, dtype=self.dtype, device=self.device)
+        view = load_submodel(self.stored, kept, dtype=self.dtype, device=self.device)
         if EXPERTS in self.lora.targets:
             for layer in view.layers:
                 storage = layer.storage
@@ -73,9 +84,11 @@ class SubmodelSource:
                 with these adapters in them.
         """
         without = replace(self.lora, targets=tuple(t for t in self.lora.targets if t != EXPERTS))
-        model = self._adapt(load_skeleton(self.path, dtype=self.dtype, device=self.device), without)
+        model = self._adapt(
+            load_skeleton(self.stored, dtype=self.dtype, device=self.device), without
+        )
         model.load({name: shared[name] for name in model.adapter_names if name in shared})
-        read = checkpoint_reader(self.path, self.dtype)
+        read = checkpoint_reader(self.stored, self.dtype)
         with streamed_experts(model.view, self._at(model.view, shared, read)):
             yield model
 
@@ -87,12 +100,15 @@ class SubmodelSource:
             The base, and what runs one of its experts, which the view itself cannot.
         """
         with self.skeleton({}) as model, model.without_adapters():
-            read = checkpoint_reader(self.path, self.dtype)
+            read = checkpoint_reader(self.stored, self.dtype)
             yield model.view, expert_runner(model.view, read)
 
     def origin_reader(self) -> ReadOrigin:
         """Return what reads the expert that a graft starts as, with its row of the router."""
-        read_expert, read_row = checkpoint_reader(self.path, self.dtype), router_reader(self.path)
+        read_expert, read_row = (
+            checkpoint_reader(self.stored, self.dtype),
+            router_reader(self.stored),
+        )
 
         def read(layer: int, expert: int) -> Origin:
             row = read_row(layer, expert)

@@ -149,17 +149,19 @@ def find_path(layer: MoELayer) -> str:
     return f"{layer.path}.{own}"
 
 
-def match_checkpoint(path: str) -> StoredModel:
+def match_checkpoint(path: str | StoredModel) -> StoredModel:
     """Find where a checkpoint keeps each routed expert; reads no tensor.
 
     Args:
-        path: Folder, hub name, or ``orchard:tiny``.
+        path: Folder, hub name, or ``orchard:tiny``; what was found before is returned as it is.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: It is no Mixture-of-Experts; or experts are listed, not fused, or stored in a
             way that cannot be read one by one; or some are missing.
     """
+    if isinstance(path, StoredModel):
+        return path
     checkpoint = open_checkpoint(path)
     source = str(checkpoint.folder)
     view = build_view(load_config(source), path)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from orchard.models.stored.conversion import check_fused, match_checkpoint
+from orchard.models.stored.conversion import StoredModel, check_fused, match_checkpoint
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.loading import DTYPES
 from orchard.models.view.moe import MoELayer, MoEView
@@ -22,11 +22,11 @@ ReadExpert = Callable[[int, int], Mapping[str, Tensor]]
 oriented as ``MoELayer.expert_tensors`` does."""
 
 
-def checkpoint_reader(path: str, dtype: str) -> ReadExpert:
+def checkpoint_reader(path: str | StoredModel, dtype: str) -> ReadExpert:
     """Return a function that reads one expert from a checkpoint, and nothing else of it.
 
     Args:
-        path: Folder, hub name, or ``orchard:tiny``.
+        path: Folder, hub name, or ``orchard:tiny``; or what ``match_checkpoint`` found there.
         dtype: ``float32`` or ``bfloat16``.
 
     Raises:
@@ -56,14 +56,14 @@ def checkpoint_reader(path: str, dtype: str) -> ReadExpert:
     return read_expert
 
 
-def router_reader(path: str) -> Callable[[int, int], dict[str, Tensor]]:
+def router_reader(path: str | StoredModel) -> Callable[[int, int], dict[str, Tensor]]:
     """Return a function that reads one expert's row of a router, as stored.
 
     It takes the index of a layer in its view and an expert's id, and returns ``weight`` (D,) and,
     where the router adds one to its logits, ``bias`` ().
 
     Args:
-        path: Folder, hub name, or ``orchard:tiny``.
+        path: Folder, hub name, or ``orchard:tiny``; or what ``match_checkpoint`` found there.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.

@@ -31,7 +31,7 @@ from orchard.process_memory import release_freed_memory
 
 
 def load_submodel(
-    path: str, kept: Sequence[Sequence[int]], *, dtype: str, device: str = "cpu"
+    path: str | StoredModel, kept: Sequence[Sequence[int]], *, dtype: str, device: str = "cpu"
 ) -> MoEView:
     """Load the dense part of a model and, of each MoE layer, the kept experts only.
 
@@ -41,7 +41,7 @@ def load_submodel(
     names carry the checkpoint's ids: ``layers.3.experts.17.down_proj`` is one name everywhere.
 
     Args:
-        path: Folder, hub name, or ``orchard:tiny``.
+        path: Folder, hub name, or ``orchard:tiny``; or what ``match_checkpoint`` found there.
         kept: For each MoE layer, in forward order, the ids of its experts, ascending.
         dtype: ``float32`` or ``bfloat16``.
         device: Where to put the model.
@@ -64,14 +64,14 @@ def load_submodel(
     return _view(model, layers)
 
 
-def load_skeleton(path: str, *, dtype: str, device: str = "cpu") -> MoEView:
+def load_skeleton(path: str | StoredModel, *, dtype: str, device: str = "cpu") -> MoEView:
     """Load the dense part of a model with whole routers; its experts stay on ``meta``.
 
     It runs inside ``streamed_experts``. Tensors of experts have shapes and no values, so a view
     cannot read or write them, and the model can move to no other device.
 
     Args:
-        path: Folder, hub name, or ``orchard:tiny``.
+        path: Folder, hub name, or ``orchard:tiny``; or what ``match_checkpoint`` found there.
         dtype: ``float32`` or ``bfloat16``.
         device: Where to put the dense part.
 
