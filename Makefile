@@ -14,11 +14,11 @@ demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
 
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # What make test runs, then what is long: whole matrices, real data, shown commands, packaging.
 test-all: test
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "long and not deployment"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "long and not deployment"
 
 # All of what make test-all has a sample of.
 test-exhaustive: $(INSTALLED)
