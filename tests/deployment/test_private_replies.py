@@ -420,6 +420,38 @@ def test_other_data_than_the_run_began_with_is_refused(worker: SiteWorker) -> No
         assert reply == {"refused": "data_changed", "option": "", "site": "north"}
 
 
+def test_data_that_change_under_a_warm_worker_are_noticed(worker: SiteWorker) -> None:
+    recipe, path = asked_recipe(evaluation__models=""), Path(worker._consent.data)
+    header = round_of(recipe, evaluate=[])
+    worker.handle(join(recipe), b"")
+    assert "refused" not in worker.handle(header, task_of(recipe))[0]
+    before = path.read_bytes()
+    few = b"".join(before.splitlines(keepends=True)[:10])
+    for other in (before.replace(b"zyzzyva1r", b"zyzzyva1s"), few):
+        path.write_bytes(other)
+        reply, body = worker.handle(header, task_of(recipe))
+        assert reply == {"refused": "data_changed", "option": "", "site": "north"}
+        assert body == b""
+        assert events(worker)[-1]["event"] == "refused"  # and the owner reads it
+    path.write_bytes(before)
+    assert "refused" not in worker.handle(header, task_of(recipe))[0]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_answers_over_rows_are_kept_where_the_owner_says_so(keeps: bool, tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, write_rows(tmp_path), keeps_answers=keeps)
+    recipe = asked_recipe(evaluation__models="base", evaluation__metrics="exact_match")
+    recipe = changed(recipe, "evaluation.max_new_tokens", 1)
+    assert recipe.evaluation.keep_answers  # the coordinator asks for it either way
+    looking = SiteWorker(replace(worker._settings, only_looks=True))
+    looking.handle(join(recipe), b"")
+    report = (worker._settings.store / "dry_run.txt").read_text()
+    assert ("answers that are generated" in report) is keeps
+    worker.handle(join(recipe), b"")
+    assert "evaluation" in worker.handle(round_of(recipe, train=False), task_of(recipe))[0]
+    assert any(worker._settings.store.rglob("*answers*")) is keeps
+
+
 def test_a_damaged_personal_file_is_named_here_and_said_there(tmp_path: Path) -> None:
     worker = make_worker(tmp_path, write_rows(tmp_path))
     recipe = asked_recipe(strategy__name="scaffold", evaluation__models="", server__rounds=3)
