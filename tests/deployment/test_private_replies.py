@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,9 +24,13 @@ from orchard.client.client import Client
 from orchard.communication.audit import read_audit
 from orchard.communication.messages import LocalSettings, decode_update, encode_task
 from orchard.communication.refusals import Code, explain
+from orchard.data.encoded import Encoded
+from orchard.data.examples import Example
+from orchard.data.templates import Wording
 from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.measures import let_out, rounded, rows_read
 from orchard.deployment.site_worker import SiteWorker
+from orchard.experiment import encoding, preparation
 from orchard.experiment.methods import METHODS
 from orchard.experiment.running import build_schedule, load_model
 from orchard.models.stored.loading import load_tokenizer
@@ -60,6 +64,7 @@ def make_worker(folder: Path, data: Path, **consent: Any) -> SiteWorker:
     return SiteWorker(SiteSettings("north", store, store / "socket", own))
 
 
+@cache
 def asked_recipe(**options: Any) -> Recipe:
     whole = site_recipe(
         "fedavg",
@@ -701,10 +706,29 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> SiteWorker:
     return worker
 
 
+@pytest.fixture(scope="module")
+def shares_the_base() -> Iterator[None]:
+    """Let all cases share what does not depend on them: the checked base, tokens of a row."""
+    encode, known = encoding.encode, {}
+
+    def encode_once(example: Example, wording: Wording, *, max_tokens: int) -> Encoded:
+        key = repr(example), wording.template, wording.special, wording.learn, max_tokens
+        if key not in known:
+            known[key] = encode(example, wording, max_tokens=max_tokens)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "encode", encode_once)
+        for name in ("check_checkpoint", "load_tokenizer"):
+            patch.setattr(preparation, name, cache(getattr(preparation, name)))
+        yield
+
+
 _ANY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=30, derandomize=True, **_ANY)  # type: ignore[arg-type]
+@pytest.mark.usefixtures("shares_the_base")
+@settings(max_examples=100, derandomize=True, **_ANY)  # type: ignore[arg-type]
 @given(header=requests(), body=tasks())
 def test_whatever_is_asked_nothing_private_is_answered(
     joined: SiteWorker, caplog: pytest.LogCaptureFixture, header: dict[str, Any], body: bytes
@@ -717,7 +741,8 @@ def test_whatever_is_asked_nothing_private_is_answered(
 
 
 @pytest.mark.long
-@settings(max_examples=300, **_ANY)  # type: ignore[arg-type]
+@pytest.mark.usefixtures("shares_the_base")
+@settings(max_examples=1000, **_ANY)  # type: ignore[arg-type]
 @given(header=requests(), body=tasks())
 def test_whatever_is_asked_at_length(
     joined: SiteWorker, header: dict[str, Any], body: bytes
@@ -726,6 +751,7 @@ def test_whatever_is_asked_at_length(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("shares_the_base")
 @settings(max_examples=50, **_ANY)  # type: ignore[arg-type]
 @given(header=requests())
 def test_whatever_is_asked_first(header: dict[str, Any]) -> None:
