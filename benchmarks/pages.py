@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from benchmarks.adaptive_attacks.report import page as adaptive_attacks
 from benchmarks.blocks import Page
 from benchmarks.demo.report import page as demo
 from benchmarks.deployment.report import page as deployment
@@ -24,6 +25,7 @@ from benchmarks.wire.report import page as wire
 
 PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
     {
+        "adaptive_attacks": adaptive_attacks,
         "demo": demo,
         "deployment": deployment,
         "faults": faults,

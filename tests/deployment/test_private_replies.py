@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,9 +24,13 @@ from orchard.client.client import Client
 from orchard.communication.audit import read_audit
 from orchard.communication.messages import LocalSettings, decode_update, encode_task
 from orchard.communication.refusals import Code, explain
+from orchard.data.encoded import Encoded
+from orchard.data.examples import Example
+from orchard.data.templates import Wording
 from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.measures import let_out, rounded, rows_read
 from orchard.deployment.site_worker import SiteWorker
+from orchard.experiment import encoding, preparation
 from orchard.experiment.methods import METHODS
 from orchard.experiment.running import build_schedule, load_model
 from orchard.models.stored.loading import load_tokenizer
@@ -60,6 +64,7 @@ def make_worker(folder: Path, data: Path, **consent: Any) -> SiteWorker:
     return SiteWorker(SiteSettings("north", store, store / "socket", own))
 
 
+@cache
 def asked_recipe(**options: Any) -> Recipe:
     whole = site_recipe(
         "fedavg",
@@ -420,6 +425,38 @@ def test_other_data_than_the_run_began_with_is_refused(worker: SiteWorker) -> No
         assert reply == {"refused": "data_changed", "option": "", "site": "north"}
 
 
+def test_data_that_change_under_a_warm_worker_are_noticed(worker: SiteWorker) -> None:
+    recipe, path = asked_recipe(evaluation__models=""), Path(worker._consent.data)
+    header = round_of(recipe, evaluate=[])
+    worker.handle(join(recipe), b"")
+    assert "refused" not in worker.handle(header, task_of(recipe))[0]
+    before = path.read_bytes()
+    few = b"".join(before.splitlines(keepends=True)[:10])
+    for other in (before.replace(b"zyzzyva1r", b"zyzzyva1s"), few):
+        path.write_bytes(other)
+        reply, body = worker.handle(header, task_of(recipe))
+        assert reply == {"refused": "data_changed", "option": "", "site": "north"}
+        assert body == b""
+        assert events(worker)[-1]["event"] == "refused"  # and the owner reads it
+    path.write_bytes(before)
+    assert "refused" not in worker.handle(header, task_of(recipe))[0]
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_answers_over_rows_are_kept_where_the_owner_says_so(keeps: bool, tmp_path: Path) -> None:
+    worker = make_worker(tmp_path, write_rows(tmp_path), keeps_answers=keeps)
+    recipe = asked_recipe(evaluation__models="base", evaluation__metrics="exact_match")
+    recipe = changed(recipe, "evaluation.max_new_tokens", 1)
+    assert recipe.evaluation.keep_answers  # the coordinator asks for it either way
+    looking = SiteWorker(replace(worker._settings, only_looks=True))
+    looking.handle(join(recipe), b"")
+    report = (worker._settings.store / "dry_run.txt").read_text()
+    assert ("answers that are generated" in report) is keeps
+    worker.handle(join(recipe), b"")
+    assert "evaluation" in worker.handle(round_of(recipe, train=False), task_of(recipe))[0]
+    assert any(worker._settings.store.rglob("*answers*")) is keeps
+
+
 def test_a_damaged_personal_file_is_named_here_and_said_there(tmp_path: Path) -> None:
     worker = make_worker(tmp_path, write_rows(tmp_path))
     recipe = asked_recipe(strategy__name="scaffold", evaluation__models="", server__rounds=3)
@@ -669,10 +706,29 @@ def joined(tmp_path_factory: pytest.TempPathFactory) -> SiteWorker:
     return worker
 
 
+@pytest.fixture(scope="module")
+def shares_the_base() -> Iterator[None]:
+    """Let all cases share what does not depend on them: the checked base, tokens of a row."""
+    encode, known = encoding.encode, {}
+
+    def encode_once(example: Example, wording: Wording, *, max_tokens: int) -> Encoded:
+        key = repr(example), wording.template, wording.special, wording.learn, max_tokens
+        if key not in known:
+            known[key] = encode(example, wording, max_tokens=max_tokens)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "encode", encode_once)
+        for name in ("check_checkpoint", "load_tokenizer"):
+            patch.setattr(preparation, name, cache(getattr(preparation, name)))
+        yield
+
+
 _ANY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
-@settings(max_examples=30, derandomize=True, **_ANY)  # type: ignore[arg-type]
+@pytest.mark.usefixtures("shares_the_base")
+@settings(max_examples=100, derandomize=True, **_ANY)  # type: ignore[arg-type]
 @given(header=requests(), body=tasks())
 def test_whatever_is_asked_nothing_private_is_answered(
     joined: SiteWorker, caplog: pytest.LogCaptureFixture, header: dict[str, Any], body: bytes
@@ -685,7 +741,8 @@ def test_whatever_is_asked_nothing_private_is_answered(
 
 
 @pytest.mark.long
-@settings(max_examples=300, **_ANY)  # type: ignore[arg-type]
+@pytest.mark.usefixtures("shares_the_base")
+@settings(max_examples=1000, **_ANY)  # type: ignore[arg-type]
 @given(header=requests(), body=tasks())
 def test_whatever_is_asked_at_length(
     joined: SiteWorker, header: dict[str, Any], body: bytes
@@ -694,6 +751,7 @@ def test_whatever_is_asked_at_length(
 
 
 @pytest.mark.long
+@pytest.mark.usefixtures("shares_the_base")
 @settings(max_examples=50, **_ANY)  # type: ignore[arg-type]
 @given(header=requests())
 def test_whatever_is_asked_first(header: dict[str, Any]) -> None:

@@ -98,6 +98,10 @@ def site(
     runs_per_day: Annotated[
         int, typer.Option(help="New runs that are joined in 24 hours.", min=1)
     ] = 20,
+    keep_answers: Annotated[
+        bool,
+        typer.Option("--keep-answers", help="Keep answers that are generated over rows, if asked."),
+    ] = False,
     limit: Annotated[
         list[str] | None,
         typer.Option(help="Largest value of a recipe's option: client.steps=100; repeatable."),
@@ -134,6 +138,7 @@ def site(
             decimals=decimals,
             trees_per_round=trees_per_round,
             runs_per_day=runs_per_day,
+            keeps_answers=keep_answers,
             limits=parse_limits(limit or ()),
         )
         options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)

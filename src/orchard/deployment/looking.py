@@ -121,6 +121,8 @@ def _kept(recipe: Recipe, settings: SiteSettings) -> list[str]:
         entries.append("control variates")
     if recipe.communication.downlink == "differences":
         entries.append("the global values that it was sent last")
+    if recipe.evaluation.keep_answers:
+        entries.append("the answers that are generated over held-out rows")
     return entries
 
 

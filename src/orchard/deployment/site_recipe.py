@@ -127,6 +127,8 @@ def own_recipe(consent: Consent, recipe: Recipe, terms: Terms, *, num_clients: i
                 "evaluation.retention_path",
                 packaged=FACTS,
             ),
+            # Text about the rows, on this site's disk: its owner's to say.
+            keep_answers=own.evaluation.keep_answers and consent.keeps_answers,
         ),
     )
     check_limits(own, consent.limits, num_clients=num_clients)

@@ -38,6 +38,7 @@ from orchard.communication.readable import readable
 from orchard.communication.refusals import Code
 from orchard.deployment.accepted import check_request, check_task, check_tree, shapes_of
 from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
+from orchard.deployment.data_files import FileState, states_of
 from orchard.deployment.failures import as_refusal, code_of, in_words
 from orchard.deployment.joined import Runs
 from orchard.deployment.looking import LookingError, describe
@@ -83,6 +84,7 @@ class _Session:
     channel: Channel
     schedule: Schedule
     shared: Tree  # what a task holds, without its values
+    files: tuple[FileState, ...]  # what it was built from
 
 
 class SiteWorker:
@@ -340,14 +342,17 @@ class SiteWorker:
                 consent_sha256=self._consent.digest(),
             )
         key = json.dumps([request.run, recipe_digest(asked), index, num_clients])
-        if key not in self._sessions:
-            self._sessions = {key: self._build(recipe, terms, request)}
-        session = self._sessions[key]
+        session = self._sessions.get(key)
+        # A worker lives long: what it has in memory must still be what is on the disk.
+        if session is None or session.files != states_of(self._consent):
+            session = self._build(recipe, terms, request)
+            self._sessions = {key: session}
         self._runs.check_base(request.run, session.client.model.base_digest)
         return session, changed
 
     def _build(self, recipe: Recipe, terms: Terms, request: RoundTask) -> _Session:
         name, num_clients = self._settings.name, request.num_clients
+        files = states_of(self._consent)  # before they are read: a change meanwhile is seen later
         try:
             experiment = prepare_experiment(
                 recipe, seat=Seat(name, request.index, num_clients, terms.split_seed)
@@ -355,8 +360,8 @@ class SiteWorker:
             strategy = build_strategy(recipe, num_clients=num_clients)
         except (ValueError, OSError) as error:
             raise as_refusal(Code.DATA, error) from error
-        check_rows(experiment, self._consent, client_id=name)
         folder = self._pin_data(request.run, experiment)
+        check_rows(experiment, self._consent, client_id=name)
         model = self._model(recipe, experiment.tokenizer)
         for sentence in slow_ways_of(experiment, model):
             log.warning("%s", sentence)
@@ -368,6 +373,7 @@ class SiteWorker:
             build_channel(recipe),
             build_schedule(recipe, rate=learning_rate(recipe, model.view)),
             shapes_of(start_server(strategy, model.fresh).shared),
+            files,
         )
 
     def _pin_data(self, run: str, experiment: Experiment) -> Path:

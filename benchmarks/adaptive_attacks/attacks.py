@@ -1,0 +1,123 @@
+"""What two of ten clients send who know all honest updates and the rule that aggregates them.
+
+An attacker that adapts tries each strength of its attack on the rule itself, and sends the one that
+does what it wants most. It says that it has as many examples as the default bounds let count.
+
+Source: Baruch et al., 2019, arXiv:1902.06156 (a little is enough); Xie et al., 2020,
+arXiv:1903.03936 (inner-product manipulation); Bagdasaryan et al., 2020, arXiv:1807.00459 (a boosted
+backdoor). The strengths there are fixed; here they are chosen round by round.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from statistics import median_low
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from orchard.communication.messages import Update
+from orchard.server.beside import ACCEPTED_RATIO
+
+Delta: TypeAlias = dict[str, Tensor]
+Rule: TypeAlias = Callable[[Sequence[Update]], Delta]
+ATTACKS = ("none", "scaled", "flipped", "little", "inner_product", "one_expert", "backdoor")
+ADAPTIVE = ATTACKS[3:]
+_STRENGTHS = {
+    "little": (0.25, 0.5, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0),
+    "inner_product": (0.1, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0),
+    "one_expert": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "backdoor": (1.0, 2.0, 4.0, 8.0, 16.0),
+}
+
+
+def mean_of(updates: Sequence[Update]) -> Delta:
+    """Return the plain mean of updates, name by name."""
+    names = updates[0].delta
+    return {name: torch.stack([u.delta[name] for u in updates]).mean(dim=0) for name in names}
+
+
+def inner(left: Delta, right: Delta) -> float:
+    """Return the inner product of two trees."""
+    return math.fsum(float((left[n].double() * right[n].double()).sum()) for n in left)
+
+
+def attacked(
+    attack: str, honest: Sequence[Update], own: Sequence[Update], rule: Rule
+) -> tuple[list[Update], float]:
+    """Return what the hostile clients send, and the strength that they chose.
+
+    Args:
+        attack: Of ``ATTACKS``.
+        honest: The updates of the others.
+        own: What the hostile clients trained.
+        rule: The aggregation in use, with its bounds.
+    """
+    if attack == "none":
+        return list(own), 0.0
+    if attack in ("scaled", "flipped"):
+        factor = 20.0 if attack == "scaled" else -5.0
+        scaled = [{n: factor * t for n, t in update.delta.items()} for update in own]
+        return [replace(u, delta=d) for u, d in zip(own, scaled, strict=True)], factor
+    middle = mean_of(honest)
+    weight = ACCEPTED_RATIO * median_low([max(u.weight.values()) for u in honest])
+
+    def sent(strength: float) -> list[Update]:
+        delta = _made(attack, strength, honest, own, middle)
+        return [replace(u, delta=delta, weight=dict.fromkeys(delta, weight)) for u in own]
+
+    def gain(strength: float) -> float:
+        made = rule([*honest, *sent(strength)])
+        moved = {name: made[name] - middle[name] for name in middle}
+        if attack == "inner_product":
+            return -inner(made, middle)
+        if attack == "backdoor":
+            wanted = mean_of(own)
+            return inner(moved, {name: wanted[name] - middle[name] for name in middle})
+        return inner(moved, moved)
+
+    best = max(_STRENGTHS[attack], key=gain)
+    return sent(best), best
+
+
+def _made(
+    attack: str, strength: float, honest: Sequence[Update], own: Sequence[Update], middle: Delta
+) -> Delta:
+    if attack == "little":
+        spread = {n: torch.stack([u.delta[n] for u in honest]).std(dim=0) for n in middle}
+        return {name: middle[name] - strength * spread[name] for name in middle}
+    if attack == "inner_product":
+        return {name: -strength * tensor for name, tensor in middle.items()}
+    if attack == "backdoor":
+        wanted = mean_of(own)
+        return {name: middle[name] + strength * (wanted[name] - middle[name]) for name in middle}
+    expert = min(expert_of(name) for name in middle if expert_of(name))
+    part = {name: t for name, t in middle.items() if expert_of(name) == expert}
+    scale = strength * math.sqrt(inner(middle, middle) / max(inner(part, part), 1e-30))
+    return {**middle, **{name: -scale * tensor for name, tensor in part.items()}}
+
+
+def expert_of(name: str) -> str:
+    """Return the expert that a name belongs to; empty where it belongs to none."""
+    layer, is_expert, rest = name.partition(".experts.")
+    return f"{layer}.experts.{rest.partition('.')[0]}" if is_expert else ""
+
+
+def displaced(made: Delta, honest: Sequence[Update]) -> dict[str, float]:
+    """Return how far each name is from the honest mean, in honest standard deviations.
+
+    The standard deviation of a name is the root mean square of the L2 distances of the honest
+    updates to their mean.
+    """
+    middle = mean_of(honest)
+    found = {}
+    for name, center in middle.items():
+        squares = [float((u.delta[name] - center).double().square().sum()) for u in honest]
+        spread = math.sqrt(math.fsum(squares) / len(squares))
+        distance = float((made.get(name, torch.zeros(())) - center).double().norm())
+        if spread > 0:
+            found[name] = distance / spread
+    return found
