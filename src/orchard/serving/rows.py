@@ -242,7 +242,10 @@ def _weigh(graft: RowGraft, place: int, x_TD: Tensor) -> tuple[Tensor, Tensor]:
 def _cut(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[_Groups, list[int]]:
     """Cut the rows of each model into groups of about the mean size."""
     size = -(-sum(map(len, rows)) // len(rows))
-    index, which, place, row = [], [], [], []
+    index: list[list[int]] = []
+    which: list[int] = []
+    place: list[int] = []
+    row: list[int] = []
     for number, own in enumerate(rows):
         for start in range(0, len(own), size):
             chosen = own[start : start + size]

@@ -146,7 +146,7 @@ def _linear(
             down_RI = rest.pop(name).float()
             up_OR = rest.pop(f"{base}.lora_B").float() * scale
             module = view.model.get_submodule(paths[base])
-            _check(name, (up_OR.shape[0], down_RI.shape[1]), module.weight.shape)
+            _check(name, (up_OR.shape[0], down_RI.shape[1]), module.get_parameter("weight").shape)
             found[paths[base]] = Factors(down_RI, up_OR)
     return found, rest
 

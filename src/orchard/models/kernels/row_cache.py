@@ -17,12 +17,12 @@ from transformers.cache_utils import Cache, DynamicLayer
 _SLACK = 64  # columns that are allocated ahead, so that a token seldom copies what is kept
 
 
-class RowLayer(DynamicLayer):  # type: ignore[misc]
+class RowLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, in buffers with room for more columns."""
 
     def __init__(self, **kwargs: Any) -> None:
         """Start empty."""
-        super().__init__(**kwargs)
+        super().__init__(**kwargs)  # type: ignore[no-untyped-call]
         self._buffers: list[Tensor] = []
         self._end = 0
 
@@ -41,8 +41,7 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         for own, states in zip(self._buffers, fresh, strict=True):
             own[..., self._end : self._end + count, :] = states
         self._end += count
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def place(self, keys: Tensor, values: Tensor) -> None:
         """Hold these columns in the place of what was held."""
@@ -52,8 +51,10 @@ class RowLayer(DynamicLayer):  # type: ignore[misc]
         self._buffers = [_roomy(keys, 0), _roomy(values, 0)]
         self._show()
 
-    def _show(self) -> None:
-        self.keys, self.values = (own[..., : self._end, :] for own in self._buffers)
+    def _show(self) -> tuple[Tensor, Tensor]:
+        keys, values = (own[..., : self._end, :] for own in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def _roomy(states: Tensor, count: int) -> Tensor:
