@@ -277,13 +277,13 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="What to measure: memory, graft, step, aggregate, rounds, wire or start.",
+            help="What to measure: memory, graft, step, aggregate, rounds, wire, start or serve.",
             show_default=False,
         ),
     ],
     as_json: JsonOption = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
-    model: Annotated[str, typer.Option(help="Base of step; empty = a random one.")] = "",
+    model: Annotated[str, typer.Option(help="Base of step or serve; empty = a random one.")] = "",
     data: Annotated[str, typer.Option(help="Examples of step, for that base.")] = "",
     traceback: Traceback = False,
 ) -> None:
