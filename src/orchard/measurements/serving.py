@@ -1,4 +1,4 @@
-"""Tokens per second of eight clients' models in one batch, beside one model and one after another."""
+"""Eight clients' models in one batch, beside one model and one after another."""
 
 from __future__ import annotations
 
