@@ -11,6 +11,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "flower": MappingProxyType(
             {name: name for name in ("flwr", "cryptography", "httpx", "uvicorn")}
         ),
+        "serve": MappingProxyType({name: name for name in ("fastapi", "uvicorn")}),
         "report": MappingProxyType({"matplotlib": "matplotlib"}),
         "tensorboard": MappingProxyType({"tensorboard": "tensorboard"}),
         "wandb": MappingProxyType({"wandb": "wandb"}),

@@ -1,0 +1,1 @@
+"""Trained models out of a run's folder: opened, and sampled from."""

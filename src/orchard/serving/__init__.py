@@ -1,0 +1,1 @@
+"""One base and everybody's personal models, served together."""
