@@ -37,6 +37,7 @@ from scripted import (
     SECOND,
     SHARED,
     SITES,
+    VALUES,
     Bad,
     Header,
     ScriptedPost,
@@ -116,10 +117,28 @@ def test_a_site_that_joins_with_more_counts_for_what_is_accepted(tmp_path: Path)
         return (4 * 1 + 4 * 2 + weight * 3) / (8 + weight)
 
     assert run_with(8) == pytest.approx(mean_with(8))
-    # Ten times the median of 4, 4 and a billion.
-    assert run_with(10**9) == pytest.approx(mean_with(40))
+    # Three times the median of 4, 4 and a billion, and of weight times norm, 4 and 8 times a norm.
+    assert run_with(10**9) == pytest.approx(mean_with(8))
     assert run_with(10**9, bounds=Bounds(max_examples=4)) == pytest.approx(2.0)
     assert run_with(10**9, bounds=Bounds(is_equal=True)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("value", [-20.0, -6.0, -2.1, 0.0, 5.9, 19.0])
+@pytest.mark.parametrize("number", [1, 4, 12, 40, 10**9])
+def test_whatever_one_of_three_sends_the_mean_moves_by_less_than_is_said(
+    value: float, number: int, tmp_path: Path
+) -> None:
+    """Ten times the examples and ten times the norm together moved a mean of 1.5 to -16."""
+    joins = lambda asked: {"site": "bad", "num_examples": number}  # noqa: E731
+    tensors = {name: torch.full_like(tensor, value) for name, tensor in SHARED.items()}
+    facts = {
+        "weight": dict.fromkeys(SHARED, float(number)),
+        "metrics": {"client/num_examples": float(number)},
+    }
+    bad = sends(lambda asked: raw_update(update_header(asked, **facts), tensors))
+    state, _ = run(tmp_path / "run", ScriptedPost(bad, joins), num_rounds=1)
+    for tensor in state.shared.values():
+        assert float((tensor - 1.5).abs().max()) <= 1.5 * VALUES["b"] + 1e-6
 
 
 def test_a_site_that_never_says_how_much_it_has_is_held_to_the_others(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Arrived:
         num_bytes: Its length.
         norm: L2 norm of the update.
         weight: The largest that it gives a name.
+        share: For how much of its weight it counts beside the others of its round.
     """
 
     client_id: str
@@ -36,6 +37,7 @@ class Arrived:
     num_bytes: int
     norm: float = 0.0
     weight: float = 0.0
+    share: float = 1.0
 
     def weighed(self, norm: float, weight: float) -> Arrived:
         """Return it with what was found in it."""
