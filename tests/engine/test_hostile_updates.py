@@ -21,7 +21,7 @@ from orchard.communication.messages import Update
 from orchard.communication.sparsification import TopK
 from orchard.engine.exchange import Patience
 from orchard.engine.progress import Silent
-from orchard.engine.rounds import Rounds
+from orchard.engine.rounds import Rounds, summarize
 from orchard.results import MetricsLog
 from orchard.server.aggregation import mean
 from orchard.server.beside import Bounds
@@ -210,6 +210,27 @@ def test_a_router_weighs_as_it_does_in_the_method(has_preferences: bool, tmp_pat
         folder = tmp_path / f"{number}"
         run(folder, post, num_rounds=1, has_preferences=has_preferences)
         assert (reasons(folder) == []) is is_in
+
+
+def test_one_site_does_not_make_its_router_count_as_many(tmp_path: Path) -> None:
+    """A preference was the sender's own word, up to the number of experts."""
+    experts = {f"layers.0.experts.{n}.up_proj.lora_A": torch.zeros(2) for n in range(64)}
+    post = ScriptedPost(None, shared={**SHARED, **experts})
+
+    def heavy(asked: Header) -> tuple[Any, bytes]:
+        update = honest("bad", asked["round"], shared=post.shared)
+        body = post.channel.pack_update(replace(update, weight={**update.weight, SECOND: 64.0}))
+        return header_of("bad", asked), body
+
+    post.bad = heavy
+    state, _ = run(tmp_path / "run", post, num_rounds=1, has_preferences=True)
+    # As heavy as three of the others: not (4 * 1 + 4 * 2 + 64 * 3) / 72.
+    assert float(state.shared[SECOND][0]) <= (4 + 8 + 12 * 3) / 20 + 1e-6
+
+
+def test_a_site_of_few_rows_has_not_dropped_out() -> None:
+    lines = [{"client/num_examples": 3.0}, {"client/dropped_out": 1.0}, {"client/train_loss": 1.0}]
+    assert summarize(lines, [], Channel(), seconds=1.0)["round/num_dropped_out"] == 1
 
 
 def test_a_name_that_comes_too_late_to_weigh_anything_is_left_alone(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ class Arrived:
         num_bytes: Its length.
         norm: L2 norm of the update.
         weight: The largest that it gives a name.
+        preference: The largest that it gives a router, where routers count by preference.
         share: For how much of its weight it counts beside the others of its round.
     """
 
@@ -37,11 +38,12 @@ class Arrived:
     num_bytes: int
     norm: float = 0.0
     weight: float = 0.0
+    preference: float = 0.0
     share: float = 1.0
 
-    def weighed(self, norm: float, weight: float) -> Arrived:
+    def weighed(self, norm: float, weight: float, preference: float = 0.0) -> Arrived:
         """Return it with what was found in it."""
-        return replace(self, norm=norm, weight=weight)
+        return replace(self, norm=norm, weight=weight, preference=preference)
 
 
 @dataclass(frozen=True)

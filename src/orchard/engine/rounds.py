@@ -102,9 +102,13 @@ class Rounds:
         """Return updates with their share: none pulls at the tree far more than the median does."""
         pulls = [own.norm * self._counts(own) for own in kept]
         whole = 0 if self.bounds.is_equal else self.bounds.max_examples
+        # A preference is the sender's own word: none counts for far more than the median's.
+        by_preference = shares([own.preference for own in kept])
         accepted = whole * round_median([own.norm for own in kept])
         found = []
-        for own, share in zip(kept, shares(pulls, accepted=accepted), strict=True):
+        by_pull = shares(pulls, accepted=accepted)
+        for own, *both in zip(kept, by_pull, by_preference, strict=True):
+            share = min(both)
             if share < 1:
                 logger.warning(
                     "round %d, %s: counts for %.3g of its weight: weight times norm is held to a "
