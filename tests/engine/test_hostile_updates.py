@@ -20,6 +20,7 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Update
 from orchard.communication.sparsification import TopK
 from orchard.engine.exchange import Patience
+from orchard.engine.inbox import Inbox
 from orchard.engine.progress import Silent
 from orchard.engine.rounds import Rounds, summarize
 from orchard.results import MetricsLog
@@ -288,6 +289,15 @@ def test_what_breaks_the_aggregation_is_set_apart_and_the_round_goes_on(tmp_path
     (reason, _) = reasons(tmp_path / "run")
     assert "Trap: no update should do this\\x0a" in reason
     assert reason.isprintable()
+
+
+def test_the_quarantine_keeps_the_newest_messages_and_every_reason(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path / "inbox", max_quarantine_bytes=250)
+    for number in range(1, 6):
+        inbox.set_apart(inbox.put("bad", number, bytes([number]) * 100), "why")
+    kept = [path for path in inbox.quarantine.iterdir() if path.suffix != ".json"]
+    assert sorted(path.read_bytes()[0] for path in kept) == [4, 5]
+    assert all(inbox.set_apart_in(number) == {"bad"} for number in range(1, 6))
 
 
 def test_what_breaks_only_after_the_last_update_is_found_too(tmp_path: Path) -> None:
