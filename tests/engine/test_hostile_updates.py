@@ -20,8 +20,9 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Update
 from orchard.communication.sparsification import TopK
 from orchard.engine.exchange import Patience
+from orchard.engine.inbox import Inbox
 from orchard.engine.progress import Silent
-from orchard.engine.rounds import Rounds
+from orchard.engine.rounds import Rounds, summarize
 from orchard.results import MetricsLog
 from orchard.server.aggregation import mean
 from orchard.server.beside import Bounds
@@ -37,6 +38,7 @@ from scripted import (
     SECOND,
     SHARED,
     SITES,
+    VALUES,
     Bad,
     Header,
     ScriptedPost,
@@ -116,10 +118,28 @@ def test_a_site_that_joins_with_more_counts_for_what_is_accepted(tmp_path: Path)
         return (4 * 1 + 4 * 2 + weight * 3) / (8 + weight)
 
     assert run_with(8) == pytest.approx(mean_with(8))
-    # Ten times the median of 4, 4 and a billion.
-    assert run_with(10**9) == pytest.approx(mean_with(40))
+    # Three times the median of 4, 4 and a billion, and of weight times norm, 4 and 8 times a norm.
+    assert run_with(10**9) == pytest.approx(mean_with(8))
     assert run_with(10**9, bounds=Bounds(max_examples=4)) == pytest.approx(2.0)
     assert run_with(10**9, bounds=Bounds(is_equal=True)) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("value", [-20.0, -6.0, -2.1, 0.0, 5.9, 19.0])
+@pytest.mark.parametrize("number", [1, 4, 12, 40, 10**9])
+def test_whatever_one_of_three_sends_the_mean_moves_by_less_than_is_said(
+    value: float, number: int, tmp_path: Path
+) -> None:
+    """Ten times the examples and ten times the norm together moved a mean of 1.5 to -16."""
+    joins = lambda asked: {"site": "bad", "num_examples": number}  # noqa: E731
+    tensors = {name: torch.full_like(tensor, value) for name, tensor in SHARED.items()}
+    facts = {
+        "weight": dict.fromkeys(SHARED, float(number)),
+        "metrics": {"client/num_examples": float(number)},
+    }
+    bad = sends(lambda asked: raw_update(update_header(asked, **facts), tensors))
+    state, _ = run(tmp_path / "run", ScriptedPost(bad, joins), num_rounds=1)
+    for tensor in state.shared.values():
+        assert float((tensor - 1.5).abs().max()) <= 1.5 * VALUES["b"] + 1e-6
 
 
 def test_a_site_that_never_says_how_much_it_has_is_held_to_the_others(tmp_path: Path) -> None:
@@ -193,6 +213,27 @@ def test_a_router_weighs_as_it_does_in_the_method(has_preferences: bool, tmp_pat
         assert (reasons(folder) == []) is is_in
 
 
+def test_one_site_does_not_make_its_router_count_as_many(tmp_path: Path) -> None:
+    """A preference was the sender's own word, up to the number of experts."""
+    experts = {f"layers.0.experts.{n}.up_proj.lora_A": torch.zeros(2) for n in range(64)}
+    post = ScriptedPost(None, shared={**SHARED, **experts})
+
+    def heavy(asked: Header) -> tuple[Any, bytes]:
+        update = honest("bad", asked["round"], shared=post.shared)
+        body = post.channel.pack_update(replace(update, weight={**update.weight, SECOND: 64.0}))
+        return header_of("bad", asked), body
+
+    post.bad = heavy
+    state, _ = run(tmp_path / "run", post, num_rounds=1, has_preferences=True)
+    # As heavy as three of the others: not (4 * 1 + 4 * 2 + 64 * 3) / 72.
+    assert float(state.shared[SECOND][0]) <= (4 + 8 + 12 * 3) / 20 + 1e-6
+
+
+def test_a_site_of_few_rows_has_not_dropped_out() -> None:
+    lines = [{"client/num_examples": 3.0}, {"client/dropped_out": 1.0}, {"client/train_loss": 1.0}]
+    assert summarize(lines, [], Channel(), seconds=1.0)["round/num_dropped_out"] == 1
+
+
 def test_a_name_that_comes_too_late_to_weigh_anything_is_left_alone(tmp_path: Path) -> None:
     rounds = Rounds(
         coordinator(tmp_path)._intake,
@@ -248,6 +289,15 @@ def test_what_breaks_the_aggregation_is_set_apart_and_the_round_goes_on(tmp_path
     (reason, _) = reasons(tmp_path / "run")
     assert "Trap: no update should do this\\x0a" in reason
     assert reason.isprintable()
+
+
+def test_the_quarantine_keeps_the_newest_messages_and_every_reason(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path / "inbox", max_quarantine_bytes=250)
+    for number in range(1, 6):
+        inbox.set_apart(inbox.put("bad", number, bytes([number]) * 100), "why")
+    kept = [path for path in inbox.quarantine.iterdir() if path.suffix != ".json"]
+    assert sorted(path.read_bytes()[0] for path in kept) == [4, 5]
+    assert all(inbox.set_apart_in(number) == {"bad"} for number in range(1, 6))
 
 
 def test_what_breaks_only_after_the_last_update_is_found_too(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from orchard.communication.audit import content_digest
 from orchard.communication.messages import read_update_header
 from orchard.results import write_atomically, write_json
 
+MAX_QUARANTINE_BYTES = 1 << 30
+"""What the quarantine keeps of messages; the oldest go first, the reasons stay."""
+
 
 @dataclass(frozen=True)
 class Arrived:
@@ -28,6 +31,8 @@ class Arrived:
         num_bytes: Its length.
         norm: L2 norm of the update.
         weight: The largest that it gives a name.
+        preference: The largest that it gives a router, where routers count by preference.
+        share: For how much of its weight it counts beside the others of its round.
     """
 
     client_id: str
@@ -36,10 +41,12 @@ class Arrived:
     num_bytes: int
     norm: float = 0.0
     weight: float = 0.0
+    preference: float = 0.0
+    share: float = 1.0
 
-    def weighed(self, norm: float, weight: float) -> Arrived:
+    def weighed(self, norm: float, weight: float, preference: float = 0.0) -> Arrived:
         """Return it with what was found in it."""
-        return replace(self, norm=norm, weight=weight)
+        return replace(self, norm=norm, weight=weight, preference=preference)
 
 
 @dataclass(frozen=True)
@@ -48,9 +55,11 @@ class Inbox:
 
     Attributes:
         folder: Its path; it need not exist yet. The quarantine is beside it.
+        max_quarantine_bytes: Of messages that the quarantine keeps; the oldest go first.
     """
 
     folder: Path
+    max_quarantine_bytes: int = MAX_QUARANTINE_BYTES
 
     @property
     def quarantine(self) -> Path:
@@ -106,6 +115,12 @@ class Inbox:
         write_json(self.quarantine / f"{own.path.name}.json", about)
         if own.path.exists():
             os.replace(own.path, self.quarantine / own.path.name)
+        kept = [path for path in self.quarantine.glob("round_*") if path.suffix != ".json"]
+        sizes = {path: path.stat().st_size for path in sorted(kept)}  # by round
+        while sum(sizes.values()) > self.max_quarantine_bytes:
+            oldest = next(iter(sizes))
+            del sizes[oldest]
+            oldest.unlink(missing_ok=True)
 
     def set_apart_in(self, round_number: int) -> frozenset[str]:
         """Return whose updates of a round are in the quarantine; they are not asked for again."""

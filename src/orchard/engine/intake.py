@@ -114,7 +114,16 @@ class Intake:
             bytes=len(answer.body),
             sha256=content_digest(answer.body),
         )
-        return Taken(reply, arrived.weighed(norm, max(update.weight.values(), default=0.0)))
+        return Taken(reply, self._weighed(arrived, update, norm))
+
+    def _weighed(self, own: Arrived, update: Update, norm: float) -> Arrived:
+        """Return an update with its norm and its largest weights."""
+        routers = {name for name in update.weight if self.has_preferences and is_router(name)}
+        return own.weighed(
+            norm,
+            max((w for name, w in update.weight.items() if name not in routers), default=0.0),
+            max((update.weight[name] for name in routers), default=0.0),
+        )
 
     def _note_changes(self, site: str, round_number: int, what: Collection[str]) -> None:
         """Write down that a site says of itself that something is not as it was."""
@@ -170,7 +179,7 @@ class Intake:
             ValueError: It must not be aggregated.
         """
         update, norm = self.look(message, own.client_id, asked, shared)
-        return own.weighed(norm, max(update.weight.values(), default=0.0))
+        return self._weighed(own, update, norm)
 
     def most(self, site: str, shared: Tree, *, is_said: bool = True) -> dict[str, float] | None:
         """Return name to the largest weight that a site can have for it; None = it never said.

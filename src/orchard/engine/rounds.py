@@ -19,7 +19,7 @@ from orchard.engine.simulator import rounds_since_sent
 from orchard.process_memory import peak_memory_bytes
 from orchard.results import MetricsLog
 from orchard.server.admission import SMALLEST_WEIGHT
-from orchard.server.beside import Bounds, bounded, round_median, too_heavy
+from orchard.server.beside import Bounds, bounded, round_median, shares, too_heavy
 from orchard.server.checkpoint import ServerState
 from orchard.server.moves import check_move
 from orchard.strategies.strategy import Strategy
@@ -96,7 +96,36 @@ class Rounds:
                 f"examples it has, got {own.weight:g}",
             )
         odd = {kept[i].client_id for i in (*long, *heavy)}
-        return [own for own in kept if own.client_id not in odd], odd
+        return [own for own in self._shared_out(kept) if own.client_id not in odd], odd
+
+    def _shared_out(self, kept: Sequence[Arrived]) -> list[Arrived]:
+        """Return updates with their share: none pulls at the tree far more than the median does."""
+        pulls = [own.norm * self._counts(own) for own in kept]
+        whole = 0 if self.bounds.is_equal else self.bounds.max_examples
+        # A preference is the sender's own word: none counts for far more than the median's.
+        by_preference = shares([own.preference for own in kept])
+        accepted = whole * round_median([own.norm for own in kept])
+        found = []
+        by_pull = shares(pulls, accepted=accepted)
+        for own, *both in zip(kept, by_pull, by_preference, strict=True):
+            share = min(both)
+            if share < 1:
+                logger.warning(
+                    "round %d, %s: counts for %.3g of its weight: weight times norm is held to a "
+                    "few times the median of its round; see deployment.max_examples",
+                    own.round_number,
+                    own.client_id,
+                    share,
+                )
+            found.append(replace(own, share=share))
+        return found
+
+    def _counts(self, own: Arrived) -> float:
+        """Return for how many examples an update counts."""
+        if self.bounds.is_equal:
+            return 1.0
+        accepted = self.intake.accepted.get(own.client_id)
+        return own.weight if accepted is None else min(own.weight, float(max(accepted, 1)))
 
     def _medians(self) -> list[float]:
         """Return the median norms of the updates of earlier rounds."""
@@ -146,7 +175,7 @@ class Rounds:
         """Return an update from disk, as much as it counts; a name without weight is left alone."""
         update = self.intake.channel.unpack_update(own.path.read_bytes(), state.shared)
         most = self.intake.most(own.client_id, state.shared, is_said=False)
-        discount = self.staleness ** (state.round_number + 1 - own.round_number)
+        discount = own.share * self.staleness ** (state.round_number + 1 - own.round_number)
         weight = bounded(update.weight, most=most or {})
         weight = {
             name: discount * (1.0 if self.bounds.is_equal else value)
@@ -184,7 +213,8 @@ def summarize(
     return {
         **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
         "round/num_clients": len(lines),
-        "round/num_dropped_out": len(lines) - len(losses),
+        # Not who sends no loss: a site of few rows trains and does not tell it.
+        "round/num_dropped_out": sum(line.get("client/dropped_out", 0.0) > 0 for line in lines),
         "round/seconds": seconds,
         "round/prepare_seconds": longest["prepare"],
         "round/train_seconds": longest["train"],

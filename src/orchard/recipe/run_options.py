@@ -276,8 +276,8 @@ class DeploymentOptions:
     max_weight: float = option(1e9, "A larger weight of a name is refused.", above=0)
     max_examples: int = option(
         0,
-        "Most examples that one site counts for, whatever it joined with; 0 = ten times the median "
-        "of the sites.",
+        "Most examples that one site counts for, whatever it joined with; 0 = three times the "
+        "median of the sites.",
         minimum=0,
     )
     weights: str = option(

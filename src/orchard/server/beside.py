@@ -14,8 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median_low
 
-ACCEPTED_RATIO = 10.0
-"""Times the median of the sites' examples that one site counts at most, by default."""
+ACCEPTED_RATIO = 3.0
+"""Times the median that one site counts for at most, by default: of the sites' examples, and of
+examples times norm. Of three equal sites, one then moves a mean by at most one and a half times the
+longest honest update; sites whose sizes differ more are for the owner to accept."""
 _MIN_COMPANY = 3
 
 
@@ -86,6 +88,18 @@ def too_heavy(weights: Sequence[float], *, unbounded: Sequence[bool]) -> tuple[l
     bound = ACCEPTED_RATIO * median_low(own) if len(own) >= _MIN_COMPANY else 0.0
     heavy = [i for i, weight in enumerate(weights) if unbounded[i] and 0 < bound < weight]
     return heavy, bound
+
+
+def shares(pulls: Sequence[float], *, accepted: float = 0.0) -> list[float]:
+    """Return for how much of its weight each update counts, in (0, 1]; 1 where they are few.
+
+    Args:
+        pulls: Weight times norm of each update: what it adds to a sum.
+        accepted: A pull that counts whole however large it is beside the others.
+    """
+    middle = round_median(pulls)
+    bound = max(ACCEPTED_RATIO * middle, accepted) if middle else 0.0
+    return [bound / pull if 0 < bound < pull else 1.0 for pull in pulls]
 
 
 def bounded(weights: Mapping[str, float], *, most: Mapping[str, float]) -> dict[str, float]:
