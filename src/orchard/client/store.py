@@ -83,6 +83,10 @@ class ClientStore:
     def _versions(self) -> dict[int, Path]:
         return {_round_of(path): path for path in self.folder.glob(_FILES)}
 
+    def rounds(self) -> list[int]:
+        """Return the rounds of which there is a version, in order."""
+        return sorted(self._versions())
+
     def load(self, *, before_round: int) -> Personal | None:
         """Return the newest version that an earlier round wrote, or None where there is none.
 

@@ -182,7 +182,8 @@ class Session:
             chosen: ExpertMask = tuple(kept.tensors[key] for key in keys)
         else:
             chosen = self.choose(look)
-        if is_kept:
+        # What a carved client holds is part of its model, which is opened without its data.
+        if is_kept or self.settings.mode == "carve":
             self.memory = dict(zip(keys, chosen, strict=True))
         return chosen
 

@@ -6,8 +6,8 @@ holds the other experts at all are settings; what it then sends is up to each me
 
 What ``weigh`` reads of the training, for every MoE layer, in the numbering of the checkpoint:
 ``usage.layers.3`` and ``importance.layers.3``, (E,) float32, and ``trained.layers.3``, (E,) bool,
-of the experts that learned in a step in which a token chose them. A choice for a run is also in
-the plan's memory, as ``subset.layers.3``, (E,) bool.
+of the experts that learned in a step in which a token chose them. A choice for a run,
+and what a carved client holds, is also in the plan's memory, as ``subset.layers.3``, (E,) bool.
 """
 
 from __future__ import annotations

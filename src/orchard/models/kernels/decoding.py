@@ -32,6 +32,12 @@ def why_not_decoded(model: nn.Module) -> str:
     return why_not_continued(network)
 
 
+def fresh_cache(model: nn.Module) -> Any:
+    """Return an empty cache of keys and values for a model for which ``can_decode`` holds."""
+    network: Any = model
+    return DynamicCache(config=network.config)
+
+
 @torch.inference_mode()
 def decode_greedily(
     model: nn.Module,
@@ -56,7 +62,7 @@ def decode_greedily(
     answers_BN = ids_BS.new_full((len(ids_BS), max_new_tokens), pad_id)
     end_N = torch.tensor(end_ids, device=ids_BS.device)
     row_R = torch.arange(len(ids_BS), device=ids_BS.device)
-    cache = DynamicCache(config=network.config)
+    cache = fresh_cache(network)
     kept_cache = {cache_name(model) or "": cache}
     place_RS = (mask_BS.cumsum(dim=1) - 1).clamp_(min=0)
     feed_RS = ids_BS
