@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchard.cli import sites
+from orchard.cli import models, sites
 from orchard.cli.encodings import write_what_the_terminal_knows
 from orchard.cli.errors import BAD_INPUT, FAILED, clear_errors
 from orchard.cli.parameters import (
@@ -295,6 +295,9 @@ def bench(
 
 
 # Help lists commands in the order in which they are added.
+app.command()(models.generate)
+app.command()(models.chat)
+app.command()(models.evaluate)
 app.command()(sites.coordinate)
 app.command()(sites.site)
 
