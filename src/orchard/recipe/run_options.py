@@ -24,8 +24,9 @@ class ModelOptions:
     lora_alpha: float = option(64.0, "Their output is scaled by lora_alpha / lora_rank.", above=0)
     lora_dropout: float = option(0.05, "On their input.", minimum=0, maximum=0.99)
     lora_targets: str = option(
-        "q_proj,k_proj,v_proj",
-        "Linear layers outside the MoE blocks, and the words router and experts.",
+        "attention",
+        "Linear layers outside the MoE blocks, such as q_proj; the word attention for the model's "
+        "own projections to queries, keys and values; and the words router and experts.",
     )
     full_targets: str = option(
         "",

@@ -11,7 +11,12 @@ from torch import nn
 
 from orchard.models.view.moe import MoEView
 
-ROUTER, EXPERTS, ALL = "router", "experts", "all"
+ROUTER, EXPERTS, ALL, ATTENTION = "router", "experts", "all", "attention"
+_PLAIN = ("q_proj", "k_proj", "v_proj")
+# What families call a projection to queries, keys, values or several of these: q_b_proj,
+# kv_a_proj_with_mqa, Wqkv, query_key_value, q. Projections of outputs and gates begin otherwise.
+_PROJECTION = re.compile(r"W?(q|k|v|kv|qkv|query|key|value|query_key_value)(_\w+)?")
+_ATTENTION_CLASS = re.compile(r"attention|mla|projection", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class LoraSettings:
         alpha: The adapter's output is scaled by alpha / rank.
         dropout: On the adapter's input, in [0, 1); 0 with ``router`` or ``experts``.
         targets: What gets an adapter: names of linear layers outside the MoE blocks, such as
-            ``q_proj``, and the words ``router`` and ``experts``.
+            ``q_proj``, and the words ``attention`` (``find_attention``), ``router`` and
+            ``experts``.
         full: What is trained itself: the same, or the word ``all``.
     """
 
@@ -46,12 +52,7 @@ def find_targets(view: MoEView, targets: Iterable[str]) -> tuple[list[str], list
 def _find_targets(
     view: MoEView, targets: Iterable[str], *, option: str
 ) -> tuple[list[str], list[str]]:
-    blocks = tuple(f"{layer.path}." for layer in view.layers)
-    linear = {
-        path
-        for path, module in view.model.named_modules()
-        if isinstance(module, nn.Linear) and not path.startswith(blocks) and "." in path
-    }
+    linear = _linear_outside(view)
     modules: list[str] = []
     parameters: list[str] = []
     for target in targets:
@@ -59,6 +60,9 @@ def _find_targets(
             found_modules, found_parameters = _routed_targets(view, target)
             modules += found_modules
             parameters += found_parameters
+            continue
+        if target == ATTENTION:
+            modules += find_attention(view)
             continue
         matches = sorted(path for path in linear if path.rpartition(".")[2] == target)
         if not matches:
@@ -68,7 +72,55 @@ def _find_targets(
                 f"this model has {', '.join(known)}, {ROUTER} and {EXPERTS}"
             )
         modules += matches
-    return modules, parameters
+    return list(dict.fromkeys(modules)), parameters
+
+
+def find_attention(view: MoEView) -> list[str]:
+    """Return the paths of the projections to queries, keys and values beside the MoE layers.
+
+    These are ``q_proj``, ``k_proj`` and ``v_proj`` of every layer where a model has all three.
+    Elsewhere they are whatever its attention modules have for them: ``q_a_proj``, ``q_b_proj``,
+    ``kv_a_proj_with_mqa`` and ``kv_b_proj`` under latent attention, or one fused projection. Towers
+    without MoE layers, such as that of a vision model, have no part in it.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    stacks = tuple({_stack(layer.path) for layer in view.layers})
+    linear = sorted(path for path in _linear_outside(view) if path.startswith(stacks))
+    plain = {name: [path for path in linear if path.rpartition(".")[2] == name] for name in _PLAIN}
+    if all(plain.values()):
+        return [path for paths in plain.values() for path in paths]
+    found = [path for path in linear if _is_projection(view.model, path)]
+    if not found:
+        raise ValueError(
+            f"model.lora_targets must name linear layers of the model, got {ATTENTION}, and "
+            f"{type(view.model).__name__} has no projections to queries, keys and values; "
+            "name its layers"
+        )
+    return found
+
+
+def _stack(path: str) -> str:
+    """Return the path of the list of layers that a block stands in, with its dot."""
+    match = re.search(r"(?:^|\.)\d+(?=\.|$)", path)
+    return "" if match is None else path[: match.start() + (path[match.start()] == ".")]
+
+
+def _is_projection(model: nn.Module, path: str) -> bool:
+    parent, _, name = path.rpartition(".")
+    owner = type(model.get_submodule(parent)).__name__
+    return bool(_PROJECTION.fullmatch(name) and _ATTENTION_CLASS.search(owner))
+
+
+def _linear_outside(view: MoEView) -> set[str]:
+    """Return the paths of linear layers that are neither in an MoE block nor the output layer."""
+    blocks = tuple(f"{layer.path}." for layer in view.layers)
+    return {
+        path
+        for path, module in view.model.named_modules()
+        if isinstance(module, nn.Linear) and not path.startswith(blocks) and "." in path
+    }
 
 
 def _routed_targets(view: MoEView, target: str) -> tuple[list[str], list[str]]:
@@ -93,15 +145,16 @@ def check_targets(view: MoEView, settings: LoraSettings) -> None:
     Raises:
         ValueError: A target fits nothing, two claim the same, or PEFT has no dropout there.
     """
-    _, parameters = find_targets(view, settings.targets)
+    modules, parameters = find_targets(view, settings.targets)
     if parameters and settings.dropout > 0:
         raise ValueError(
             f"model.lora_dropout must be 0 with {ROUTER} or {EXPERTS} in model.lora_targets, "
             f"got {settings.dropout}; PEFT has no dropout on such parameters"
         )
-    if ALL not in settings.full:
-        _find_targets(view, settings.full, option="model.full_targets")
     twice = set(settings.targets) & set(settings.full)
+    if ALL not in settings.full:
+        full, _ = _find_targets(view, settings.full, option="model.full_targets")
+        twice |= {path.rpartition(".")[2] for path in {*modules} & {*full}}
     if twice:
         raise ValueError(
             f"model.full_targets must not name what model.lora_targets names, got {min(twice)} in "
