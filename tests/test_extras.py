@@ -79,7 +79,7 @@ def test_every_command_between_sites_names_what_it_lacks(without: dict[str, Any]
 
 
 @pytest.mark.long
-def test_only_what_speaks_with_flower_needs_an_extra_to_be_imported(
+def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
     without: dict[str, Any],
 ) -> None:
     assert {*without["broken"]} == {
@@ -90,6 +90,8 @@ def test_only_what_speaks_with_flower_needs_an_extra_to_be_imported(
         "orchard.engine.superlink",
         "orchard.flower_app",
         "orchard.measurements.flower_peer",
+        "orchard.serving.http",
+        "orchard.serving.running",
     }
     roots = {name.partition(".")[0] for name in without["broken"].values()}
     assert roots <= {name for names in EXTRAS.values() for name in names}
