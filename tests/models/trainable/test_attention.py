@@ -10,7 +10,7 @@ from orchard.models.trainable.targets import LoraSettings, check_targets, find_t
 from orchard.models.view.detection import view_moe
 from orchard.recipe.run_options import ModelOptions
 from tiny_adapted import adapt
-from tiny_models import FAMILIES
+from tiny_models import EXPERT_WIDTH, EXPERTS, FAMILIES, WIDTH, build
 
 LATENT = {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"}
 PLAIN = ("q_proj", "k_proj", "v_proj")
@@ -76,3 +76,32 @@ def test_what_attention_means_cannot_be_trained_in_two_ways() -> None:
     lora = LoraSettings(2, 4.0, 0.0, ("attention",), ("k_proj",))
     with pytest.raises(ValueError, match=r"model\.full_targets must not name .* got k_proj"):
         check_targets(view, lora)
+
+
+def test_attention_beside_experts_in_the_decoder_layer_itself_is_found() -> None:
+    model = build(
+        "Gemma4TextConfig",
+        vocab_size=64,
+        vocab_size_per_layer_input=64,
+        hidden_size=WIDTH,
+        hidden_size_per_layer_input=0,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_global_key_value_heads=2,
+        head_dim=8,
+        global_head_dim=8,
+        intermediate_size=24,
+        enable_moe_block=True,
+        num_experts=EXPERTS,
+        top_k_experts=2,
+        moe_intermediate_size=EXPERT_WIDTH,
+    )
+    view = view_moe(model)
+    modules, _ = find_targets(view, ("attention",))
+    assert {path.rpartition(".")[2] for path in modules} <= set(PLAIN)
+    assert {path.split(".self_attn.")[0] for path in modules} == {
+        layer.path for layer in view.layers
+    }
+    with pytest.raises(ValueError, match="must name linear layers"):
+        find_targets(view, ("proj",))  # the router's own

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from orchard.models.stored.alignment import align
 from orchard.models.stored.completeness import check_complete, check_loaded, extra_note
@@ -22,7 +22,7 @@ from orchard.models.stored.sources import resolve as resolve
 from orchard.models.stored.sources import without_progress_bars as without_progress_bars
 from orchard.models.stored.tensors import Checkpoint, lazy_tensors, read_headers
 from orchard.models.trainable.targets import LoraSettings, check_targets
-from orchard.models.view.detection import view_config, view_moe
+from orchard.models.view.detection import find_auto_class, view_config, view_moe
 from orchard.models.view.moe import MoEView
 from orchard.process_memory import mappings_released, release_freed_memory
 from orchard.trees import digest
@@ -231,14 +231,14 @@ def _load(source: str, about: dict[str, Any]) -> tuple[Any, Any]:
     """Load a model with transformers, and return it with what was found of its tensors."""
     folder = Path(source)
     if not folder.is_dir() or Checkpoint(folder).is_indexed:
-        own: Any = AutoModelForCausalLM
+        own: Any = find_auto_class(load_config(source))
         model, found = own.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **about
         )
         return model, found
     # Files without an index: all of them count, as they do where experts are read one by one.
-    config = load_config(source)
-    own = type(view_config(config).model)
+    whole: Any = view_config(load_config(source)).model
+    own, config = type(whole), whole.config  # of text alone where the published one has more
     tensors = lazy_tensors(Checkpoint(folder))
     model, found = own.from_pretrained(
         None, config=config, state_dict=tensors, output_loading_info=True, **about

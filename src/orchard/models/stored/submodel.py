@@ -8,6 +8,7 @@ the memory of the result and about one tensor more, however large the checkpoint
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,7 +22,7 @@ from orchard.models.stored.completeness import check_loaded
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.loading import DTYPES
-from orchard.models.stored.sources import first_line, load_config, without_reports
+from orchard.models.stored.sources import first_line, without_reports
 from orchard.models.stored.tensors import Checkpoint, LazyTensor
 from orchard.models.view.detection import view_config, view_moe
 from orchard.models.view.moe import MoELayer, MoEView
@@ -122,6 +123,7 @@ def _load_dense(
     is told to shrink the model right after building it, on ``meta``, and gets lazy tensors.
     """
     model_class: Any = type(stored.whole.model)
+    model_config: Any = stored.whole.model.config
     found: list[MoELayer] = []
 
     def build(model: Any, *args: Any, **kwargs: Any) -> None:
@@ -140,7 +142,8 @@ def _load_dense(
         with without_reports():
             model, loaded = shrinking.from_pretrained(
                 None,
-                config=load_config(stored.source),
+                # Of text alone where the published one has more.
+                config=copy.deepcopy(model_config),
                 state_dict=state,
                 dtype=DTYPES[dtype],
                 experts_implementation="eager",

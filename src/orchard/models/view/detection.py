@@ -64,13 +64,36 @@ def view_config(config: Any, *, trust_remote_code: bool = False) -> MoEView:
     Raises:
         ValueError: As ``view_moe``.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    from transformers import AutoModelForCausalLM
 
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto = AutoModelForCausalLM if trust_remote_code else find_auto_class(config)
     with torch.device("meta"):
         # A copy: building a model fills in fields of its config.
         model = auto.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
     return view_moe(model)
+
+
+def find_auto_class(config: Any) -> Any:
+    """Return the class of transformers that makes a language model of a config.
+
+    A config of text and something else, such as images, whose text part has no class of its own,
+    describes the whole model; fed with text alone, that is its text part.
+
+    Raises:
+        ValueError: There is none.
+    """
+    import transformers
+
+    if config.is_encoder_decoder:
+        return transformers.AutoModelForSeq2SeqLM
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    raise ValueError(
+        f"model.path must lead to a model of language, got model_type {config.model_type}, for "
+        "which transformers has none; choose another checkpoint"
+    )
 
 
 def _build_layer(
