@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchard.cli import sites
+from orchard.cli import exporting, sites
 from orchard.cli.encodings import write_what_the_terminal_knows
 from orchard.cli.errors import BAD_INPUT, FAILED, clear_errors
 from orchard.cli.parameters import (
@@ -261,6 +261,8 @@ def bench(
 
 
 # Help lists commands in the order in which they are added.
+app.command()(exporting.export)
+app.command("import")(exporting.import_part)
 app.command()(sites.coordinate)
 app.command()(sites.site)
 
