@@ -28,7 +28,7 @@ def export(
         bool, typer.Option("--graft", help="The client's grafts and gates alone.")
     ] = False,
     dtype: Annotated[
-        str, typer.Option(help="float32 or bfloat16; by default as the base is stored.")
+        str, typer.Option(help="float32 or bfloat16; by default as the run computed.")
     ] = "",
     traceback: Traceback = False,
 ) -> None:
@@ -40,7 +40,7 @@ def export(
             raise ValueError("one of --adapter and --graft must be given, got both")
         if dtype not in ("", "float32", "bfloat16"):
             raise ValueError(
-                f"--dtype must be float32 or bfloat16, got {dtype}; leave it out to keep the base's"
+                f"--dtype must be float32 or bfloat16, got {dtype}; leave it out for the run's"
             )
         from orchard.export.parts import export_adapter, export_graft
         from orchard.export.writing import check_new

@@ -59,7 +59,8 @@ def export_model(
     Args:
         state: What the model is made of.
         out: A folder that is not there yet.
-        dtype: ``float32`` or ``bfloat16``; None = as the base is stored.
+        dtype: ``float32`` or ``bfloat16``; None = as the run computed,
+            so that nothing is rounded.
         shard_bytes: The largest file, where no single tensor is larger.
 
     Raises:
@@ -68,7 +69,7 @@ def export_model(
         OSError: There is no space on the disk.
     """
     path = state.recipe.model.path
-    lora = lora_settings(state.recipe)
+    lora, dtype = lora_settings(state.recipe), dtype or state.recipe.model.dtype
     with new_folder(out) as folder:
         stored = match_checkpoint(path)
         found = streamed_digest(path, stored, dtype=state.recipe.model.dtype)
@@ -79,16 +80,15 @@ def export_model(
             stored,
             {**_held(state, stored), **own},
             lora.alpha / lora.rank,
-            DTYPES[dtype] if dtype else None,
+            DTYPES[dtype],
             kept,
         )
         entries = list(merger.entries())
         config = json.loads((Path(stored.source) / "config.json").read_text(encoding="utf-8"))
         if kept is not None:
             config = _carved_config(config, stored, kept)
-        if dtype:
-            config.pop("torch_dtype", None)
-            config["dtype"] = dtype
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
         if state.graft_experts:
             tensors, about = merged_grafts(state, stored, dtype=merger.dtype)
             entries += mapping_of(tensors)
