@@ -90,8 +90,9 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
         console.print(f"  {name}: {answer}", highlight=False, markup=False)
     flex = shlex.quote(str(folder / "flex"))
     console.print(
-        f"\n{summary['seconds']:.0f} seconds; everything is in {folder}. Talk to an office's model: "
-        f"orchard chat {flex} --client {office}. Next: orchard show recipes/tiny/flex.toml",
+        f"\n{summary['seconds']:.0f} seconds; everything is in {folder}. Talk to an "
+        f"office's model: orchard chat {flex} --client {office}. Next: "
+        "orchard show recipes/tiny/flex.toml",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import orchard
@@ -193,6 +194,37 @@ def test_evaluate_measures_what_the_run_measured(run: Path, tmp_path: Path) -> N
     with open_model(read_state(run, client="harbor")) as opened:
         own = evaluate(opened.adapted, clients[0].test, clients[0].evaluation)
     assert measured["personal"] == own
+
+
+def test_an_exported_folder_is_measured_beside_its_base(run: Path, tmp_path: Path) -> None:
+    data = tmp_path / "new.jsonl"
+    data.write_text('{"instruction": "Greet Mila", "response": "Hello, Mila"}\n')
+    folder = Path(shutil.copytree(short_model(), tmp_path / "out"))
+    about = {"recipe": to_toml(RECIPE), "client": None, "round": 5}
+    about["base_digest"] = read_state(run).base_digest
+    (folder / "orchard.json").write_text(json.dumps(about))
+
+    def losses() -> tuple[float, float]:
+        code, shown, error = command("evaluate", folder, "--data", data, "--json")
+        assert code == 0, error
+        found = json.loads(shown)
+        return found["base"]["loss"], found["exported"]["loss"]
+
+    base, same = losses()
+    assert base == same
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    changed = {**tensors, name: tensors[name] * 2}
+    save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+    assert losses()[0] == base != losses()[1]
+    code, _, error = command("evaluate", folder, "--data", data, "--client", "harbor")
+    assert code == 2
+    assert "must be left out with an exported folder" in error
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {}}))
+    code, _, error = command("evaluate", folder, "--data", data)
+    assert code == 2
+    assert "without code of its own, got a model with a graft" in error
 
 
 def test_the_best_round_is_the_one_of_the_best_measure(run: Path) -> None:

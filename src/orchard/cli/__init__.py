@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchard.cli import models, sites
+from orchard.cli import exporting, models, sites
 from orchard.cli.encodings import write_what_the_terminal_knows
 from orchard.cli.errors import BAD_INPUT, FAILED, clear_errors
 from orchard.cli.parameters import (
@@ -298,6 +298,8 @@ def bench(
 app.command()(models.generate)
 app.command()(models.chat)
 app.command()(models.evaluate)
+app.command()(exporting.export)
+app.command("import")(exporting.import_part)
 app.command()(sites.coordinate)
 app.command()(sites.site)
 

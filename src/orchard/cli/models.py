@@ -206,7 +206,11 @@ def _lines() -> Any:
 
 def evaluate(
     run: Annotated[
-        Path | None, typer.Argument(help="A run's folder, or a site's store.", show_default=False)
+        Path | None,
+        typer.Argument(
+            help="A run's folder, a site's store, or a folder that orchard export wrote.",
+            show_default=False,
+        ),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Examples, as the run's own are.")] = None,
     client: ClientOption = None,
@@ -224,26 +228,35 @@ def evaluate(
 
         if data is None:
             raise ValueError("--data must be given, got nothing; name a file with examples")
-        state = _choose(
-            run,
-            client=client,
-            is_global=is_global,
-            is_base=False,
-            round_number=round_number,
-            model=model,
-            store=store,
-        )
         from orchard.engine.progress import make_console
-        from orchard.personal.measuring import measure, measured_table
+        from orchard.personal.measuring import EXPORTED, measure, measure_folder, measured_table
         from orchard.tables import print_table
 
-        measured, notes = measure(state, data, device=device)
+        if run is not None and (run / EXPORTED).is_file():
+            if client is not None or is_global or round_number is not None or model is not None:
+                raise ValueError(
+                    f"--client, --global, --round and --model must be left out with an exported "
+                    f"folder, got one with {run}, which holds one model"
+                )
+            measured, notes = measure_folder(run, data, device=device)
+            title = f"{run.name}, on {data.name}"
+        else:
+            state = _choose(
+                run,
+                client=client,
+                is_global=is_global,
+                is_base=False,
+                round_number=round_number,
+                model=model,
+                store=store,
+            )
+            measured, notes = measure(state, data, device=device)
+            whose = state.client_id or "global"
+            title = f"{whose} after round {state.round_number}, on {data.name}"
         if as_json:
             print(json.dumps(measured, indent=1))
         else:
             console = make_console()
-            whose = state.client_id or "global"
-            title = f"{whose} after round {state.round_number}, on {data.name}"
             print_table(console, measured_table(measured, title=title))
         for note in notes:
             print(f"note: {note}", file=sys.stderr)

@@ -96,7 +96,7 @@ def carve_layer(layer: MoELayer, experts: Sequence[int]) -> MoELayer:
             # All layers share it, and each has a number of experts of its own.
             module.config = copy.copy(config)
         for target in (module, vars(module).get("config")):
-            _recount(target, num_experts, num_kept, layer.top_k)
+            recount(target, num_experts, num_kept, layer.top_k)
     return replace(layer, top_k=top_k, expert_ids=tuple(experts))
 
 
@@ -169,7 +169,8 @@ def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, name, tensor)
 
 
-def _recount(target: Any, num_experts: int, num_kept: int, top_k: int) -> None:
+def recount(target: Any, num_experts: int, num_kept: int, top_k: int) -> None:
+    """Change every count of experts, and every K above it, that a module or configuration has."""
     for name, value in list(vars(target).items()) if target is not None else []:
         if type(value) is not int:
             continue

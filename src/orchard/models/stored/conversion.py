@@ -63,7 +63,7 @@ class StoredExperts:
         for pattern, keys in self.sources.items():
             key = keys[expert] if self.is_listed else keys[0]
             tensors[pattern] = checkpoint.read(key, index=None if self.is_listed else expert)
-        return self._convert(tensors)
+        return self.convert(tensors)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Check that one expert's tensors give one slice, without reading a tensor.
@@ -90,13 +90,14 @@ class StoredExperts:
             shape = shape if self.is_listed else shape[1:]
             tensors[pattern] = torch.empty(shape, device="meta")
         try:
-            got = tuple(self._convert(tensors).shape)
+            got = tuple(self.convert(tensors).shape)
         except (RuntimeError, ValueError, IndexError, KeyError, StopIteration) as error:
             raise _unreadable(self.name, f"a conversion that fails ({error})") from error
         if got != self.shape[1:]:
             raise _unreadable(self.name, f"a slice of shape {got}, not {self.shape[1:]}")
 
-    def _convert(self, tensors: dict[str, Tensor]) -> Tensor:
+    def convert(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Make one expert's slice of what the checkpoint keeps of it, by pattern."""
         if self.converter is None:
             (tensor,) = tensors.values()
             return tensor

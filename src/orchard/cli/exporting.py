@@ -1,0 +1,80 @@
+"""Commands that hand a trained model on, and take one back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchard.cli.errors import BAD_INPUT, clear_errors
+from orchard.cli.parameters import Traceback
+
+
+def export(
+    run: Annotated[
+        Path, typer.Argument(help="A run's folder, or a site's store.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The new folder.", show_default=False)],
+    client: Annotated[str, typer.Option(help="Whose personal model.")] = "",
+    is_global: Annotated[bool, typer.Option("--global", help="The global model.")] = False,
+    round_number: Annotated[
+        int | None, typer.Option("--round", help="After this round; by default the last.", min=1)
+    ] = None,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="What was trained of the base, for PEFT.")
+    ] = False,
+    graft: Annotated[
+        bool, typer.Option("--graft", help="The client's grafts and gates alone.")
+    ] = False,
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16; by default as the run computed.")
+    ] = "",
+    traceback: Traceback = False,
+) -> None:
+    """Write a trained model as a folder that transformers, or PEFT, loads without Orchard."""
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
+        if bool(client) == is_global:
+            raise ValueError("one of --client and --global must be given, got both or neither")
+        if adapter and graft:
+            raise ValueError("one of --adapter and --graft must be given, got both")
+        if dtype not in ("", "float32", "bfloat16"):
+            raise ValueError(
+                f"--dtype must be float32 or bfloat16, got {dtype}; leave it out for the run's"
+            )
+        from orchard.export.parts import export_adapter, export_graft
+        from orchard.export.writing import check_new
+        from orchard.personal.state import read_state
+
+        check_new(out)
+        state = read_state(run, client=client or None, round_number=round_number)
+        if graft:
+            num_bytes = export_graft(state, out)
+            print(f"{out}: {num_bytes:,} bytes, for the base {state.base_digest[:12]}")
+        elif adapter:
+            num_bytes = export_adapter(state, out)
+            print(f"{out}: {num_bytes:,} bytes; PeftModel.from_pretrained(base, {str(out)!r})")
+        else:
+            from orchard.export.folder import export_model
+            from orchard.models.stored.sources import without_progress_bars
+
+            with without_progress_bars():
+                done = export_model(state, out, dtype=dtype or None)
+            trust = "" if done.is_stock else ", trust_remote_code=True"
+            print(
+                f"{out}: {done.num_bytes:,} bytes; "
+                f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})"
+            )
+
+
+def import_part(
+    part: Annotated[Path, typer.Argument(help="A folder of orchard export --graft or --adapter.")],
+    into: Annotated[Path, typer.Option("--into", help="The run's folder.", show_default=False)],
+    client: Annotated[str, typer.Option(help="Whose grafts they become.")] = "",
+    traceback: Traceback = False,
+) -> None:
+    """Put exported grafts, or an adapter, back into a run on the same base."""
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.export.importing import import_into
+
+        print(import_into(part, into, client=client or None))

@@ -1,0 +1,1 @@
+"""Trained models written as folders and files that others load."""

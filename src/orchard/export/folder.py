@@ -1,0 +1,202 @@
+"""A trained model as a folder that transformers loads where Orchard is not installed."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from orchard.data.templates import Wording
+from orchard.experiment.encoding import end_ids
+from orchard.experiment.settings import lora_settings
+from orchard.export.card import write_card
+from orchard.export.checking import check_base, streamed_digest
+from orchard.export.grafts import merged_grafts
+from orchard.export.merging import Merger, mapping_of
+from orchard.export.writing import SHARD_BYTES, new_folder, write_shards
+from orchard.models.stored import sources
+from orchard.models.stored.carving import check_carvable, recount
+from orchard.models.stored.conversion import StoredModel, match_checkpoint
+from orchard.models.stored.loading import DTYPES, load_tokenizer
+from orchard.models.view.detection import view_config
+from orchard.personal.state import ModelState
+from orchard.recipe.reading import to_toml
+from orchard.results import write_json
+
+_MODELING = "modeling_grafted"
+# What belongs to a tokenizer, under the names that transformers gives and reads.
+_TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.tiktoken", "chat_template*", "additional_chat_templates/*"),
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: Where.
+        num_bytes: Of all tensors.
+        is_stock: Whether the family's own class loads it, without code of the folder.
+    """
+
+    folder: Path
+    num_bytes: int
+    is_stock: bool
+
+
+def export_model(
+    state: ModelState, out: Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+) -> Exported:
+    """Write a whole model, streamed: adapters merged, in the layout of its family.
+
+    Args:
+        state: What the model is made of.
+        out: A folder that is not there yet.
+        dtype: ``float32`` or ``bfloat16``; None = as the run computed,
+            so that nothing is rounded.
+        shard_bytes: The largest file, where no single tensor is larger.
+
+    Raises:
+        FileExistsError: ``out`` is there.
+        ValueError: The base is another; or the model cannot be written in its family's layout.
+        OSError: There is no space on the disk.
+    """
+    path = state.recipe.model.path
+    lora, dtype = lora_settings(state.recipe), dtype or state.recipe.model.dtype
+    with new_folder(out) as folder:
+        stored = match_checkpoint(path)
+        found = streamed_digest(path, stored, dtype=state.recipe.model.dtype)
+        check_base(found, state.base_digest, path=path)
+        own = {name: t for name, t in state.own.items() if ".graft." not in name}
+        kept = _kept(state, stored)
+        merger = Merger(
+            stored,
+            {**_held(state, stored), **own},
+            lora.alpha / lora.rank,
+            DTYPES[dtype],
+            kept,
+        )
+        entries = list(merger.entries())
+        config = json.loads((Path(stored.source) / "config.json").read_text(encoding="utf-8"))
+        if kept is not None:
+            config = _carved_config(config, stored, kept)
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
+        if state.graft_experts:
+            tensors, about = merged_grafts(state, stored, dtype=merger.dtype)
+            entries += mapping_of(tensors)
+            _write_modeling(folder, type(stored.whole.model), config, about)
+        num_bytes = write_shards(folder, entries, shard_bytes=shard_bytes)
+        merger.check_used()
+        write_json(folder / "config.json", config)
+        _write_tokenizer(folder, state, Path(stored.source))
+        write_json(
+            folder / "orchard.json",
+            {
+                "recipe": to_toml(state.recipe),
+                "client": state.client_id,
+                "round": state.round_number,
+                "base_digest": state.base_digest,
+                "template": state.recipe.data.template,
+            },
+        )
+        write_card(folder, state, is_stock=not state.graft_experts)
+    return Exported(out, num_bytes, not state.graft_experts)
+
+
+def _kept(state: ModelState, stored: StoredModel) -> Sequence[Sequence[int]] | None:
+    if state.held_experts is None:
+        return None
+    kept = [state.held_experts[layer.name] for layer in stored.whole.layers]
+    return (
+        None
+        if all(
+            len(own) == layer.num_experts
+            for own, layer in zip(kept, stored.whole.layers, strict=True)
+        )
+        else kept
+    )
+
+
+def _held(state: ModelState, stored: StoredModel) -> dict[str, Any]:
+    """Return the shared values of what the model holds."""
+    if state.held_experts is None:
+        return dict(state.shared)
+    lost = {
+        f"{layer.name}.{kind}.{expert}"
+        for layer in stored.whole.layers
+        for expert in set(range(layer.num_experts)) - set(state.held_experts[layer.name])
+        for kind in ("experts", "router", "router_bias")
+    }
+    return {
+        name: tensor
+        for name, tensor in state.shared.items()
+        if not any(name == one or name.startswith(f"{one}.") for one in lost)
+    }
+
+
+def _carved_config(
+    config: dict[str, Any], stored: StoredModel, kept: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Return a configuration of the same family with fewer experts.
+
+    Raises:
+        ValueError: Layers hold different numbers of experts, which it cannot say.
+    """
+    counts = sorted({len(own) for own in kept})
+    if len(counts) > 1:
+        raise ValueError(
+            f"a carved model must hold the same number of experts in every layer to be written in "
+            f"its family's layout, got {', '.join(map(str, counts))}; export --global or --adapter"
+        )
+    check_carvable(view_config(copy.deepcopy(stored.whole.model.config)), kept)
+    layer = stored.whole.layers[0]
+    text = config.get("text_config", config)
+    counted = SimpleNamespace(**text)
+    recount(counted, layer.num_experts, counts[0], layer.top_k)
+    text.update(vars(counted))
+    return config
+
+
+def _write_modeling(
+    folder: Path, model_class: type, config: dict[str, Any], about: dict[str, Any]
+) -> None:
+    """Write the modeling file of a family, and name it in the configuration."""
+    family = str(config["model_type"])
+    text = (Path(sources.__file__).parent / f"{_MODELING}.py").read_text(encoding="utf-8")
+    own_config: Any = model_class.config_class  # type: ignore[attr-defined]
+    text = text.replace("grafted_qwen2_moe", f"grafted_{family}")
+    text = text.replace("Qwen2MoeForCausalLM", model_class.__name__)
+    text = text.replace("Qwen2MoeConfig", own_config.__name__)
+    (folder / f"{_MODELING}.py").write_text(text, encoding="utf-8")
+    config["model_type"] = f"grafted_{family}"
+    config["architectures"] = ["GraftedForCausalLM"]
+    config["auto_map"] = {
+        "AutoConfig": f"{_MODELING}.GraftedConfig",
+        "AutoModelForCausalLM": f"{_MODELING}.GraftedForCausalLM",
+    }
+    config["grafts"] = about
+
+
+def _write_tokenizer(folder: Path, state: ModelState, source: Path) -> None:
+    """Copy the tokenizer's files, and write at which tokens an answer ends."""
+    for pattern in _TOKENIZER:
+        for file in sorted(source.glob(pattern)):
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+    data, path = state.recipe.data, state.recipe.model.path
+    tokenizer = load_tokenizer(path)
+    wording = Wording(data.template, tokenizer)  # type: ignore[arg-type]
+    known = source / "generation_config.json"
+    generation = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    generation["eos_token_id"] = list(end_ids(state.recipe, wording))
+    generation.setdefault("pad_token_id", tokenizer.pad_token_id)
+    write_json(folder / "generation_config.json", generation)

@@ -1,0 +1,147 @@
+"""A model of a stock family with grafts: personal experts beside the routed ones, and their gates.
+
+This file stands alone: it needs torch and transformers. ``config.grafts`` says what there is:
+``mix`` (additive or convex), ``gate`` (router_row, closed or none) and, for each block, its path,
+the number of its grafts, their hidden width, and whether projections and mixer have biases.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+
+MODEL_TYPE = "grafted_qwen2_moe"
+
+
+class GraftedConfig(Qwen2MoeConfig):  # type: ignore[no-untyped-call]
+    """The family's configuration under a name of its own, so that no stock class drops grafts."""
+
+    model_type = MODEL_TYPE
+
+
+class GraftedExpert(nn.Module):
+    """One dense expert, with the activation of its block's routed experts."""
+
+    def __init__(self, experts: nn.Module, width: int, about: dict[str, Any]) -> None:
+        """Make its projections; ``experts`` stays where it is."""
+        super().__init__()
+        self._experts = (experts,)  # in a tuple: a child of its own block, not of this module
+        bias, hidden = about["bias"], about["hidden"]
+        self.has_gate = bool(getattr(experts, "has_gate", True))
+        if self.has_gate:
+            self.gate_proj = nn.Linear(width, hidden, bias=bias)
+        self.up_proj = nn.Linear(width, hidden, bias=bias)
+        self.down_proj = nn.Linear(hidden, width, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Run the expert on every token."""
+        experts: Any = self._experts[0]
+        up = self.up_proj(x)
+        if self.has_gate:
+            gate = self.gate_proj(x)
+            if getattr(experts, "is_concatenated", True):
+                joined = torch.cat((gate, up), dim=-1)
+            else:
+                joined = torch.stack((gate, up), dim=-1).flatten(-2)
+            hidden = experts._apply_gate(joined)
+        else:
+            hidden = experts.act_fn(up)
+        y: torch.Tensor = self.down_proj(hidden)
+        return experts.post_expert_norm(y) if getattr(experts, "has_post_expert_norm", 0) else y
+
+
+class Scores(nn.Module):
+    """A linear layer in float32 over token states, one row for each score."""
+
+    def __init__(self, rows: int, width: int, bias: bool) -> None:
+        """Make it."""
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, width))
+        self.bias = nn.Parameter(torch.zeros(rows)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the scores in float32."""
+        bias = None if self.bias is None else self.bias.float()
+        return functional.linear(x.float(), self.weight.float(), bias)
+
+
+class Graft(nn.Module):
+    """The grafts of one block, mixed, behind one gate."""
+
+    def __init__(self, experts: nn.Module, width: int, about: dict[str, Any]) -> None:
+        """Make them."""
+        super().__init__()
+        count, self.gate, self.mix = about["count"], about["gate"], about["mix"]
+        self.members = nn.ModuleList(GraftedExpert(experts, width, about) for _ in range(count))
+        self.mixer = Scores(count, width, about["mixer_bias"]) if count > 1 else None
+        has_own = self.gate == "closed" or (self.gate == "router_row" and count == 1)
+        self.opening = Scores(1, width, self.gate == "closed") if has_own else None
+
+    def forward(self, x: torch.Tensor, routed: torch.Tensor) -> torch.Tensor:
+        """Return the block's output with the grafts in it."""
+        scores = None if self.mixer is None else self.mixer(x)
+        if scores is None:
+            y = self.members[0](x)
+        else:
+            weights = scores.softmax(dim=-1)
+            own = [weights[..., j, None] * member(x) for j, member in enumerate(self.members)]
+            y = torch.stack(own).sum(0)
+        if self.opening is not None:
+            score = self.opening(x)
+        elif scores is not None and self.gate != "none":
+            score = scores.logsumexp(dim=-1, keepdim=True)
+        else:
+            score = torch.full_like(y[..., :1], torch.inf)
+        opened = torch.sigmoid(score)
+        mixed: torch.Tensor = (opened * y).to(routed.dtype)
+        if self.mix == "convex":
+            mixed = mixed + ((1 - opened) * routed).to(routed.dtype)
+            return mixed
+        return mixed + routed
+
+
+def _add_graft(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+    x = args[0] if args else kwargs["hidden_states"]
+    graft: Any = block.graft
+    if isinstance(output, tuple):
+        return graft(x, output[0]), *output[1:]
+    return graft(x, output)
+
+
+class GraftedForCausalLM(Qwen2MoeForCausalLM):  # type: ignore[no-untyped-call]
+    """The family's model with grafts in its MoE blocks."""
+
+    config_class = GraftedConfig
+    _keep_in_fp32_modules_strict = ["graft.mixer", "graft.opening"]  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        """Build the family's model, then add grafts to its blocks."""
+        super().__init__(config)
+        for about in config.grafts["blocks"]:
+            block: Any = self.get_submodule(about["path"])
+            experts = getattr(block, about["experts"])
+            about = {**about, "mix": config.grafts["mix"], "gate": config.grafts["gate"]}
+            block.add_module("graft", Graft(experts, about["width"], about))
+            block.register_forward_hook(_add_graft, with_kwargs=True)
+
+
+def _register_conversions() -> None:
+    """Let the family's checkpoints be read under the new name."""
+    for old, new in (
+        (Qwen2MoeForCausalLM.__name__, "GraftedForCausalLM"),
+        (Qwen2MoeConfig.model_type, MODEL_TYPE),
+    ):
+        found: Any = get_checkpoint_conversion_mapping(old)  # type: ignore[no-untyped-call]
+        if found is not None:
+            register_checkpoint_conversion_mapping(new, found, overwrite=True)
+
+
+_register_conversions()
