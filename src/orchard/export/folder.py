@@ -20,10 +20,11 @@ from orchard.export.grafts import merged_grafts
 from orchard.export.merging import Merger, mapping_of
 from orchard.export.writing import SHARD_BYTES, new_folder, write_shards
 from orchard.models.stored import sources
-from orchard.models.stored.carving import check_carvable, recount
+from orchard.models.stored.carving import check_carvable, count_names, recount
 from orchard.models.stored.conversion import StoredModel, match_checkpoint
 from orchard.models.stored.loading import DTYPES, load_tokenizer
 from orchard.models.view.detection import view_config
+from orchard.models.view.routers import TOP_K_NAMES
 from orchard.personal.state import ModelState
 from orchard.recipe.reading import to_toml
 from orchard.results import write_json
@@ -85,13 +86,20 @@ def export_model(
         )
         entries = list(merger.entries())
         config = json.loads((Path(stored.source) / "config.json").read_text(encoding="utf-8"))
+        held: list[dict[str, Any]] = []
         if kept is not None:
-            config = _carved_config(config, stored, kept)
+            check_carvable(view_config(copy.deepcopy(stored.whole.model.config)), kept)
+            if len({len(own) for own in kept}) == 1:
+                config = _carved_config(config, stored, kept)
+            else:
+                held = _held_blocks(stored, kept)
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-        if state.graft_experts:
+        is_stock = not (state.graft_experts or held)
+        if not is_stock:
             tensors, about = merged_grafts(state, stored, dtype=merger.dtype)
             entries += mapping_of(tensors)
+            about["held"] = held
             _write_modeling(folder, type(stored.whole.model), config, about)
         num_bytes = write_shards(folder, entries, shard_bytes=shard_bytes)
         merger.check_used()
@@ -107,8 +115,8 @@ def export_model(
                 "template": state.recipe.data.template,
             },
         )
-        write_card(folder, state, is_stock=not state.graft_experts)
-    return Exported(out, num_bytes, not state.graft_experts)
+        write_card(folder, state, is_stock=is_stock)
+    return Exported(out, num_bytes, is_stock)
 
 
 def _kept(state: ModelState, stored: StoredModel) -> Sequence[Sequence[int]] | None:
@@ -145,24 +153,36 @@ def _held(state: ModelState, stored: StoredModel) -> dict[str, Any]:
 def _carved_config(
     config: dict[str, Any], stored: StoredModel, kept: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Return a configuration of the same family with fewer experts.
-
-    Raises:
-        ValueError: Layers hold different numbers of experts, which it cannot say.
-    """
+    """Return a configuration of the same family with fewer experts, as many in every layer."""
     counts = sorted({len(own) for own in kept})
-    if len(counts) > 1:
-        raise ValueError(
-            f"a carved model must hold the same number of experts in every layer to be written in "
-            f"its family's layout, got {', '.join(map(str, counts))}; export --global or --adapter"
-        )
-    check_carvable(view_config(copy.deepcopy(stored.whole.model.config)), kept)
     layer = stored.whole.layers[0]
     text = config.get("text_config", config)
     counted = SimpleNamespace(**text)
     recount(counted, layer.num_experts, counts[0], layer.top_k)
     text.update(vars(counted))
     return config
+
+
+def _held_blocks(stored: StoredModel, kept: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return what the modeling file must know of blocks with fewer experts."""
+    found = []
+    for layer, own in zip(stored.whole.layers, kept, strict=True):
+        if len(own) == layer.num_experts:
+            continue
+        children = dict(layer.block.named_children())
+        found.append(
+            {
+                "path": layer.path,
+                "experts": next(n for n, child in children.items() if child is layer.experts),
+                "router": next(n for n, child in children.items() if child is layer.router),
+                "before": layer.num_experts,
+                "after": len(own),
+                "top_k": layer.top_k,
+                "top_k_names": list(TOP_K_NAMES),
+                "count_names": count_names(layer.block),
+            }
+        )
+    return found
 
 
 def _write_modeling(
