@@ -53,7 +53,12 @@ class Exported:
 
 
 def export_model(
-    state: ModelState, out: Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    state: ModelState,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    run: Path | None = None,
 ) -> Exported:
     """Write a whole model, streamed: adapters merged, in the layout of its family.
 
@@ -63,6 +68,7 @@ def export_model(
         dtype: ``float32`` or ``bfloat16``; None = as the run computed,
             so that nothing is rounded.
         shard_bytes: The largest file, where no single tensor is larger.
+        run: The run's folder, for what it measured; None = nothing is said of that.
 
     Raises:
         FileExistsError: ``out`` is there.
@@ -115,7 +121,7 @@ def export_model(
                 "template": state.recipe.data.template,
             },
         )
-        write_card(folder, state, is_stock=is_stock)
+        write_card(folder, state, is_stock=is_stock, run=run)
     return Exported(out, num_bytes, is_stock)
 
 
