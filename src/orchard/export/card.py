@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from orchard.personal.state import ModelState
-from orchard.recipe.reading import to_toml
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import known_options, option_value, to_toml
 from orchard.results import MetricsLog
+
+
+def portable_toml(recipe: Recipe) -> str:
+    """Return a recipe without the folders of the machine that it ran on, as whole TOML."""
+    found = recipe
+    for key in known_options():
+        section, _, name = key.rpartition(".")
+        value = option_value(recipe, key)
+        if section and isinstance(value, str) and Path(value).is_absolute():
+            own = replace(getattr(found, section), **{name: Path(value).name})
+            found = replace(found, **{section: own})
+    return to_toml(found)
 
 
 def write_card(folder: Path, state: ModelState, *, is_stock: bool, run: Path | None) -> None:
@@ -49,7 +63,7 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
 ## Recipe
 
 ```toml
-{to_toml(recipe).strip()}
+{portable_toml(recipe).strip()}
 ```
 """
     (folder / "README.md").write_text(text, encoding="utf-8")

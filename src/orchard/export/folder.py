@@ -14,7 +14,7 @@ from typing import Any
 from orchard.data.templates import Wording
 from orchard.experiment.encoding import end_ids
 from orchard.experiment.settings import lora_settings
-from orchard.export.card import write_card
+from orchard.export.card import portable_toml, write_card
 from orchard.export.checking import check_base, streamed_digest
 from orchard.export.grafts import merged_grafts
 from orchard.export.merging import Merger, mapping_of
@@ -26,7 +26,6 @@ from orchard.models.stored.loading import DTYPES, load_tokenizer
 from orchard.models.view.detection import view_config
 from orchard.models.view.routers import TOP_K_NAMES
 from orchard.personal.state import ModelState
-from orchard.recipe.reading import to_toml
 from orchard.results import write_json
 
 _MODELING = "modeling_grafted"
@@ -114,7 +113,7 @@ def export_model(
         write_json(
             folder / "orchard.json",
             {
-                "recipe": to_toml(state.recipe),
+                "recipe": portable_toml(state.recipe),
                 "client": state.client_id,
                 "round": state.round_number,
                 "base_digest": state.base_digest,
