@@ -208,3 +208,22 @@ def test_layers_may_hold_different_numbers_of_experts(
     state = replace(state_of(recipe, grafts=grafts), client_id="north", held_experts=UNEVEN)
     loaded = check(state, tmp_path / "out")
     assert [layer.num_experts for layer in view_moe(loaded).layers] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("layers.0.experts.9.down_proj.lora_A", 1.0, "must have a place"),
+        ("layers.0.self_attn.q_proj.lora_B", float("nan"), "q_proj"),
+    ],
+)
+def test_a_merge_that_fails_writes_nothing(
+    name: str, value: float, says: str, tmp_path: Path
+) -> None:
+    recipe = recipe_on(checkpoint("qwen2_moe", tmp_path / "base"), "qwen2_moe", "fedavg")
+    state = state_of(recipe)
+    like = state.shared.get(name, torch.zeros(2, 12))
+    spoiled = replace(state, shared={**state.shared, name: torch.full_like(like, value)})
+    with pytest.raises(ValueError, match=says):
+        export_model(spoiled, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -26,6 +26,7 @@ from orchard.models.stored.loading import DTYPES, load_tokenizer
 from orchard.models.view.detection import view_config
 from orchard.models.view.routers import TOP_K_NAMES
 from orchard.personal.state import ModelState
+from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.results import write_json
 
 _MODELING = "modeling_grafted"
@@ -107,7 +108,9 @@ def export_model(
             about["held"] = held
             _write_modeling(folder, type(stored.whole.model), config, about)
         num_bytes = write_shards(folder, entries, shard_bytes=shard_bytes)
-        merger.check_used()
+        # A method of one's own may keep what is in no model.
+        is_own = set(method_names(state.recipe.strategy.name)) - set(BUILT_IN)
+        merger.check_used(but=own if is_own else ())
         write_json(folder / "config.json", config)
         _write_tokenizer(folder, state, Path(stored.source))
         write_json(
