@@ -1,7 +1,7 @@
 """The Python way in: what the command does, as functions that return typed values.
 
-``load_recipe``, ``plan`` and ``run`` here, and ``load`` for a run's folder, are what ``import
-orchard`` offers, and what the command calls. Torch is imported inside them, never before.
+``load_recipe``, ``plan``, ``run`` and ``load`` are what ``import orchard`` offers, and what the
+command calls. Torch is imported inside them, never before.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, overload
 
-from orchard.runs import Result
+from orchard.runs import Result, Run
 
 if TYPE_CHECKING:
     from orchard.engine.progress import Reporter
     from orchard.experiment.own_methods import Transform
     from orchard.experiment.planning import Plan
     from orchard.experiment.preparation import Experiment
+    from orchard.personal.opening import OpenedModel
     from orchard.recipe.describing import Scalar
     from orchard.recipe.options import Recipe
     from orchard.strategies.strategy import Strategy
@@ -46,6 +47,71 @@ def load_recipe(
     from orchard.recipe.reading import read_recipe
 
     return read_recipe(find_recipe(Path(path)), changes=changes).recipe
+
+
+@overload
+def load(folder: str | Path) -> Run: ...
+
+
+@overload
+def load(
+    folder: str | Path,
+    *,
+    client: str,
+    model: None = None,
+    round_number: int | Literal["best"] | None = None,
+    device: str | None = None,
+) -> OpenedModel: ...
+
+
+@overload
+def load(
+    folder: str | Path,
+    *,
+    client: str | None = None,
+    model: Literal["base", "global", "personal"],
+    round_number: int | Literal["best"] | None = None,
+    device: str | None = None,
+) -> OpenedModel: ...
+
+
+def load(
+    folder: str | Path,
+    *,
+    client: str | None = None,
+    model: Literal["base", "global", "personal"] | None = None,
+    round_number: int | Literal["best"] | None = None,
+    device: str | None = None,
+) -> Run | OpenedModel:
+    """Read a run's folder, or open one of its models, without any client's data.
+
+    Args:
+        folder: The run's, or a site's store.
+        client: Open the personal model of this client; its ``generate`` answers a prompt, and
+            ``model`` and ``tokenizer`` are those of transformers.
+        model: Open ``global``, ``base`` or ``personal``; with neither this nor ``client`` the run
+            is read, finished or not, and no model is opened.
+        round_number: The model after this round, or ``best``; None = the last.
+        device: Where the model runs; None = as the recipe says.
+
+    Raises:
+        FileNotFoundError: No run was started there, or its base is not there.
+        ValueError: Its files do not parse, there is no such model, or the base is another.
+    """
+    from orchard import runs
+
+    if client is None and model is None:
+        if round_number is not None or device is not None:
+            raise ValueError(
+                "client or model must be given with round_number or device, got neither; for "
+                'example model="global"'
+            )
+        return runs.load(folder)
+    from orchard.personal.choosing import choose_state
+    from orchard.personal.opening import open_model
+
+    state = choose_state(Path(folder), client=client, model=model, round_number=round_number)
+    return open_model(state, device=device)
 
 
 def plan(recipe: Recipe) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Mapping
@@ -12,15 +13,19 @@ from typing import Any
 from rich.table import Table
 
 from orchard.catalog import find_recipe
+from orchard.data import world
 from orchard.engine.progress import choose_reporter, format_bytes, make_console
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import run_experiment
+from orchard.personal.opening import open_model
+from orchard.personal.state import read_state
 from orchard.recipe.reading import read_recipe
 from orchard.results import write_json
 from orchard.tables import print_table
 
 # Which of a run's models a person uses at the end of each method.
 _MODEL = {"local": "personal", "fedavg": "global", "flex": "personal"}
+_OFFICE = "harbor"  # whose model answers at the end
 _LABEL = {
     "base": "base",
     "local": "Local",
@@ -79,12 +84,50 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
     console.print()
     print_table(console, _table(methods))
     console.print(f"\n{conclude(methods)}", highlight=False)
+    office, question = _OFFICE, _ask_what_offices_differ_in(seed)
+    console.print(f"\nAsked: {question}", highlight=False, markup=False)
+    for name, answer in side_by_side(folder, question, client=office).items():
+        console.print(f"  {name}: {answer}", highlight=False, markup=False)
+    flex = shlex.quote(str(folder / "flex"))
     console.print(
-        f"{summary['seconds']:.0f} seconds; everything is in {folder}. "
-        "Next: orchard show recipes/tiny/flex.toml",
+        f"\n{summary['seconds']:.0f} seconds; everything is in {folder}. Talk to an "
+        f"office's model: orchard chat {flex} --client {office}. Next: "
+        "orchard show recipes/tiny/flex.toml",
         highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     return summary
+
+
+def _ask_what_offices_differ_in(seed: int) -> str:
+    """Return an instruction of the test that each office answers in its own way."""
+    office = next(office for office in world.offices(seed) if office.name == _OFFICE)
+    return next(e.instruction for e in office.test if e.instruction.startswith("Greet "))
+
+
+def side_by_side(folder: Path, question: str, *, client: str) -> dict[str, str]:
+    """Ask the base, the averaged model and a client's personal one of the demo the same.
+
+    Args:
+        folder: The demo's.
+        question: What they are asked.
+        client: Whose personal model.
+
+    Returns:
+        What each is called to what it answers.
+    """
+    fedavg, flex = read_state(folder / "fedavg"), read_state(folder / "flex", client=client)
+    states = {
+        "the base": fedavg.as_base(),
+        "averaged (FedAvg)": fedavg,
+        f"{client}'s own (FLEx)": flex,
+    }
+    answers = {}
+    for name, state in states.items():
+        with open_model(state) as opened:
+            answers[name] = opened.generate(question)
+    return answers
 
 
 def summarize_methods(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

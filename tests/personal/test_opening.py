@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from federations import build, prepared, quick_recipe, run_quickly
+from federations import QUARTER, build, prepared, quick_recipe, run_quickly
 from orchard.communication.messages import LocalSettings, Task
 from orchard.experiment.wiring import build_channel
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.personal.opening import open_model
 from orchard.personal.state import find_models, read_state
 from orchard.recipe.options import Recipe
+from orchard.results import MetricsLog
 from orchard.server.checkpoint import load_checkpoint
 from orchard.strategies import strategy as strategies
 from orchard.strategies.strategy import evaluate_client
@@ -29,6 +30,13 @@ KINDS = {
     "flex+hfedmoe": quick_recipe("flex+hfedmoe", "server.rounds=1", *CARVED),
     "full": quick_recipe("flex", "server.rounds=1", *FULL),
 }
+ANEW = quick_recipe(
+    "flex+hfedmoe",
+    "server.rounds=1",
+    "selection.mode=carve",
+    "selection.cadence=round",
+    "client.budget=25%",
+)
 IDS = torch.tensor([[5, 17, 40, 99, 3, 8]])
 
 
@@ -59,7 +67,13 @@ def measured(recipe: Recipe, folder: Path, kind: str, client_id: str) -> list[to
     return seen
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# The others meet all that these do: a tree of one's own, one graft, and a part of the experts.
+LONG = ("two grafts", "local", "carved")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.long) if k in LONG else k for k in KINDS]
+)
 def test_an_opened_model_is_what_the_run_measured(kind: str, tmp_path: Path) -> None:
     recipe = KINDS[kind]
     run_quickly(tmp_path, recipe)
@@ -70,3 +84,22 @@ def test_an_opened_model_is_what_the_run_measured(kind: str, tmp_path: Path) -> 
         with open_model(read_state(tmp_path, client=own)) as opened:
             assert torch.equal(logits_of(opened.adapted), expected), name
             assert not torch.isnan(expected).any()
+
+
+@pytest.mark.long
+def test_a_client_that_chooses_anew_each_round_opens_with_what_it_trained_last(
+    tmp_path: Path,
+) -> None:
+    run_quickly(tmp_path, ANEW)
+    client = next(iter(prepared(ANEW).federation.train))
+    state = read_state(tmp_path, client=client)
+    assert state.held_experts is not None
+    assert sum(map(len, state.held_experts.values())) == QUARTER
+    lines = [line for line in MetricsLog(tmp_path / "metrics.jsonl") if line["kind"] == "client"]
+    trained = next(line for line in lines if line["client"] == client)
+    assert trained["client/budget_experts"] == QUARTER
+    with open_model(state) as opened:
+        held = {layer.name: tuple(layer.expert_ids) for layer in opened.adapted.view.layers}
+        assert held == dict(state.held_experts)
+        with_graft = logits_of(opened.adapted)
+    assert not torch.equal(logits_of(opened.adapted), with_graft)

@@ -14,7 +14,9 @@ from orchard.models.stored.loading import load_base, load_tokenizer
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.targets import LoraSettings
 from orchard.serving.engine import Engine, Row
+from orchard.serving.registry import Registry, Source
 from orchard.serving.values import RowValues, read_values
+from orchard.serving.worker import Job, Worker
 from orchard.trees import Tree
 from tests.federations import short_model
 
@@ -127,3 +129,22 @@ def test_a_name_of_another_base_is_refused() -> None:
             graft_experts={},
             body="x",
         )
+
+
+def test_who_no_longer_reads_frees_its_row_and_a_full_queue_takes_nothing() -> None:
+    base = load_base(short_model(), dtype="float32")
+    engine = Engine(base.view, max_rows=1)
+    rows = [Row(RowValues(), [5, 6], max_tokens=50) for _ in range(2)]
+    with engine.running():
+        for row in rows:
+            engine.submit(row)
+        engine.step()
+        assert (len(rows[0].tokens), len(rows[1].tokens)) == (1, 0)
+        rows[0].is_cancelled = True
+        engine.step()
+    assert (len(rows[0].tokens), len(rows[1].tokens)) == (1, 1)
+    registry = Registry(base.view, base.digest, {"base": Source()})
+    worker = Worker(engine, registry, max_queue=1)
+    job = Job("base", lambda registry: rows[1], lambda what: None)
+    assert worker.submit([job])
+    assert not worker.submit([job])

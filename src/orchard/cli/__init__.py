@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from orchard.cli import exporting, sites
+from orchard.cli import exporting, models, sites
 from orchard.cli.encodings import write_what_the_terminal_knows
 from orchard.cli.errors import BAD_INPUT, FAILED, clear_errors
 from orchard.cli.parameters import (
@@ -239,17 +239,51 @@ def plan(
 
 
 @app.command()
+def serve(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port.", min=1, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A key a line, and after it the models that it may use.")
+    ] = None,
+    max_models: Annotated[
+        int, typer.Option(help="At most so many personal models in memory.", min=1)
+    ] = 64,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Serve other machines without a key.")
+    ] = False,
+    traceback: Traceback = False,
+) -> None:
+    """Serve base, global and personal models of runs over one base, as OpenAI's interface."""
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.extras import require
+
+        require("serve", to="serve models")
+        from orchard.serving.running import make_server
+
+        server = make_server(
+            runs,
+            host=host,
+            port=port,
+            key_file=api_key_file,
+            max_models=max_models,
+            is_insecure=insecure,
+        )
+    server.run()
+
+
+@app.command()
 def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="What to measure: memory, graft, step, aggregate, rounds, wire or start.",
+            help="What to measure: memory, graft, step, aggregate, rounds, wire, start or serve.",
             show_default=False,
         ),
     ],
     as_json: JsonOption = False,
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
-    model: Annotated[str, typer.Option(help="Base of step; empty = a random one.")] = "",
+    model: Annotated[str, typer.Option(help="Base of step or serve; empty = a random one.")] = "",
     data: Annotated[str, typer.Option(help="Examples of step, for that base.")] = "",
     traceback: Traceback = False,
 ) -> None:
@@ -261,6 +295,9 @@ def bench(
 
 
 # Help lists commands in the order in which they are added.
+app.command()(models.generate)
+app.command()(models.chat)
+app.command()(models.evaluate)
 app.command()(exporting.export)
 app.command("import")(exporting.import_part)
 app.command()(sites.coordinate)

@@ -14,7 +14,7 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Task, Update
 from orchard.trees import Tree
 
-_HELD, _RESIDUAL = "held", "residual"
+HELD, _RESIDUAL = "held", "residual"
 
 
 def read_task(message: bytes, channel: Channel, store: ClientStore) -> Task:
@@ -27,7 +27,7 @@ def read_task(message: bytes, channel: Channel, store: ClientStore) -> Task:
     """
     if channel.differences is None:
         return channel.unpack_task(message)
-    own = store.beside(_HELD)
+    own = store.beside(HELD)
 
     def held(before_round: int) -> Tree | None:
         kept = own.load(before_round=before_round)
@@ -36,6 +36,13 @@ def read_task(message: bytes, channel: Channel, store: ClientStore) -> Task:
     task = channel.unpack_task(message, held)
     own.save(Personal(task.shared), round_number=task.round_number)
     return task
+
+
+def keep_values(task: Task, channel: Channel, store: ClientStore) -> None:
+    """Keep the values of a task that was read, where ``read_task`` has not."""
+    if channel.differences is None:
+        own = replace(store.beside(HELD), keep_rounds=store.keep_rounds)
+        own.save(Personal(task.shared), round_number=task.round_number)
 
 
 def write_update(update: Update, channel: Channel, store: ClientStore) -> bytes:

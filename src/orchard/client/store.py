@@ -69,16 +69,18 @@ class ClientStore:
         folder: Its path; it need not exist yet.
         base_digest: SHA-256 of the base model's tensors.
         place: What it holds of whom; empty = the name of its folder.
+        keep_rounds: So many versions before the newest stay, and two at least.
     """
 
     folder: Path
     base_digest: str
     place: str = ""
+    keep_rounds: int = 0
 
     def beside(self, name: str) -> ClientStore:
         """Return a store of other things of this client, in a folder below this one."""
         place = f"{self.place or self.folder.name}/{name}"
-        return replace(self, folder=self.folder / name, place=place)
+        return replace(self, folder=self.folder / name, place=place, keep_rounds=0)
 
     def _versions(self) -> dict[int, Path]:
         return {_round_of(path): path for path in self.folder.glob(_FILES)}
@@ -131,12 +133,13 @@ class ClientStore:
     def save(self, personal: Personal, *, round_number: int) -> None:
         """Write what the client keeps after ``round_number``.
 
-        The two versions before it stay: the server keeps two checkpoints, and may have to go back
-        to the older one. What is older goes, but for the last version before a long gap: whoever
-        asks for a round far ahead does not make a client lose where it was.
+        The two versions before it stay, or ``keep_rounds``: the server keeps two checkpoints, and
+        may have to go back to the older one. What is older goes, but for the last version before a
+        long gap: whoever asks for a round far ahead does not make a client lose where it was.
         """
         versions = self._versions()
-        kept = _to_keep([number for number in versions if number < round_number], round_number)
+        earlier = [number for number in versions if number < round_number]
+        kept = _to_keep(earlier, round_number, num_last=max(2, self.keep_rounds))
         for number in sorted(versions):
             if number < round_number and number not in kept:
                 versions[number].unlink()
@@ -185,11 +188,11 @@ def _metadata(content: bytes) -> dict[str, str]:
     return found
 
 
-def _to_keep(numbers: Sequence[int], newest: int) -> set[int]:
+def _to_keep(numbers: Sequence[int], newest: int, *, num_last: int) -> set[int]:
     """Return which earlier versions stay beside the newest one.
 
-    The last two; and of those before a gap of more than ``_FAR`` rounds, for each doubling of the
-    distance, the oldest and the newest, so that they are few however many rounds there are.
+    The last ``num_last``; and of those before a gap of more than ``_FAR`` rounds, for each doubling
+    of the distance, the oldest and the newest, so that they are few however many rounds there are.
     """
     ordered = sorted(numbers)
     before_gaps: dict[int, list[int]] = {}
@@ -197,4 +200,4 @@ def _to_keep(numbers: Sequence[int], newest: int) -> set[int]:
         if following - number > _FAR:
             before_gaps.setdefault((newest - number).bit_length(), []).append(number)
     ends = {end for group in before_gaps.values() for end in (group[0], group[-1])}
-    return {*ordered[-2:], *ends}
+    return {*ordered[-num_last:], *ends}

@@ -29,6 +29,7 @@ LIMITS: Mapping[str, float] = {
     "client.pass_tokens": 131_072,
     "client.lr": 100.0,
     "server.rounds": 10_000,
+    "server.keep_rounds": 100,
     "evaluation.batch_size": 1024,
     "evaluation.max_new_tokens": 4096,
     CLIENTS: 10_000,

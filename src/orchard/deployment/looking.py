@@ -114,13 +114,14 @@ def _sent(recipe: Recipe, plan: ClientPlan, settings: SiteSettings) -> list[str]
 
 def _kept(recipe: Recipe, settings: SiteSettings) -> list[str]:
     methods = check_strategy(recipe.strategy.name)
-    entries = [f"{settings.store}: the audit log, this run's terms, logs"]
+    entries = [
+        f"{settings.store}: the audit log, this run's terms, logs",
+        "the recipe and the global values that it was sent last, for its own model",
+    ]
     if "flex" in methods:
         entries.append("grafts and their gates, the last three versions, which are never sent")
     if has_part(methods, "control"):
         entries.append("control variates")
-    if recipe.communication.downlink == "differences":
-        entries.append("the global values that it was sent last")
     return entries
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from orchard.client.client import Client
-from orchard.client.kept_messages import read_task, write_update
+from orchard.client.kept_messages import keep_values, read_task, write_update
 from orchard.client.store import DamagedError, OtherBaseError, set_aside
 from orchard.communication.audit import AUDIT_FILE, MAX_TEXT, AuditLog, content_digest
 from orchard.communication.channel import Channel, MissingCopyError
@@ -57,14 +57,14 @@ from orchard.experiment.data_record import DATA_FILE, check_data, record_data
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import import_from
 from orchard.experiment.preparation import Experiment, Seat, data_notes, prepare_experiment
-from orchard.experiment.run_folder import folder_name, recipe_digest
+from orchard.experiment.run_folder import RECIPE_FILE, folder_name, recipe_digest
 from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
 from orchard.experiment.settings import learning_rate, lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import parse_recipe
+from orchard.recipe.reading import parse_recipe, to_toml
 from orchard.results import write_atomically
 from orchard.server.admission import Admission
 from orchard.strategies.strategy import Strategy, evaluate_client, start_server, train_client
@@ -256,6 +256,7 @@ class SiteWorker:
             self._runs.note_tree(
                 request.run, number, digest(task.shared), most=self._consent.trees_per_round
             )
+            self._keep_values(request.run, session, task)
             if request.evaluate:
                 reply |= self._evaluate(session, task, request.evaluate)
             update = self._train(session, task) if request.train else None
@@ -289,6 +290,18 @@ class SiteWorker:
             if isinstance(error, OtherBaseError | Refusal):
                 raise
             raise as_refusal(Code.REQUEST, error) from error
+
+    def _keep_values(self, run: str, session: _Session, task: Task) -> None:
+        """Keep what this site's own model is opened from where the coordinator is not there."""
+        folder = self._settings.store / "personal" / folder_name(run)
+        model = session.recipe.model
+        if Path(model.path).is_dir():  # meant from where the site was started
+            model = replace(model, path=str(Path(model.path).resolve()))
+        recipe = to_toml(replace(session.recipe, model=model)).encode()
+        path = folder / RECIPE_FILE
+        if not path.exists() or path.read_bytes() != recipe:
+            write_atomically(path, recipe)
+        keep_values(task, session.channel, session.client.store)
 
     def _evaluate(self, session: _Session, task: Task, models: Sequence[str]) -> dict[str, Any]:
         """Measure models of the round before, as exactly as the owner lets it out."""

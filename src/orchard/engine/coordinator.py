@@ -237,7 +237,8 @@ class Coordinator:
         summary = summarize(made.lines, arrived, self.channel, seconds=seconds)
         for line in (*made.lines, {"kind": "round", "round": number, **summary, **made.covered}):
             self._log.append(line)
-        save_checkpoint(self.folder / "checkpoints", state, about=self.about)
+        keep = self.schedule.keep_rounds
+        save_checkpoint(self.folder / "checkpoints", state, about=self.about, keep=keep)
         inbox.throw_away(arrived)
         self.reporter.completed(
             number,

@@ -43,6 +43,7 @@ class Schedule:
         is_cosine: Whether the learning rate follows a cosine over rounds, or stays.
         evaluate_every: Rounds between evaluations; 0 = only after the last.
         models: Which models are evaluated.
+        keep_rounds: So many checkpoints stay, and two at least.
     """
 
     num_rounds: int
@@ -54,6 +55,7 @@ class Schedule:
     is_cosine: bool
     evaluate_every: int
     models: tuple[str, ...]
+    keep_rounds: int = 0
 
     def local(self, round_number: int) -> LocalSettings:
         """Return how clients train in a round.
@@ -164,7 +166,7 @@ def simulate(
             summary = tally.summary(channel, seconds=now - mark) | covered
             mark = now
             log.append({"kind": "round", "round": round_number, **summary})
-            save_checkpoint(checkpoints, state, about=about)
+            save_checkpoint(checkpoints, state, about=about, keep=schedule.keep_rounds)
             reporter.completed(
                 round_number,
                 loss=summary.get("round/train_loss"),

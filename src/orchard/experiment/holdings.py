@@ -169,6 +169,26 @@ def read_elsewhere(recipe: Recipe) -> Elsewhere:
     return Elsewhere(retention, calibration, tuple(remarks))
 
 
+def read_examples(path: str, data: DataOptions, *, option: str) -> Reading:
+    """Read one file as a recipe reads its own.
+
+    Args:
+        path: Of the file.
+        data: Says what its rows are.
+        option: What named it, for messages.
+
+    Raises:
+        FileNotFoundError: It is not there.
+        ValueError: It cannot be read, or holds no example.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{option} must be a file with examples, got {path}; name one")
+    reading = _read_file(path, data)
+    if not reading.examples:
+        raise ValueError(f"{option} must hold examples, got none in {path}; add some")
+    return reading
+
+
 def _read_other(path: str, data: DataOptions, option: str, remarks: list[str]) -> list[Example]:
     reading = _read_file(path, data)
     remarks += reading_notes({option: reading}, of=option)

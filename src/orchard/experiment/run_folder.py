@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from orchard.experiment.methods import own_names
@@ -21,6 +22,8 @@ from orchard.strategies.strategy import Strategy
 
 # An id that is safe as a name: it holds no ~, which sets all other names apart from it.
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,63}")
+
+_LATER: Mapping[str, Any] = MappingProxyType({"keep_rounds": 0, "best": ""})
 
 RECIPE_FILE, METHODS_FILE = "recipe.toml", "methods.json"
 
@@ -135,4 +138,8 @@ def folder_name(client_id: str) -> str:
 def recipe_digest(recipe: Recipe) -> str:
     """Return what two runs must have in common for one to continue the other."""
     recipe = replace(recipe, deployment=DeploymentOptions())
-    return hashlib.sha256(to_toml(recipe).encode()).hexdigest()
+    # Options that came later do not make runs others that leave them as they are.
+    at_default = {f"{key} = {format_value(value)}\n" for key, value in _LATER.items()}
+    lines = to_toml(recipe).splitlines(keepends=True)
+    text = "".join(line for line in lines if line not in at_default)
+    return hashlib.sha256(text.encode()).hexdigest()

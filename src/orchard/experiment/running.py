@@ -105,7 +105,11 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             test=experiment.test[client_id],
             retention=experiment.retention,
             calibration_corpus=experiment.calibration,
-            store=ClientStore(folder / folder_name(client_id), model.base_digest),
+            store=ClientStore(
+                folder / folder_name(client_id),
+                model.base_digest,
+                keep_rounds=recipe.server.keep_rounds,
+            ),
             training=training,
             evaluation=evaluation,
             seeds=Seeds(recipe.seed),
@@ -148,6 +152,7 @@ def build_schedule(recipe: Recipe, *, rate: float | None = None) -> Schedule:
         is_cosine=client.schedule == "cosine",
         evaluate_every=evaluation.every,
         models=words(evaluation.models),
+        keep_rounds=server.keep_rounds,
     )
 
 

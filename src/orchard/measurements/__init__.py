@@ -62,6 +62,18 @@ def _step(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
     return bench_steps(repeats=repeats, model=model or "orchard:tiny", data=data, say=say)
 
 
+def _serve(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
+    from orchard.measurements.serving import bench_serving
+
+    if data:
+        raise ValueError(f"--data must be left out of serve, got {data}; prompts are random")
+    return bench_serving(
+        repeats=repeats,
+        model=model or "orchard:tiny",
+        say=lambda line: print(line, file=sys.stderr),
+    )
+
+
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
     {
         "memory": _memory,
@@ -71,11 +83,12 @@ BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
         "rounds": _rounds,
         "wire": _wire,
         "start": _start,
+        "serve": _serve,
     }
 )
 """Name to what runs it, given how many repeats, and returns what it found."""
 
-TAKE_A_MODEL = MappingProxyType({"step": _step})
+TAKE_A_MODEL = MappingProxyType({"step": _step, "serve": _serve})
 """Those that take a model and data."""
 
 

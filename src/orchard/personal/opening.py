@@ -23,13 +23,11 @@ from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.view.unbinding import unbound_experts
 from orchard.personal.sampling import Sampling
 from orchard.personal.state import ModelState
-from orchard.personal.writing import StopTexts, check_length, write_tokens
+from orchard.personal.writing import StopTexts, longest_answer, write_tokens
 from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.recipe.options import Recipe
 from orchard.seeding import Seeds
 from orchard.strategies.strategy import place_global
-
-MAX_NEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ class OpenedModel:
         prompt: str,
         *,
         history: Sequence[Turn] = (),
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -72,7 +70,8 @@ class OpenedModel:
         Args:
             prompt: What is asked.
             history: What was said before, in order; see ``Example``.
-            max_new_tokens: The answer ends here if not at an end token.
+            max_new_tokens: The answer ends here if not at an end token; None = 256, or what there
+                is room for.
             temperature: What logits are divided by; 0 = always the most probable token.
             top_p: The fewest tokens whose probabilities reach this are drawn from, in (0, 1].
             seed: Of the draws.
@@ -100,7 +99,7 @@ class OpenedModel:
         prompt: str,
         *,
         history: Sequence[Turn] = (),
-        max_new_tokens: int = MAX_NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
@@ -112,16 +111,14 @@ class OpenedModel:
         What cannot be asked for is refused before this returns.
         """
         sampling, stops = Sampling(temperature, top_p), StopTexts(tuple(stop))
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}; raise it")
         if not prompt.strip():
             raise ValueError("prompt must say something, got none; give one, or write it to stdin")
         wording = self._wording(template)
         ids = encode_prompt(Example(prompt, "", history=tuple(history)), wording)
-        check_length(self.adapted.model, len(ids), max_new_tokens)
+        longest = longest_answer(self.adapted.model, len(ids), max_new_tokens)
         ends = frozenset(end_ids(self.state.recipe, wording))
         generator = torch.Generator().manual_seed(Seeds(seed).integer("sampling"))
-        return self._pieces(ids, max_new_tokens, sampling, generator, ends, stops)
+        return self._pieces(ids, longest, sampling, generator, ends, stops)
 
     def _pieces(
         self,

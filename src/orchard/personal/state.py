@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load
 
+from orchard.client.kept_messages import HELD
 from orchard.client.store import ClientStore
 from orchard.communication.messages import LocalSettings, Task
 from orchard.experiment.data_record import DATA_FILE
@@ -32,7 +33,6 @@ from orchard.trees import Tree
 
 _MEMORY = ("control.", "subset.")  # what clients and servers keep without training it
 _SUBSET, _CHOICE = "subset.", ".graft.expert"
-_HELD = "held"  # of a client's store: the global values that it was sent
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,16 @@ class ModelState:
     def as_base(self) -> ModelState:
         """Return the base that this was trained on, as a model of which nothing was trained."""
         return replace(self, client_id=None, shared={}, own={}, graft_experts={}, held_experts=None)
+
+
+def read_recipe_of(folder: Path) -> Recipe:
+    """Return the recipe of a run, or of the one that a site took part in last.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no run.
+        ValueError: The recipe does not parse.
+    """
+    return _read_recipe(_run_of(folder))
 
 
 def find_clients(folder: Path) -> Sequence[str]:
@@ -137,7 +147,7 @@ def _of_site(
     """Read what a site kept of the run that it took part in last."""
     base_digest = _joined_base(folder, run)
     (site,) = find_clients(folder)
-    held = ClientStore(_client_folder(run, site), base_digest).beside(_HELD)
+    held = ClientStore(_client_folder(run, site), base_digest).beside(HELD)
     before = 2**31 if round_number is None else round_number + 2
     kept = held.load(before_round=before)
     newest = max(held.rounds(), default=0) - 1
@@ -198,8 +208,8 @@ def _with_kept(state: ModelState, run: Path, *, trained: int | None) -> ModelSta
         }
         if not held:
             raise ValueError(
-                f"{client} must have written down which experts it holds, got none in {store.folder}"
-                "; an older version trained it: resume the run for a round more, or start it anew"
+                f"{client} must have written down which experts it holds, got none in "
+                f"{store.folder}; an older version trained it: start the run anew"
             )
     return replace(state, own=own, graft_experts=experts, held_experts=held)
 

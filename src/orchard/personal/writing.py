@@ -13,7 +13,7 @@ from orchard.models.kernels.caches import cache_name
 from orchard.models.kernels.decoding import can_decode, fresh_cache
 from orchard.personal.sampling import Sampling, choose_token
 
-MAX_STOPS = 64
+MAX_STOPS, MAX_NEW_TOKENS = 64, 256
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,28 @@ class StopTexts:
         return False, text[: len(text) - held]
 
 
-def check_length(model: nn.Module, num_prompt: int, max_new_tokens: int) -> None:
-    """Check that prompt and answer fit into a model's context.
+def longest_answer(model: nn.Module, num_prompt: int, max_new_tokens: int | None) -> int:
+    """Return how many tokens an answer may have.
+
+    Args:
+        model: Has a context.
+        num_prompt: Tokens of the prompt.
+        max_new_tokens: What was asked for; None = what there is room for, ``MAX_NEW_TOKENS`` at
+            most.
 
     Raises:
-        ValueError: They do not.
+        ValueError: Prompt and answer do not fit into the context, or it is below 1.
     """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}; raise it")
     network: Any = model
     room = getattr(network.config.get_text_config(), "max_position_embeddings", None)
-    if room is not None and num_prompt + max_new_tokens > room:
+    if room is not None and num_prompt + (max_new_tokens or 1) > room:
         raise ValueError(
             f"prompt and answer must fit into the model's {room} tokens, got {num_prompt} and "
-            f"{max_new_tokens}; shorten the prompt, or lower max_new_tokens"
+            f"{max_new_tokens or 'at least 1'}; shorten the prompt, or lower max_new_tokens"
         )
+    return max_new_tokens or min(MAX_NEW_TOKENS, (room or MAX_NEW_TOKENS + num_prompt) - num_prompt)
 
 
 def write_tokens(

@@ -240,3 +240,9 @@ class ServerOptions:
     beta1: float = option(0.9, "FedAdam, FedYogi.", minimum=0, maximum=0.9999)
     beta2: float = option(0.99, "FedAdam, FedYogi.", minimum=0, maximum=0.9999)
     tau: float = option(1e-3, "FedAdagrad, FedAdam, FedYogi: adaptivity.", above=0)
+    keep_rounds: int = option(
+        0,
+        "Rounds of which checkpoints and what clients keep stay on the disk; 0 = two checkpoints, "
+        "and of each client what it needs to go on from either.",
+        minimum=0,
+    )

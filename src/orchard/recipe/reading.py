@@ -281,6 +281,7 @@ def _check_combinations(recipe: Recipe) -> None:
     allowed = {
         "evaluation.models": (evaluation.models, ("base", "global", "local", "personal")),
         "evaluation.metrics": (evaluation.metrics, _METRICS),
+        "evaluation.best": (evaluation.best, words(evaluation.metrics)),
     }
     for key, (text, choices) in allowed.items():
         for word in words(text):

@@ -236,6 +236,10 @@ class EvaluationOptions:
         "Each client keeps the answers that are generated beside the right ones, in its own "
         "folder: orchard answers shows them.",
     )
+    best: str = option(
+        "",
+        "Metric that --round best goes by; empty = the first of evaluation.metrics.",
+    )
     retention_path: str = option(
         "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
     )

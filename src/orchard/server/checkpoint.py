@@ -50,7 +50,9 @@ def _folder_name(round_number: int) -> str:
     return f"round_{round_number:06d}"
 
 
-def save_checkpoint(folder: Path, state: ServerState, *, about: Mapping[str, Any]) -> Path:
+def save_checkpoint(
+    folder: Path, state: ServerState, *, about: Mapping[str, Any], keep: int = 0
+) -> Path:
     """Write ``state`` below ``folder`` and drop all but this and the previous checkpoint.
 
     Args:
@@ -58,6 +60,7 @@ def save_checkpoint(folder: Path, state: ServerState, *, about: Mapping[str, Any
         state: What to save.
         about: JSON values that must be the same when the run is resumed, such as the digest of
             the base.
+        keep: So many checkpoints stay, and two at least.
 
     Returns:
         The checkpoint's own folder.
@@ -80,7 +83,7 @@ def save_checkpoint(folder: Path, state: ServerState, *, about: Mapping[str, Any
     )
     # Later folders can only be damaged ones, that loading skipped: they count for nothing.
     earlier = [path for path in sorted(folder.glob("round_*")) if path.name < target.name]
-    for old in earlier[:-1]:
+    for old in earlier[: -max(1, keep - 1)]:
         shutil.rmtree(old)
     return target
 

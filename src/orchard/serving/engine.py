@@ -184,7 +184,7 @@ class Engine:
         for index, row in enumerate(group):
             ids[index, width - len(row.prompt) :] = torch.tensor(row.prompt)
             mask[index, width - len(row.prompt) :] = 1
-        assignment = Assignment(self.view, [row.values for row in group])
+        assignment = self.rows.assign([row.values for row in group])
         overrides = group[0].values.overrides
         places = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         ids, mask, places = (part.to(self._device) for part in (ids, mask, places))
@@ -217,7 +217,7 @@ class Engine:
     def _decode(self, batch: _Batch) -> list[Row]:
         """Write the next token of every row of a batch."""
         if batch.assignment is None:
-            batch.assignment = Assignment(self.view, [row.values for row in batch.rows])
+            batch.assignment = self.rows.assign([row.values for row in batch.rows])
         length_B = torch.tensor(batch.lengths, device=self._device)
         width = batch.cache.get_seq_length() + 1
         column_W = torch.arange(width, device=self._device)

@@ -243,7 +243,8 @@ async def _answer(
         async def events() -> AsyncIterator[str]:
             try:
                 async for index, text, finish in grow():
-                    yield f"data: {json.dumps({**about, 'choices': [choice(index, text, finish)]})}\n\n"
+                    part = {**about, "choices": [choice(index, text, finish)]}
+                    yield f"data: {json.dumps(part)}\n\n"
             except RefusedError as error:
                 yield f"data: {json.dumps(error.body)}\n\n"
             yield "data: [DONE]\n\n"

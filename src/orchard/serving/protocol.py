@@ -89,7 +89,7 @@ class Request(msgspec.Struct, kw_only=True):
 class Completion(Request, kw_only=True):
     """A request to go on with text."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | list[int | str | list[int]]
     logprobs: int | None = None
     echo: bool = False
 
@@ -100,6 +100,8 @@ class Completion(Request, kw_only=True):
             RefusedError: There is none, or there are too many.
         """
         given: Any = self.prompt
+        if isinstance(given, list) and len({type(part) for part in given}) > 1:
+            raise RefusedError(400, "prompt must be of one kind, got texts and tokens mixed")
         one = isinstance(given, str) or (given and isinstance(given[0], int))
         prompts = [given] if one else list(given)
         if not 1 <= len(prompts) <= _MAX_PROMPTS:

@@ -21,6 +21,9 @@ from torch.nn import functional
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.serving.values import Factors, Member, RowGraft, RowValues
 
+_STACKED_BYTES = 8 * 2**20
+"""At most so many bytes of a layer's experts are copied to run as one product."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Groups:
@@ -61,13 +64,63 @@ class _Stack:
 
 
 @dataclass(frozen=True, eq=False)
+class _Gates:
+    """How much each group's expert counts, of all groups at once.
+
+    Attributes:
+        weight_GD: Of the gates; zeros where a graft has none.
+        bias_G: Infinite where a graft is always open.
+        routers: (G, K, D) and (G, K) where a graft has several experts. One that has fewer than K
+            has a bias of minus infinity at what it lacks.
+        place_G: Which expert of its graft a group is.
+        by_router_G: Whether the router's scores open the graft.
+        takes_G: 1 where a group takes the routed part away in the measure of its openness.
+    """
+
+    weight_GD: Tensor
+    bias_G: Tensor
+    routers: tuple[Tensor, Tensor] | None
+    place_G: Tensor
+    by_router_G: Tensor
+    takes_G: Tensor
+    any_takes: bool
+
+    def weigh(self, x_GTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how much each expert counts, and its part of how far its graft is open."""
+        x_GTD = x_GTD.float()
+        score_GT = (x_GTD @ self.weight_GD[..., None])[..., 0] + self.bias_G[:, None]
+        if self.routers is None:
+            open_GT = torch.sigmoid(score_GT)
+            return open_GT, self.takes_G[:, None] * open_GT
+        weight_GKD, bias_GK = self.routers
+        score_GTK = x_GTD @ weight_GKD.mT + bias_GK[:, None]
+        by_router_GT = self.by_router_G[:, None].expand_as(score_GT)
+        open_GT = torch.sigmoid(torch.where(by_router_GT, score_GTK.logsumexp(dim=-1), score_GT))
+        place_GT1 = self.place_G[:, None, None].expand(*score_GT.shape, 1)
+        share_GT = score_GTK.softmax(dim=-1).gather(-1, place_GT1)[..., 0]
+        return share_GT * open_GT, self.takes_G[:, None] * open_GT
+
+
+@dataclass(frozen=True, eq=False)
 class _Grafts:
-    """The grafts of one layer, over all groups; a group is one expert of one graft."""
+    """The grafts of one layer, over all groups; a group is one expert of one graft.
+
+    Attributes:
+        groups: Its rows.
+        dense: The groups that are copies of an expert, with their tensors.
+        stacks: Low-rank factors by projection.
+        experts: The base's experts and the groups that started as each.
+        stacked: Their weights (G, I, O) and biases by projection, where they are small; empty =
+            ``experts`` are run one after another.
+        gates: How much each group counts.
+    """
 
     groups: _Groups
-    members: tuple[tuple[RowGraft, int], ...]
+    dense: tuple[tuple[int, Mapping[str, Tensor]], ...]
     stacks: Mapping[str, _Stack]
     experts: tuple[tuple[int, Tensor], ...]
+    stacked: Mapping[str, tuple[Tensor, Tensor | None]]
+    gates: _Gates
 
 
 class Assignment:
@@ -76,12 +129,18 @@ class Assignment:
     It stays the same from step to step until a row joins or leaves.
     """
 
-    def __init__(self, view: MoEView, models: Sequence[RowValues]) -> None:
+    def __init__(
+        self,
+        view: MoEView,
+        models: Sequence[RowValues],
+        experts: Sequence[Sequence[Mapping[str, Tensor]]],
+    ) -> None:
         """Gather what rows of these models read.
 
         Args:
             view: The base.
             models: The model of each row.
+            experts: The tensors of each expert of each MoE layer of the base.
         """
         device = next(view.model.parameters()).device
         self.num_rows = len(models)
@@ -106,7 +165,7 @@ class Assignment:
                 (model.grafts[index], found) for model, found in own if index in model.grafts
             ]
             if grafted:
-                self.grafts[index] = _gather_grafts(grafted, device)
+                self.grafts[index] = _gather_grafts(grafted, experts[index], device)
 
 
 class Rows:
@@ -122,6 +181,10 @@ class Rows:
             [layer.expert_tensors(index) for index in range(layer.num_experts)]
             for layer in view.layers
         ]
+
+    def assign(self, models: Sequence[RowValues]) -> Assignment:
+        """Return what rows of these models read."""
+        return Assignment(self.view, models, self._experts)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -177,20 +240,20 @@ class Rows:
         gate_GTF = self._project(index, grafts, "gate_proj", x_GTD) if is_gated else None
         hidden_GTF = layer.activate(gate_GTF, self._project(index, grafts, "up_proj", x_GTD))
         y_GTD = layer.finish_expert(self._project(index, grafts, "down_proj", hidden_GTF))
-        weights, shut = zip(
-            *(_weigh(graft, place, x_GTD[g]) for g, (graft, place) in enumerate(grafts.members)),
-            strict=True,
-        )
-        own_GTD = torch.stack(weights)[..., None] * y_GTD
-        if any(graft.settings.mix == "convex" for graft, _ in grafts.members):
-            routed_GTD = grafts.groups.gather(routed_BSD)
-            own_GTD = own_GTD - torch.stack(shut)[..., None] * routed_GTD
+        weight_GT, shut_GT = grafts.gates.weigh(x_GTD)
+        own_GTD = weight_GT[..., None] * y_GTD
+        if grafts.gates.any_takes:
+            own_GTD = own_GTD - shut_GT[..., None] * grafts.groups.gather(routed_BSD)
         return grafts.groups.add(routed_BSD, own_GTD)
 
     def _project(self, index: int, grafts: _Grafts, local: str, x_GTI: Tensor) -> Tensor:
         """Run one projection of every group: the base's expert for all that share it, then LoRA."""
         y_GTO: Tensor | None = None
-        for expert, group_N in grafts.experts:
+        if grafts.stacked:
+            weight_GIO, bias_G1O = grafts.stacked[local]
+            y_GTO = torch.bmm(x_GTI, weight_GIO)
+            y_GTO = y_GTO if bias_G1O is None else y_GTO + bias_G1O
+        for expert, group_N in () if grafts.stacked else grafts.experts:
             tensors = self._experts[index][expert]
             y_NTO = functional.linear(x_GTI[group_N], tensors[local], tensors.get(f"{local}_bias"))
             if len(group_N) == len(x_GTI):
@@ -202,8 +265,7 @@ class Rows:
         if local in grafts.stacks:
             low_GTO = grafts.stacks[local].run(x_GTI)
             y_GTO = low_GTO.to(x_GTI.dtype) if y_GTO is None else (y_GTO + low_GTO).to(x_GTI.dtype)
-        for group, (graft, place) in enumerate(grafts.members):
-            dense = graft.members[place].dense
+        for group, dense in grafts.dense:
             if local in dense:
                 own = functional.linear(
                     x_GTI[group].float(), dense[local], dense.get(f"{local}_bias")
@@ -213,30 +275,6 @@ class Rows:
                 y_GTO[group] = own.to(x_GTI.dtype)
         assert y_GTO is not None
         return y_GTO
-
-
-def _weigh(graft: RowGraft, place: int, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Return how much one expert of a graft counts, and its part of how far the graft is open."""
-    kind = graft.settings.gate
-    share_T = torch.ones(x_TD.shape[:-1], device=x_TD.device)
-    scores_TG: Tensor | None = None
-    if graft.router:
-        router = graft.router
-        scores_TG = functional.linear(x_TD.float(), router["weight"], router.get("bias"))
-        share_T = scores_TG.softmax(dim=-1)[..., place]
-    if kind == "none":
-        open_T = torch.ones_like(share_T)
-    elif graft.gate:
-        gate = graft.gate
-        score_T1 = functional.linear(x_TD.float(), gate["weight"][None], gate.get("bias"))
-        open_T = torch.sigmoid(score_T1[..., 0])
-    else:
-        assert scores_TG is not None
-        open_T = torch.sigmoid(scores_TG.logsumexp(dim=-1))
-    is_convex = graft.settings.mix == "convex"
-    # One expert of a graft takes the routed part away, or it would be taken several times.
-    shut_T = open_T if is_convex and place == 0 else torch.zeros_like(open_T)
-    return share_T * open_T, shut_T
 
 
 def _cut(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[_Groups, list[int]]:
@@ -269,24 +307,89 @@ def _stack(factors: Sequence[Factors], device: torch.device) -> _Stack:
 
 
 def _gather_grafts(
-    grafted: Sequence[tuple[RowGraft, Sequence[int]]], device: torch.device
+    grafted: Sequence[tuple[RowGraft, Sequence[int]]],
+    experts: Sequence[Mapping[str, Tensor]],
+    device: torch.device,
 ) -> _Grafts:
     single = [
         (graft, place, rows) for graft, rows in grafted for place in range(len(graft.members))
     ]
     groups, which = _cut([rows for _, _, rows in single], device)
-    members = tuple((single[number][0], single[number][1]) for number in which)
+    members = [(single[number][0], single[number][1]) for number in which]
     own: list[Member] = [graft.members[place] for graft, place in members]
     stacks = {}
     for local in dict.fromkeys(local for member in own for local in member.factors):
         template = next(member.factors[local] for member in own if local in member.factors)
         none = Factors(torch.zeros_like(template.down_RI), torch.zeros_like(template.up_OR))
         stacks[local] = _stack([member.factors.get(local, none) for member in own], device)
+    dense = tuple((group, member.dense) for group, member in enumerate(own) if member.dense)
     by_expert: dict[int, list[int]] = {}
     for group, member in enumerate(own):
         if not member.dense:
             by_expert.setdefault(member.expert, []).append(group)
-    experts = tuple(
+    started = tuple(
         (expert, torch.tensor(found, device=device)) for expert, found in by_expert.items()
     )
-    return _Grafts(groups, members, stacks, experts)
+    stacked = {}
+    if len(by_expert) > 1 and not dense:
+        stacked = _stack_experts([experts[member.expert] for member in own])
+    return _Grafts(groups, dense, stacks, started, stacked, _gather_gates(members, device))
+
+
+def _stack_experts(
+    experts: Sequence[Mapping[str, Tensor]],
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Stack the experts of all groups; nothing where that takes more than it saves.
+
+    One product over many small experts spares the cost of starting each. Large ones take so long
+    that this does not count, and their copies would fill the memory.
+    """
+    if sum(tensor.nbytes for own in experts for tensor in own.values()) > _STACKED_BYTES:
+        return {}
+    stacked: dict[str, tuple[Tensor, Tensor | None]] = {}
+    for local in ("gate_proj", "up_proj", "down_proj"):
+        if local in experts[0]:
+            weight_GIO = torch.stack([own[local].detach() for own in experts]).mT
+            name = f"{local}_bias"
+            has_bias = name in experts[0]
+            bias_G1O = torch.stack([own[name].detach() for own in experts]) if has_bias else None
+            stacked[local] = (weight_GIO, None if bias_G1O is None else bias_G1O[:, None])
+    return stacked
+
+
+def _gather_gates(members: Sequence[tuple[RowGraft, int]], device: torch.device) -> _Gates:
+    grafts = [graft for graft, _ in members]
+    # Grafts that are always open and have one expert read no input; a zero stands for any width.
+    parts = [own["weight"] for graft in grafts for own in (graft.gate, graft.router) if own]
+    width = parts[0].shape[-1] if parts else 1
+    weight_GD = torch.zeros(len(grafts), width)
+    bias_G = torch.zeros(len(grafts))
+    most = max((len(graft.router["weight"]) for graft in grafts if graft.router), default=0)
+    weight_GKD = torch.zeros(len(grafts), most, width)
+    bias_GK = torch.full((len(grafts), most), -torch.inf)
+    by_router_G = torch.zeros(len(grafts), dtype=torch.bool)
+    for group, graft in enumerate(grafts):
+        if graft.settings.gate == "none":
+            bias_G[group] = torch.inf
+        elif graft.gate:
+            weight_GD[group] = graft.gate["weight"]
+            bias_G[group] = graft.gate.get("bias", torch.zeros(()))
+        else:
+            by_router_G[group] = True
+        if most and graft.router:
+            count = len(graft.router["weight"])
+            weight_GKD[group, :count] = graft.router["weight"]
+            bias_GK[group, :count] = graft.router.get("bias", torch.zeros(()))
+        elif most:
+            bias_GK[group, 0] = 0.0
+    # One expert of a graft takes the routed part away, or it would be taken several times.
+    takes = [graft.settings.mix == "convex" and place == 0 for graft, place in members]
+    return _Gates(
+        weight_GD.to(device),
+        bias_G.to(device),
+        (weight_GKD.to(device), bias_GK.to(device)) if most else None,
+        torch.tensor([place for _, place in members], device=device),
+        by_router_G.to(device),
+        torch.tensor(takes, device=device).float(),
+        any(takes),
+    )

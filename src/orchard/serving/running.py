@@ -1,0 +1,112 @@
+"""From run folders to a server that listens."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import uvicorn
+
+from orchard.data.turns import Role, Turn
+from orchard.experiment.encoding import end_ids, make_wording
+from orchard.models.kernels.decoding import why_not_decoded
+from orchard.models.stored.loading import load_base, load_tokenizer
+from orchard.personal.state import read_state
+from orchard.serving.engine import Engine
+from orchard.serving.http import Served, make_app
+from orchard.serving.registry import Registry, find_sources
+from orchard.serving.worker import Worker
+
+
+def read_keys(path: Path) -> dict[str, frozenset[str] | None]:
+    """Read API keys: one a line, and behind it, after blanks, the models that it may use.
+
+    A key alone may use all models. Empty lines and lines that begin with # say nothing.
+
+    Raises:
+        ValueError: There is no key in it, or one twice, or one that is too short.
+    """
+    keys: dict[str, frozenset[str] | None] = {}
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        key, *models = line.split() or [""]
+        if not key or key.startswith("#"):
+            continue
+        if len(key) < 16 or key in keys:
+            raise ValueError(
+                f"line {number} of {path} must hold a key of its own of at least 16 characters, "
+                f"got {'a shorter one' if len(key) < 16 else 'one that is there already'}"
+            )
+        keys[key] = frozenset(models) or None
+    if not keys:
+        raise ValueError(f"{path} must hold a key, got none; write one a line")
+    return keys
+
+
+def make_server(
+    folders: Sequence[Path],
+    *,
+    host: str,
+    port: int,
+    key_file: Path | None,
+    max_models: int,
+    is_insecure: bool,
+) -> uvicorn.Server:
+    """Load the base of runs and return what serves them; its ``run`` ends with SIGTERM.
+
+    Raises:
+        ValueError: A folder holds no finished round, keys are missing, or the base cannot be
+            served.
+    """
+    keys = read_keys(key_file) if key_file else {}
+    if not keys and not is_insecure and not _is_loopback(host):
+        raise ValueError(
+            f"--api-key-file must be given with an address that others reach, got {host}; "
+            "make a file of keys, listen at 127.0.0.1, or add --insecure"
+        )
+    sources = find_sources(folders)
+    recipes = {folder: read_state(folder).recipe for folder in folders}
+    first = recipes[folders[0]]
+    base = load_base(first.model.path, dtype=first.model.dtype, device=first.model.device)
+    model: Any = base.view.model
+    if reason := why_not_decoded(model):
+        raise ValueError(
+            f"{first.model.path} must be a model that can be served, got that {reason}"
+        )
+    tokenizer = load_tokenizer(first.model.path)
+    wordings = {folder: make_wording(recipe, tokenizer) for folder, recipe in recipes.items()}
+
+    def encode_chat(name: str, turns: list[tuple[str, str]]) -> list[int]:
+        if not turns or turns[-1][0] != "user":
+            raise ValueError("messages must end with one of the user")
+        said: list[Turn] = []
+        for role, text in turns:
+            if role not in get_args(Role) or not text:
+                known = ", ".join(get_args(Role))
+                raise ValueError(f"role must be one of {known} with a text, got {role[:40]}")
+            said.append(Turn(role, text))  # type: ignore[arg-type]
+        wording = wordings[sources[name].folder or folders[0]]
+        return wording.encode_before(said[:-1], said[-1].text)[0]
+
+    config = model.config.get_text_config()
+    ends = {index for f, recipe in recipes.items() for index in end_ids(recipe, wordings[f])}
+    served = Served(
+        worker=Worker(Engine(base.view), Registry(base.view, base.digest, sources, max_models)),
+        tokenizer=tokenizer,
+        encode_chat=encode_chat,
+        end_ids=frozenset(ends),
+        context=int(config.max_position_embeddings),
+        vocabulary=int(config.vocab_size),
+        keys=keys,
+    )
+    return uvicorn.Server(
+        uvicorn.Config(make_app(served), host=host, port=port, log_level="warning")
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
