@@ -14,9 +14,12 @@ import transformers
 
 from federations import quick_recipe, run_quickly
 from orchard.export.folder import export_model
+from orchard.models.view.detection import view_moe
 from orchard.personal.opening import open_model
 from orchard.personal.state import ModelState, find_models, read_state
 from tiny_exports import FAMILIES, IDS, MASK, checkpoint, logits_of, recipe_on, state_of
+
+UNEVEN = {"layers.0": (1, 4), "layers.1": (0, 3, 6)}
 
 
 def written(model: Any) -> list[list[int]]:
@@ -184,3 +187,43 @@ def test_a_base_that_changed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="must be abababababab"):
         export_model(state, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "grafts"),
+    [
+        ("qwen2_moe", ()),
+        *(
+            pytest.param(family, grafts, marks=pytest.mark.long)
+            for family in ("qwen2_moe", "mixtral", "gpt_oss", "granitemoe")
+            for grafts in ((), (3,))
+        ),
+    ],
+)
+def test_layers_may_hold_different_numbers_of_experts(
+    family: str, grafts: tuple[int, ...], tmp_path: Path
+) -> None:
+    method = "flex+hfedmoe" if grafts else "hfedmoe"
+    recipe = recipe_on(checkpoint(family, tmp_path / "base"), family, method)
+    state = replace(state_of(recipe, grafts=grafts), client_id="north", held_experts=UNEVEN)
+    loaded = check(state, tmp_path / "out")
+    assert [layer.num_experts for layer in view_moe(loaded).layers] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("layers.0.experts.9.down_proj.lora_A", 1.0, "must have a place"),
+        ("layers.0.self_attn.q_proj.lora_B", float("nan"), "q_proj"),
+    ],
+)
+def test_a_merge_that_fails_writes_nothing(
+    name: str, value: float, says: str, tmp_path: Path
+) -> None:
+    recipe = recipe_on(checkpoint("qwen2_moe", tmp_path / "base"), "qwen2_moe", "fedavg")
+    state = state_of(recipe)
+    like = state.shared.get(name, torch.zeros(2, 12))
+    spoiled = replace(state, shared={**state.shared, name: torch.full_like(like, value)})
+    with pytest.raises(ValueError, match=says):
+        export_model(spoiled, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]

@@ -11,7 +11,7 @@ import pytest
 from federations import quick_recipe, short_model
 from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
 
-SHAPE = Shape(layers=4, width=512, heads=8, experts=48, expert_width=768, shared_width=64)
+SHAPE = Shape(layers=2, width=512, heads=8, experts=32, expert_width=768, shared_width=64)
 SCRIPT = """
 import resource, sys
 import torch
@@ -27,8 +27,8 @@ recipe = read_recipe(Path(sys.argv[1])).recipe
 path = recipe.model.path
 digest = streamed_digest(path, match_checkpoint(path), dtype="float32")
 rank, shared = lora_settings(recipe).rank, {}
-for layer in range(4):
-    for expert in range(48):
+for layer in range(2):
+    for expert in range(32):
         prefix = f"layers.{layer}.experts.{expert}.down_proj"
         shared[f"{prefix}.lora_A"] = torch.ones(rank, 768)
         shared[f"{prefix}.lora_B"] = torch.ones(512, rank)

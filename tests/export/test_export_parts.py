@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from federations import quick_recipe, run_quickly
+from federations import quick_recipe, run_quickly, short_model
 from orchard.cli import app
 from orchard.export.folder import export_model
 from orchard.export.importing import import_into
@@ -54,7 +54,12 @@ def test_peft_loads_every_tensor_of_an_adapter(family: str, tmp_path: Path) -> N
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("flex")
-    run_quickly(folder, quick_recipe("flex", "server.rounds=1"))
+    run_quickly(
+        folder,
+        quick_recipe(
+            "flex", "server.rounds=1", "evaluation.models=base,personal", "evaluation.metrics=loss"
+        ),
+    )
     return folder
 
 
@@ -133,3 +138,21 @@ def test_no_space_on_the_disk_leaves_nothing(
     with pytest.raises(OSError, match="must have space"):
         export_model(read_state(run), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_command_writes_a_whole_folder(run: Path, tmp_path: Path) -> None:
+    client, out = find_models(run)[0], tmp_path / "out"
+    done = CliRunner().invoke(app, ["export", str(run), "--client", client, "--out", str(out)])
+    assert done.exit_code == 0, done.stderr
+    assert "trust_remote_code=True" in done.stdout
+    card = (out / "README.md").read_text()
+    (line,) = [line for line in card.splitlines() if line.startswith("| loss ")]
+    base, personal = (float(cell) for cell in line.split("|")[2:4])
+    assert 0 < personal < base + 1
+    assert card.count("FILL IN") == 4
+    ends = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert ends
+    assert (out / "tokenizer.json").is_file()
+    assert json.loads((out / "orchard.json").read_text())["client"] == client
+    place = str(Path(short_model()).parent)
+    assert all(place not in file.read_text() for file in out.glob("*.[jm][sd]*"))

@@ -59,7 +59,7 @@ def export(
             from orchard.models.stored.sources import without_progress_bars
 
             with without_progress_bars():
-                done = export_model(state, out, dtype=dtype or None)
+                done = export_model(state, out, dtype=dtype or None, run=run)
             trust = "" if done.is_stock else ", trust_remote_code=True"
             print(
                 f"{out}: {done.num_bytes:,} bytes; "

@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from orchard.personal.state import ModelState
-from orchard.recipe.reading import to_toml
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import known_options, option_value, to_toml
+from orchard.results import MetricsLog
 
 
-def write_card(folder: Path, state: ModelState, *, is_stock: bool) -> None:
+def portable_toml(recipe: Recipe) -> str:
+    """Return a recipe without the folders of the machine that it ran on, as whole TOML."""
+    found = recipe
+    for key in known_options():
+        section, _, name = key.rpartition(".")
+        value = option_value(recipe, key)
+        if section and isinstance(value, str) and Path(value).is_absolute():
+            own = replace(getattr(found, section), **{name: Path(value).name})
+            found = replace(found, **{section: own})
+    return to_toml(found)
+
+
+def write_card(folder: Path, state: ModelState, *, is_stock: bool, run: Path | None) -> None:
     """Write ``README.md``: base, method, recipe, data without data; licenses are to fill in."""
     recipe = state.recipe
     whose = f"personal model of {state.client_id}" if state.client_id else "global model"
@@ -41,10 +56,41 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
 
 {why}
 
+## Evaluation
+
+{_evaluation(state, run)}
+
 ## Recipe
 
 ```toml
-{to_toml(recipe).strip()}
+{portable_toml(recipe).strip()}
 ```
 """
     (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _evaluation(state: ModelState, run: Path | None) -> str:
+    """Return what the run measured of the model and of the base, as a table of means."""
+    lines = MetricsLog(run / "metrics.jsonl").read() if run is not None else []
+    kind = "personal" if state.client_id else "global"
+    found: dict[str, dict[str, list[float]]] = {}
+    for line in lines:
+        wanted = {"base": 0, kind: state.round_number}
+        for client, values in line["clients"].items() if line["kind"] == "evaluation" else ():
+            for key, value in values.items():
+                model, _, metric = key.partition("/")
+                is_own = state.client_id in (None, client)
+                if is_own and wanted.get(model) == line["round"]:
+                    found.setdefault(metric, {}).setdefault(model, []).append(value)
+    if not any(kind in by for by in found.values()):
+        return "The run measured nothing of this model."
+    rows = [
+        f"| {metric} | " + " | ".join(_mean(by.get(model, [])) for model in ("base", kind)) + " |"
+        for metric, by in found.items()
+    ]
+    head = f"On held-out examples, after round {state.round_number}:"
+    return "\n".join([head, "", f"| metric | base | {kind} |", "|---|---|---|", *rows])
+
+
+def _mean(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.4f}" if values else ""

@@ -14,18 +14,19 @@ from typing import Any
 from orchard.data.templates import Wording
 from orchard.experiment.encoding import end_ids
 from orchard.experiment.settings import lora_settings
-from orchard.export.card import write_card
+from orchard.export.card import portable_toml, write_card
 from orchard.export.checking import check_base, streamed_digest
 from orchard.export.grafts import merged_grafts
 from orchard.export.merging import Merger, mapping_of
 from orchard.export.writing import SHARD_BYTES, new_folder, write_shards
 from orchard.models.stored import sources
-from orchard.models.stored.carving import check_carvable, recount
+from orchard.models.stored.carving import check_carvable, count_names, recount
 from orchard.models.stored.conversion import StoredModel, match_checkpoint
 from orchard.models.stored.loading import DTYPES, load_tokenizer
 from orchard.models.view.detection import view_config
+from orchard.models.view.routers import TOP_K_NAMES
 from orchard.personal.state import ModelState
-from orchard.recipe.reading import to_toml
+from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.results import write_json
 
 _MODELING = "modeling_grafted"
@@ -52,7 +53,12 @@ class Exported:
 
 
 def export_model(
-    state: ModelState, out: Path, *, dtype: str | None = None, shard_bytes: int = SHARD_BYTES
+    state: ModelState,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    run: Path | None = None,
 ) -> Exported:
     """Write a whole model, streamed: adapters merged, in the layout of its family.
 
@@ -62,6 +68,7 @@ def export_model(
         dtype: ``float32`` or ``bfloat16``; None = as the run computed,
             so that nothing is rounded.
         shard_bytes: The largest file, where no single tensor is larger.
+        run: The run's folder, for what it measured; None = nothing is said of that.
 
     Raises:
         FileExistsError: ``out`` is there.
@@ -85,30 +92,39 @@ def export_model(
         )
         entries = list(merger.entries())
         config = json.loads((Path(stored.source) / "config.json").read_text(encoding="utf-8"))
+        held: list[dict[str, Any]] = []
         if kept is not None:
-            config = _carved_config(config, stored, kept)
+            check_carvable(view_config(copy.deepcopy(stored.whole.model.config)), kept)
+            if len({len(own) for own in kept}) == 1:
+                config = _carved_config(config, stored, kept)
+            else:
+                held = _held_blocks(stored, kept)
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-        if state.graft_experts:
+        is_stock = not (state.graft_experts or held)
+        if not is_stock:
             tensors, about = merged_grafts(state, stored, dtype=merger.dtype)
             entries += mapping_of(tensors)
+            about["held"] = held
             _write_modeling(folder, type(stored.whole.model), config, about)
         num_bytes = write_shards(folder, entries, shard_bytes=shard_bytes)
-        merger.check_used()
+        # A method of one's own may keep what is in no model.
+        is_own = set(method_names(state.recipe.strategy.name)) - set(BUILT_IN)
+        merger.check_used(but=own if is_own else ())
         write_json(folder / "config.json", config)
         _write_tokenizer(folder, state, Path(stored.source))
         write_json(
             folder / "orchard.json",
             {
-                "recipe": to_toml(state.recipe),
+                "recipe": portable_toml(state.recipe),
                 "client": state.client_id,
                 "round": state.round_number,
                 "base_digest": state.base_digest,
                 "template": state.recipe.data.template,
             },
         )
-        write_card(folder, state, is_stock=not state.graft_experts)
-    return Exported(out, num_bytes, not state.graft_experts)
+        write_card(folder, state, is_stock=is_stock, run=run)
+    return Exported(out, num_bytes, is_stock)
 
 
 def _kept(state: ModelState, stored: StoredModel) -> Sequence[Sequence[int]] | None:
@@ -145,24 +161,36 @@ def _held(state: ModelState, stored: StoredModel) -> dict[str, Any]:
 def _carved_config(
     config: dict[str, Any], stored: StoredModel, kept: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Return a configuration of the same family with fewer experts.
-
-    Raises:
-        ValueError: Layers hold different numbers of experts, which it cannot say.
-    """
+    """Return a configuration of the same family with fewer experts, as many in every layer."""
     counts = sorted({len(own) for own in kept})
-    if len(counts) > 1:
-        raise ValueError(
-            f"a carved model must hold the same number of experts in every layer to be written in "
-            f"its family's layout, got {', '.join(map(str, counts))}; export --global or --adapter"
-        )
-    check_carvable(view_config(copy.deepcopy(stored.whole.model.config)), kept)
     layer = stored.whole.layers[0]
     text = config.get("text_config", config)
     counted = SimpleNamespace(**text)
     recount(counted, layer.num_experts, counts[0], layer.top_k)
     text.update(vars(counted))
     return config
+
+
+def _held_blocks(stored: StoredModel, kept: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """Return what the modeling file must know of blocks with fewer experts."""
+    found = []
+    for layer, own in zip(stored.whole.layers, kept, strict=True):
+        if len(own) == layer.num_experts:
+            continue
+        children = dict(layer.block.named_children())
+        found.append(
+            {
+                "path": layer.path,
+                "experts": next(n for n, child in children.items() if child is layer.experts),
+                "router": next(n for n, child in children.items() if child is layer.router),
+                "before": layer.num_experts,
+                "after": len(own),
+                "top_k": layer.top_k,
+                "top_k_names": list(TOP_K_NAMES),
+                "count_names": count_names(layer.block),
+            }
+        )
+    return found
 
 
 def _write_modeling(

@@ -33,7 +33,7 @@ def merged_grafts(
     settings = graft_settings(state.recipe)
     tensors: dict[str, Tensor] = {}
     blocks, used = [], set()
-    for layer in stored.whole.layers:
+    for layer in stored.whole.layers if state.graft_experts else ():
         experts = state.graft_experts[layer.name]
         prefix = f"{layer.name}.graft."
         own = {n.removeprefix(prefix): t for n, t in state.own.items() if n.startswith(prefix)}

@@ -11,7 +11,7 @@ that it is right for any conversion that only moves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -102,13 +102,13 @@ class Merger:
 
             yield Entry(key, dtype, shape, parts)
 
-    def check_used(self) -> None:
-        """Check that every trained tensor is in what was written.
+    def check_used(self, *, but: Collection[str] = ()) -> None:
+        """Check that every trained tensor is in what was written, or among ``but``.
 
         Raises:
             ValueError: One is not; what was written lacks it.
         """
-        if missing := sorted(set(self.values) - self._used):
+        if missing := sorted(set(self.values) - self._used - set(but)):
             raise ValueError(
                 f"every trained tensor must have a place in the exported model, got none for "
                 f"{missing[0]} and {len(missing) - 1} others; open the run with the version of "

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orchard.experiment.settings import graft_settings, lora_settings
+from orchard.export.card import portable_toml
 from orchard.export.writing import new_folder
 from orchard.models.stored.conversion import find_path, match_checkpoint
 from orchard.models.trainable.slots import canonical
@@ -18,7 +19,6 @@ from orchard.models.trainable.targets import find_targets
 from orchard.models.view.moe import MoEView
 from orchard.models.view.storage import FusedExperts
 from orchard.personal.state import ModelState
-from orchard.recipe.reading import to_toml
 from orchard.results import write_json
 
 GRAFT_FORMAT = "orchard-graft-1"
@@ -55,7 +55,7 @@ def export_graft(state: ModelState, out: Path) -> int:
                 "experts": {name: list(own) for name, own in state.graft_experts.items()},
                 "settings": vars(settings),
                 "tensors": {name: list(tensor.shape) for name, tensor in tensors.items()},
-                "recipe": to_toml(state.recipe),
+                "recipe": portable_toml(state.recipe),
             },
         )
     return sum(file.stat().st_size for file in out.iterdir())
@@ -90,7 +90,9 @@ def export_adapter(state: ModelState, out: Path) -> int:
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": state.recipe.model.path,
+        "base_model_name_or_path": Path(state.recipe.model.path).name
+        if Path(state.recipe.model.path).is_absolute()
+        else state.recipe.model.path,
         "inference_mode": True,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -111,7 +113,7 @@ def export_adapter(state: ModelState, out: Path) -> int:
                 "base_digest": state.base_digest,
                 "client": state.client_id,
                 "round": state.round_number,
-                "recipe": to_toml(state.recipe),
+                "recipe": portable_toml(state.recipe),
             },
         )
     return sum(file.stat().st_size for file in out.iterdir())

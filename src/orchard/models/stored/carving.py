@@ -180,6 +180,14 @@ def recount(target: Any, num_experts: int, num_kept: int, top_k: int) -> None:
             setattr(target, name, num_kept)
 
 
+def count_names(block: nn.Module) -> list[str]:
+    """Return the names under which a block, and the configuration in it, count experts."""
+    modules = list(block.modules())
+    configs = [vars(m)["config"] for m in modules if vars(m).get("config") is not None]
+    found = {name for own in (*modules, *configs) for name in vars(own) if _COUNTS.match(name)}
+    return sorted(found)
+
+
 def _uncarvable(layer: MoELayer, got: str) -> ValueError:
     return ValueError(
         f"router of {layer.name} must choose among any of its experts alone, got {got}; "

@@ -2,11 +2,13 @@
 
 This file stands alone: it needs torch and transformers. ``config.grafts`` says what there is:
 ``mix`` (additive or convex), ``gate`` (router_row, closed or none) and, for each block, its path,
-the number of its grafts, their hidden width, and whether projections and mixer have biases.
+the number of its grafts, their hidden width, and whether projections and mixer have biases; and
+which blocks hold fewer experts than the configuration says.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -108,6 +110,32 @@ class Graft(nn.Module):
         return mixed + routed
 
 
+def _shrink(block: Any, about: dict[str, Any]) -> None:
+    """Let a block, just built, have fewer experts than the family's configuration says."""
+    before, after, top_k = about["before"], about["after"], about["top_k"]
+    experts, router = getattr(block, about["experts"]), getattr(block, about["router"])
+    own = [block, experts, *router.modules()]
+    for module in own:
+        tensors = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        for name, tensor in tensors:
+            axis = 0 if tensor.shape[0] == before else tensor.ndim - 1
+            if tensor.shape[axis] != before or (module is experts and axis != 0):
+                continue
+            fewer = tensor.narrow(axis, 0, after).detach().clone()
+            is_parameter = isinstance(tensor, nn.Parameter)
+            setattr(module, name, nn.Parameter(fewer) if is_parameter else fewer)
+        if "config" in vars(module):
+            module.config = copy.copy(module.config)
+        for target in (module, vars(module).get("config")):
+            for name, value in list(vars(target).items()) if target is not None else []:
+                if type(value) is int and name in about["top_k_names"] and value == top_k:
+                    setattr(target, name, min(top_k, after))
+                elif type(value) is int and name in about["count_names"] and value == before:
+                    setattr(target, name, after)
+        if isinstance(module, nn.Linear) and module.out_features == before:
+            module.out_features = after
+
+
 def _add_graft(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     x = args[0] if args else kwargs["hidden_states"]
     graft: Any = block.graft
@@ -125,6 +153,8 @@ class GraftedForCausalLM(Qwen2MoeForCausalLM):  # type: ignore[no-untyped-call]
     def __init__(self, config: Any) -> None:
         """Build the family's model, then add grafts to its blocks."""
         super().__init__(config)
+        for about in config.grafts["held"]:
+            _shrink(self.get_submodule(about["path"]), about)
         for about in config.grafts["blocks"]:
             block: Any = self.get_submodule(about["path"])
             experts = getattr(block, about["experts"])
