@@ -35,7 +35,7 @@ FAMILIES = (
     "Aria",
     "Nemotron-H",
     "AFMoE",
-    "DeepSeek-MoE-16B (listed experts; view only, as loading runs no code of a checkpoint)",
+    "DeepSeek-MoE-16B (read as a Qwen2-MoE; none of its code is run)",
     "Switch Transformers (view only)",
 )
 
