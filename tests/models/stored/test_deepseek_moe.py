@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from family_checks import check_names, check_trained, logits_of
 from orchard.models.stored.deepseek_moe import to_published_tensors, to_qwen2_moe
 from orchard.models.stored.loading import check_checkpoint, load_base
 from orchard.models.stored.sources import load_config
@@ -112,6 +113,12 @@ def test_the_published_layout_computes_the_original_equations(
     torch.testing.assert_close(streamed, expected, rtol=0, atol=1e-5)
     some = load_submodel(path, [[0, 3, 5], [1, 2]], dtype="float32")
     assert all(torch.equal(some.read(name), whole.read(name)) for name in some.names())
+
+
+def test_it_is_trained_as_any_family(tmp_path: Path) -> None:
+    model = load_base(write(tmp_path, reference().state_dict()), dtype="float32").view.model
+    check_names(model)
+    check_trained(model, logits_of(model))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
