@@ -39,6 +39,7 @@ FAMILIES: Mapping[str, str] = {
         "freeze or to carve"
     ),
     "dots1": "",
+    "dots3_note_text": "",
     "ernie4_5_moe": "",
     "exaone_moe": "",
     "flex_olmo": "",
@@ -83,6 +84,7 @@ FAMILIES: Mapping[str, str] = {
     "mimo_v2_flash": "",
     "minimax": "",
     "minimax_m2": "",
+    "minimax_m3_vl_text": "",
     "mixtral": "",
     "nemotron_h": "",
     "nllb_moe": (
@@ -96,6 +98,7 @@ FAMILIES: Mapping[str, str] = {
     "qwen3_moe": "",
     "qwen3_next": "",
     "qwen3_vl_moe": "",
+    "qwen4_exp_text": "",
     "solar_open": "",
     "switch_transformers": (
         "an encoder-decoder: the view is tested, and loading it would take a loss and "
