@@ -1,4 +1,4 @@
-"""A tiny random model of every MoE family in transformers that has a causal language model."""
+"""A tiny random model of every MoE family in transformers that has a language model."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from orchard.models.view.detection import find_auto_class
 from tiny_models import randomize
 
 VOCABULARY, WIDTH, EXPERTS, TOP_K, EXPERT_WIDTH = 96, 32, 4, 2, 16
@@ -117,6 +118,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "minimax": ("MiniMaxConfig", {}),
     "minimax_m2": ("MiniMaxM2Config", {}),
     "minimax_m3_vl_text": ("MiniMaxM3VLTextConfig", {}),
+    "mistral4": ("Mistral4Config", {**_LATENT, "head_dim": 16}),
     "mixtral": ("MixtralConfig", {}),
     "nemotron_h": ("NemotronHConfig", {"layers_block_type": ["attention", "moe"]}),
     "olmoe": ("OlmoeConfig", {}),
@@ -159,9 +161,7 @@ def builder_of(family: str) -> Callable[[], nn.Module]:
         config._experts_implementation = "eager"
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model: nn.Module = transformers.AutoModelForCausalLM.from_config(
-                config, dtype=torch.float32
-            )
+            model: nn.Module = find_auto_class(config).from_config(config, dtype=torch.float32)
         randomize(model)
         return model.eval()
 

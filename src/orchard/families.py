@@ -85,6 +85,7 @@ FAMILIES: Mapping[str, str] = {
     "minimax": "",
     "minimax_m2": "",
     "minimax_m3_vl_text": "",
+    "mistral4": "",
     "mixtral": "",
     "nemotron_h": "",
     "nllb_moe": (
