@@ -14,30 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from orchard.engine.progress import make_console
+from orchard.families import FAMILIES, TESTED
 from orchard.recipe.describing import Scalar
 from orchard.recipe.method_options import BUILT_IN, OWN_METHODS
 from orchard.recipe.reading import Resolved, format_value, known_options, option_value, read_recipe
 
 _TABLE_WIDTH = 100  # below it five columns are too narrow to read
-
-# Detection goes by interface, so this is what the parity tests cover, not what is allowed.
-FAMILIES = (
-    "Qwen2-MoE",
-    "Qwen3-MoE",
-    "Qwen3-Next",
-    "OLMoE",
-    "Mixtral",
-    "Phi-MoE",
-    "DeepSeek-V2",
-    "DeepSeek-V3",
-    "Granite-MoE",
-    "GPT-OSS",
-    "Aria",
-    "Nemotron-H",
-    "AFMoE",
-    "DeepSeek-MoE-16B (listed experts; view only, as loading runs no code of a checkpoint)",
-    "Switch Transformers (view only)",
-)
 
 
 def recipe_folders() -> list[Path]:
@@ -93,8 +75,13 @@ def print_catalog() -> None:
         "a budget, any of the others. One of your own is module:attribute.\n",
         highlight=False,
     )
-    console.print("[bold]Model families[/bold] that the parity tests cover:", highlight=False)
-    console.print(f"  {', '.join(FAMILIES)}\n", highlight=False)
+    passing = [family for family, reason in FAMILIES.items() if not reason]
+    console.print(
+        f"[bold]Model families[/bold]: {len(passing)} of {len(FAMILIES)} pass all tests, and "
+        "orchard ls families says why the others do not:",
+        highlight=False,
+    )
+    console.print(f"  {', '.join(passing)}\n", highlight=False)
     recipes = Table(title="Recipes: orchard run NAME", title_justify="left")
     recipes.add_column("name", no_wrap=True)
     recipes.add_column("method")
@@ -105,6 +92,16 @@ def print_catalog() -> None:
         cells = (recipe_name(path), recipe.strategy.name, recipe.data.partition)
         recipes.add_row(*(cells[:2] if is_narrow else cells))
     console.print(recipes)
+
+
+def print_families() -> None:
+    """Print which model families pass all tests, and why others do not."""
+    table = Table("family", "passes", "reason", title="Model families", title_justify="left")
+    for family, reason in FAMILIES.items():
+        table.add_row(family, "no" if reason else "yes", reason)
+    console = make_console()
+    console.print(table)
+    console.print(f"Tested: {TESTED}.", highlight=False)
 
 
 def recipe_name(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -149,11 +150,29 @@ def resume_run(
 
 
 @app.command()
-def ls() -> None:
+def ls(
+    what: Annotated[
+        str, typer.Argument(help="families: each, and why it does not pass.", show_default=False)
+    ] = "",
+    as_json: JsonOption = False,
+    traceback: Traceback = False,
+) -> None:
     """List methods, model families and recipes."""
-    from orchard.catalog import print_catalog
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.catalog import print_catalog, print_families
+        from orchard.families import families_as_rows
 
-    print_catalog()
+        if what not in ("", "families") or (as_json and not what):
+            raise ValueError(
+                f"what to list must be families{' with --json' if as_json else ''} or nothing, "
+                f"got {what or 'nothing'}; orchard ls lists all in short"
+            )
+        if as_json:
+            print(json.dumps(families_as_rows(), indent=1))
+        elif what:
+            print_families()
+        else:
+            print_catalog()
 
 
 @app.command()

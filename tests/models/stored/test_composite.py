@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from family_checks import check_names, check_trained, logits_of
 from orchard.models.stored.loading import check_checkpoint, load_base
 from orchard.models.stored.streaming import checkpoint_reader, streamed_experts
 from orchard.models.stored.submodel import load_skeleton, load_submodel
@@ -97,6 +98,13 @@ def test_a_composite_checkpoint_is_checked_loaded_streamed_and_carved(
     some = load_submodel(path, [[1, 4, 5], [0, 7]], dtype="float32")
     assert all(torch.equal(some.read(name), whole.read(name)) for name in some.names())
     assert some.model(input_ids=ids_BS).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_the_text_of_a_composite_checkpoint_is_trained(kind: str, tmp_path: Path) -> None:
+    model = load_base(WRITERS[kind](tmp_path), dtype="float32").view.model
+    check_names(model)
+    check_trained(model, logits_of(model))
 
 
 def test_a_type_without_a_language_model_is_named_in_one_line() -> None:

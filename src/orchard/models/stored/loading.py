@@ -14,13 +14,14 @@ from transformers import AutoTokenizer
 
 from orchard.models.stored.alignment import align
 from orchard.models.stored.completeness import check_complete, check_loaded, extra_note
+from orchard.models.stored.deepseek_moe import is_rewritten
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.sources import PACKAGED as PACKAGED
 from orchard.models.stored.sources import build_view, first_line, locate, without_reports
 from orchard.models.stored.sources import load_config as load_config
 from orchard.models.stored.sources import resolve as resolve
 from orchard.models.stored.sources import without_progress_bars as without_progress_bars
-from orchard.models.stored.tensors import Checkpoint, lazy_tensors, read_headers
+from orchard.models.stored.tensors import Checkpoint, lazy_tensors, open_checkpoint, read_headers
 from orchard.models.trainable.targets import LoraSettings, check_targets
 from orchard.models.view.detection import find_auto_class, view_config, view_moe
 from orchard.models.view.moe import MoEView
@@ -229,15 +230,16 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
 
 def _load(source: str, about: dict[str, Any]) -> tuple[Any, Any]:
     """Load a model with transformers, and return it with what was found of its tensors."""
-    folder = Path(source)
+    config = load_config(source)
+    folder = open_checkpoint(source).folder if is_rewritten(config) else Path(source)
     if not folder.is_dir() or Checkpoint(folder).is_indexed:
-        own: Any = find_auto_class(load_config(source))
+        own: Any = find_auto_class(config)
         model, found = own.from_pretrained(
             source, use_safetensors=True, output_loading_info=True, **about
         )
         return model, found
-    # Files without an index: all of them count, as they do where experts are read one by one.
-    whole: Any = view_config(load_config(source)).model
+    # Without an index, or in another layout: all files count, as where experts are read singly.
+    whole: Any = view_config(config).model
     own, config = type(whole), whole.config  # of text alone where the published one has more
     tensors = lazy_tensors(Checkpoint(folder))
     model, found = own.from_pretrained(

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from orchard.hub import cached_copy, find_on_hub, looks_like_path, spelled_like
+from orchard.models.stored.deepseek_moe import MODEL_TYPE, to_qwen2_moe
 from orchard.models.view.detection import view_config
 from orchard.models.view.moe import MoEView
 
@@ -80,12 +81,27 @@ def load_config(path: str) -> Any:
     """
     source = locate(path)
     try:
+        published, _ = PreTrainedConfig.get_config_dict(source)
+        if published.get("model_type") == MODEL_TYPE:
+            return to_qwen2_moe(published)
+        if "auto_map" in published and published.get("model_type") not in CONFIG_MAPPING:
+            raise _OwnCodeError
         return AutoConfig.from_pretrained(source)
+    except _OwnCodeError:
+        raise ValueError(
+            f"model.path must lead to a model that transformers knows, got {path} with "
+            f"model_type {published.get('model_type')}, which has code of its own; that is never "
+            "run: choose another checkpoint"
+        ) from None
     except Exception as error:  # whatever a library makes of a file that somebody else wrote
         raise ValueError(
             f"model.path must lead to a model, got {path} ({first_line(error)}); "
             "check its config.json, or the network"
         ) from error
+
+
+class _OwnCodeError(Exception):
+    """A model is made by code that comes with it."""
 
 
 def build_view(config: Any, path: str) -> MoEView:

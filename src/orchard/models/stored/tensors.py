@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,12 @@ import torch
 from torch import Tensor
 
 from orchard.hub import cached_copy
-from orchard.models.stored.sources import first_line, locate
+from orchard.models.stored.deepseek_moe import (
+    MODEL_TYPE,
+    is_rewritten,
+    to_qwen2_moe_names,
+)
+from orchard.models.stored.sources import first_line, load_config, locate
 
 _DTYPES = {
     "F64": torch.float64,
@@ -47,12 +52,14 @@ class StoredTensor:
         start: Its first byte in the file.
         dtype: As stored.
         shape: As stored.
+        factor: What it is multiplied with when it is read; 0 reads nothing.
     """
 
     file: Path
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+    factor: int = 1
 
     @property
     def num_bytes(self) -> int:
@@ -95,6 +102,8 @@ class Checkpoint:
                     f"{file_name} must hold {name}, as {INDEX} says, got a file without it; "
                     "download both again"
                 )
+        if _is_deepseek_moe(folder):
+            tensors, self.is_indexed = _as_qwen2_moe(tensors), False
         self.tensors: Mapping[str, StoredTensor] = MappingProxyType(tensors)
 
     @property
@@ -129,9 +138,12 @@ class Checkpoint:
                 )
             shape = shape[1:]
             start += index * math.prod(shape) * stored.dtype.itemsize
+        if stored.factor == 0:
+            return torch.zeros(shape, dtype=stored.dtype)
         buffer = torch.empty(math.prod(shape) * stored.dtype.itemsize, dtype=torch.uint8)
         _read_into(buffer, stored.file, start)
-        return buffer.view(stored.dtype).view(shape)
+        values = buffer.view(stored.dtype).view(shape)
+        return values if stored.factor == 1 else values * stored.factor
 
 
 def open_checkpoint(path: str) -> Checkpoint:
@@ -204,6 +216,23 @@ def read_headers(path: str) -> Mapping[str, StoredTensor]:
             start = info.data_offsets[0]
             dtype = _plain_dtype(name, info.dtype)
             found[name] = StoredTensor(Path(file_name), start, dtype, tuple(info.shape))
+    return _as_qwen2_moe(found) if is_rewritten(load_config(path)) else found
+
+
+def _is_deepseek_moe(folder: Path) -> bool:
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # said where the configuration is read
+        return False
+    return isinstance(content, dict) and content.get("model_type") == MODEL_TYPE
+
+
+def _as_qwen2_moe(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    found = {}
+    for own, (name, factor) in to_qwen2_moe_names(tensors).items():
+        stored = tensors[name]
+        shape = stored.shape if factor else (1, *stored.shape[:1])
+        found[own] = replace(stored, shape=shape, factor=factor)
     return found
 
 

@@ -152,6 +152,12 @@ def check_targets(view: MoEView, settings: LoraSettings) -> None:
             f"got {settings.dropout}; PEFT has no dropout on such parameters"
         )
     twice = set(settings.targets) & set(settings.full)
+    published = getattr(getattr(view.model, "config", None), "published_model_type", None)
+    if ALL in settings.full and published:
+        raise ValueError(
+            f"model.full_targets must not be {ALL} for a {published} model, got {ALL}; it has "
+            f"tensors that stand for its own layout, so name {EXPERTS}, {ROUTER} or linear layers"
+        )
     if ALL not in settings.full:
         full, _ = _find_targets(view, settings.full, option="model.full_targets")
         twice |= {path.rpartition(".")[2] for path in {*modules} & {*full}}
