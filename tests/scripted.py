@@ -59,9 +59,11 @@ def header_of(site: str, asked: Header) -> dict[str, Any]:
     return header
 
 
-def update_header(asked: Header, site: str = "bad", **facts: Any) -> dict[str, Any]:
+def update_header(
+    asked: Header, site: str = "bad", *, shared: Tree = SHARED, **facts: Any
+) -> dict[str, Any]:
     """Return what an honest update of the bad site says of itself."""
-    update = honest(site, asked["round"])
+    update = honest(site, asked["round"], shared=shared)
     return {
         "kind": "update",
         "client_id": site,

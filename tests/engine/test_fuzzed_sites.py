@@ -105,6 +105,8 @@ CHANNELS = (
     Channel(uplink=(TopK(0.5),)),
     Channel(uplink=(TopK(0.5), Int8())),
 )
+# No honest site trains this expert.
+WITH_EXPERT = {**SHARED, "layers.0.experts.1.up_proj.lora_A": torch.zeros(2, 2)}
 STRATEGIES = (
     Strategy(),
     Strategy(optimizer=Adaptive("adam", lr=0.1)),
@@ -121,7 +123,7 @@ def honest_message(kind: int, site: str, round_number: int) -> bytes:
 
 @cache
 def honest_tensors(kind: int, site: str) -> Tree:
-    return Codec(CHANNELS[kind].uplink).encode(honest(site).delta)
+    return Codec(CHANNELS[kind].uplink).encode(honest(site, shared=WITH_EXPERT).delta)
 
 
 def answers(chance: Chance, kind: int, site: str) -> Any:
@@ -138,7 +140,8 @@ def answers(chance: Chance, kind: int, site: str) -> Any:
     def answer(asked: Header) -> Reply:
         body = b""
         if asked["train"]:
-            body = update_message(update_header(asked, site), sent, chance, names=tuple(SHARED))
+            header = update_header(asked, site, shared=WITH_EXPERT)
+            body = update_message(header, sent, chance, names=tuple(WITH_EXPERT))
         return reply_to(asked, header_of(site, asked), body)
 
     return answer
@@ -154,7 +157,11 @@ def outcome(content: bytes, *, is_undisturbed: bool = False) -> Outcome:
     folder = Path(tempfile.mkdtemp(prefix="orchard-fuzz-", dir=_memory()))
     try:
         post = ScriptedPost(
-            None, channel=CHANNELS[kind], sites=TWO_BAD, message=partial(honest_message, kind)
+            None,
+            channel=CHANNELS[kind],
+            shared=WITH_EXPERT,
+            sites=TWO_BAD,
+            message=partial(honest_message, kind),
         )
         if not is_undisturbed:
             other = Chance(content[2:]) if chance.below(4) == 3 else chance
