@@ -32,8 +32,11 @@ from orchard.trees import Tree
 
 FIRST, SECOND = "layers.0.q_proj.lora_A", "layers.0.router.1"
 SHARED = {FIRST: torch.zeros(4, 3), SECOND: torch.zeros(3)}
-VALUES = {"a": 1.0, "b": 2.0, "bad": 3.0}  # what each one's honest update is full of
-SITES = tuple(VALUES)
+# What each one's honest update is full of.
+VALUES = {"a": 1.0, "b": 2.0, "bad": 3.0, "c": 1.5, "worse": 2.5}
+SITES = ("a", "b", "bad")
+TWO_BAD = tuple(VALUES)
+BAD = ("bad", "worse")
 EXAMPLES = 4
 
 Header: TypeAlias = Mapping[str, Any]
@@ -56,12 +59,14 @@ def header_of(site: str, asked: Header) -> dict[str, Any]:
     return header
 
 
-def update_header(asked: Header, **facts: Any) -> dict[str, Any]:
+def update_header(
+    asked: Header, site: str = "bad", *, shared: Tree = SHARED, **facts: Any
+) -> dict[str, Any]:
     """Return what an honest update of the bad site says of itself."""
-    update = honest("bad", asked["round"])
+    update = honest(site, asked["round"], shared=shared)
     return {
         "kind": "update",
-        "client_id": "bad",
+        "client_id": site,
         "round_number": asked["round"],
         "weight": dict(update.weight),
         "metrics": dict(update.metrics),
@@ -87,6 +92,9 @@ class ScriptedPost:
         shared: The global tree.
         asked: Site and header of every request, in order.
         slow: Whether a site's answer to a request is not there yet.
+        sites: Who is online.
+        worse: What another bad site does, which joins as an honest one.
+        message: From a site and a round to its honest update; None = ``channel`` encodes it.
     """
 
     bad: Bad | None
@@ -95,12 +103,15 @@ class ScriptedPost:
     shared: Tree = field(default_factory=lambda: SHARED)
     asked: list[tuple[str, Header]] = field(default_factory=list)
     slow: Callable[[str, Header], bool] = lambda site, header: False
+    sites: tuple[str, ...] = SITES
+    worse: Bad | None = None
+    message: Callable[[str, int], bytes] | None = None
 
     def __post_init__(self) -> None:
         self._waiting: dict[str, tuple[str, Header]] = {}
 
     def online(self) -> frozenset[str]:
-        return frozenset(SITES)
+        return frozenset(self.sites)
 
     def send(self, site: str, header: Header, body: bytes) -> str:
         self.asked.append((site, json.loads(json.dumps(header))))
@@ -126,16 +137,21 @@ class ScriptedPost:
             if site == "bad" and self.joins is not None:
                 return Reply(ticket, self.joins(header))
             return Reply(ticket, {"site": site, "num_examples": EXAMPLES})
-        if site != "bad":
-            update = honest(site, header["round"], shared=self.shared)
-            body = self.channel.pack_update(update) if header["train"] else b""
+        if site not in BAD:
+            body = self._honest(site, header["round"]) if header["train"] else b""
             return Reply(ticket, header_of(site, header), body)
-        if self.bad is None:
+        bad = self.bad if site == "bad" else self.worse
+        if bad is None:
             return Reply(ticket, {"refused": "away", "site": site})
-        answer = self.bad(header)
+        answer = bad(header)
         if answer is None or isinstance(answer, Reply):
             return None if answer is None else replace(answer, ticket=ticket)
         return Reply(ticket, *answer)
+
+    def _honest(self, site: str, round_number: int) -> bytes:
+        if self.message is not None:
+            return self.message(site, round_number)
+        return self.channel.pack_update(honest(site, round_number, shared=self.shared))
 
 
 PATIENCE = Patience(
@@ -198,9 +214,11 @@ def run(
     strategy = strategy or Strategy()
     own = coordinator(folder, channel=post.channel, **facts)
     state = own.run_rounds(
-        post, lambda number: (strategy, start_server(strategy, post.shared)), num_sites=len(SITES)
+        post,
+        lambda number: (strategy, start_server(strategy, post.shared)),
+        num_sites=len(post.sites),
     )
-    sites = {site: {} for site in SITES}
+    sites = {site: {} for site in post.sites}
     return state, build_result(folder, {"strategy": "fedavg", "seed": 0, "clients": sites})
 
 
@@ -209,9 +227,9 @@ def metrics_of_honest(folder: Path) -> list[dict[str, Any]]:
     found = []
     for line in MetricsLog(folder / "metrics.jsonl").read():
         if line["kind"] == "evaluation":
-            own = {site: v for site, v in line["clients"].items() if site != "bad"}
+            own = {site: v for site, v in line["clients"].items() if site not in BAD}
             found.append({"round": line["round"], "clients": own})
-        elif line["kind"] == "client" and line["client"] != "bad":
+        elif line["kind"] == "client" and line["client"] not in BAD:
             found.append(line)
     return found
 

@@ -1,4 +1,4 @@
-"""One site answers whatever chance makes of a valid answer; nobody else may notice.
+"""Two sites of five answer whatever chance makes of a valid answer; nobody else may notice.
 
 A case is bytes, from which ``mutations.py`` takes its choices. What a case found that was wrong is
 kept below as a case of its own.
@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,11 @@ from orchard.server.robust import RobustSettings, robust_aggregate
 from orchard.strategies.strategy import Strategy
 from orchard.trees import Tree, digest
 from scripted import (
+    BAD,
     EXAMPLES,
     FIRST,
     SHARED,
-    SITES,
+    TWO_BAD,
     Header,
     ScriptedPost,
     header_of,
@@ -86,7 +87,7 @@ class Outcome:
 
     Attributes:
         shared: Digest of the global tree.
-        counted: Whether the hostile site's update is in it.
+        counted: Whether an update of a hostile site is in it.
         honest: What the log holds of the honest sites.
         tree: The global tree.
     """
@@ -104,6 +105,8 @@ CHANNELS = (
     Channel(uplink=(TopK(0.5),)),
     Channel(uplink=(TopK(0.5), Int8())),
 )
+# No honest site trains this expert.
+WITH_EXPERT = {**SHARED, "layers.0.experts.1.up_proj.lora_A": torch.zeros(2, 2)}
 STRATEGIES = (
     Strategy(),
     Strategy(optimizer=Adaptive("adam", lr=0.1)),
@@ -112,9 +115,20 @@ STRATEGIES = (
 )
 
 
-def answers(chance: Chance, channel: Channel) -> Any:
+# What does not depend on a case is made once.
+@cache
+def honest_message(kind: int, site: str, round_number: int) -> bytes:
+    return CHANNELS[kind].pack_update(honest(site, round_number))
+
+
+@cache
+def honest_tensors(kind: int, site: str) -> Tree:
+    return Codec(CHANNELS[kind].uplink).encode(honest(site, shared=WITH_EXPERT).delta)
+
+
+def answers(chance: Chance, kind: int, site: str) -> Any:
     """Return how a site answers, as Flower's post would hand it over."""
-    sent = Codec(channel.uplink).encode(honest("bad").delta)
+    sent = honest_tensors(kind, site)
 
     def reply_to(asked: Header, header: Any, body: bytes) -> Reply:
         try:
@@ -126,24 +140,37 @@ def answers(chance: Chance, channel: Channel) -> Any:
     def answer(asked: Header) -> Reply:
         body = b""
         if asked["train"]:
-            body = update_message(update_header(asked), sent, chance, names=tuple(SHARED))
-        return reply_to(asked, header_of("bad", asked), body)
+            header = update_header(asked, site, shared=WITH_EXPERT)
+            body = update_message(header, sent, chance, names=tuple(WITH_EXPERT))
+        return reply_to(asked, header_of(site, asked), body)
 
     return answer
 
 
 def outcome(content: bytes, *, is_undisturbed: bool = False) -> Outcome:
-    """Run a federation with what a case makes of it; undisturbed where the bad site stays away."""
+    """Run a federation with what a case makes of it; undisturbed where the bad sites stay away.
+
+    Of four cases one is of two sites that do the same.
+    """
     chance = Chance(content)
-    channel, strategy = chance.one_of(CHANNELS), chance.one_of(STRATEGIES)
+    kind, strategy = chance.below(len(CHANNELS)), chance.one_of(STRATEGIES)
     folder = Path(tempfile.mkdtemp(prefix="orchard-fuzz-", dir=_memory()))
     try:
-        bad = None if is_undisturbed else answers(chance, channel)
-        post = ScriptedPost(bad, channel=channel)
+        post = ScriptedPost(
+            None,
+            channel=CHANNELS[kind],
+            shared=WITH_EXPERT,
+            sites=TWO_BAD,
+            message=partial(honest_message, kind),
+        )
+        if not is_undisturbed:
+            other = Chance(content[2:]) if chance.below(4) == 3 else chance
+            other.below(4)
+            post.bad, post.worse = answers(chance, kind, "bad"), answers(other, kind, "worse")
         state, result = run(folder, post, num_rounds=1, models=MODELS, strategy=strategy)
         json.dumps(result, allow_nan=False)
         lines = MetricsLog(folder / "metrics.jsonl").read()
-        counted = any(line.get("client") == "bad" for line in lines if line["kind"] == "client")
+        counted = any(line.get("client") in BAD for line in lines if line["kind"] == "client")
         for event in read_audit(folder / "audit.jsonl"):
             text = str(event.get("reason", ""))
             assert len(text) <= MAX_TEXT
@@ -187,7 +214,7 @@ def check(content: bytes, noted: Noted) -> None:
 
 
 FEW = settings(
-    max_examples=300,
+    max_examples=150,  # of two sites each
     deadline=None,
     database=None,
     derandomize=True,
@@ -196,16 +223,16 @@ FEW = settings(
 
 
 @FEW
-@given(content=st.binary(min_size=8, max_size=48))
+@given(content=st.binary(min_size=8, max_size=72))
 @example(content=b"")
-def test_nobody_notices_what_one_site_answers(content: bytes, noted: Noted) -> None:
+def test_nobody_notices_what_two_sites_answer(content: bytes, noted: Noted) -> None:
     check(content, noted)
 
 
 @pytest.mark.long
-@settings(FEW, max_examples=10_000, derandomize=False)
-@given(content=st.binary(min_size=8, max_size=48))
-def test_nobody_notices_whatever_one_site_answers(content: bytes, noted: Noted) -> None:
+@settings(FEW, max_examples=5_000, derandomize=False)
+@given(content=st.binary(min_size=8, max_size=72))
+def test_nobody_notices_whatever_two_sites_answer(content: bytes, noted: Noted) -> None:
     check(content, noted)
 
 
@@ -220,6 +247,6 @@ def test_the_cases_are_not_all_of_one_kind(noted: Noted) -> None:
 def test_an_answer_that_chance_leaves_alone_is_an_honest_one(noted: Noted) -> None:
     found = outcome(b"")
     assert found.counted
-    assert float(found.tree[FIRST][0, 0]) == pytest.approx((1 + 2 + 3) / 3)
+    assert float(found.tree[FIRST][0, 0]) == pytest.approx((1 + 2 + 3 + 1.5 + 2.5) / 5)
     assert EXAMPLES == 4
-    assert len(SITES) == 3
+    assert len(TWO_BAD) == 5

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from scripted import (
     VALUES,
     Header,
     ScriptedPost,
+    coordinator,
     header_of,
     metrics_of_honest,
     raw_update,
@@ -208,6 +210,27 @@ def test_a_site_that_is_silent_keeps_no_other_from_joining(tmp_path: Path) -> No
     patience = Patience(**{**vars(PATIENCE), "join_seconds": 0.1})
     run(tmp_path / "run", post, num_rounds=1, patience=patience)
     assert json.loads((tmp_path / "run" / "sites.json").read_text()) == {"a": 4, "b": 4}
+
+
+def test_a_site_more_than_the_run_has_keeps_nobody_waiting(tmp_path: Path) -> None:
+    """Those that it has were waiting for an answer of another until the wait for all was over."""
+    post = ScriptedPost(says(), slow=lambda site, asked: site == "bad")
+    patience = Patience(**{**vars(PATIENCE), "join_seconds": 60.0})
+    started = time.monotonic()
+    joined = coordinator(tmp_path, patience=patience, channel=post.channel).join(post, num_sites=2)
+    assert dict(joined) == {"a": 4, "b": 4}
+    assert time.monotonic() - started < 30
+
+
+def test_the_log_says_whom_a_join_waits_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    post = ScriptedPost(says(), slow=lambda site, asked: site == "bad")
+    patience = Patience(**{**vars(PATIENCE), "join_seconds": 0.1})
+    coordinator(tmp_path, patience=patience, channel=post.channel).join(post, num_sites=3)
+    said, _, begins = caplog.messages
+    assert said == "2 of 3 sites joined, no answer yet of bad; waiting 0 more seconds"
+    assert begins == "the run begins with 2 of 3 sites"
 
 
 def test_a_site_that_comes_back_with_other_data_is_told_so(tmp_path: Path) -> None:

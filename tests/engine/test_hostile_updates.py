@@ -291,13 +291,29 @@ def test_what_breaks_the_aggregation_is_set_apart_and_the_round_goes_on(tmp_path
     assert reason.isprintable()
 
 
-def test_the_quarantine_keeps_the_newest_messages_and_every_reason(tmp_path: Path) -> None:
+def test_the_quarantine_keeps_the_newest_messages_and_every_reason(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     inbox = Inbox(tmp_path / "inbox", max_quarantine_bytes=250)
     for number in range(1, 6):
         inbox.set_apart(inbox.put("bad", number, bytes([number]) * 100), "why")
     kept = [path for path in inbox.quarantine.iterdir() if path.suffix != ".json"]
     assert sorted(path.read_bytes()[0] for path in kept) == [4, 5]
     assert all(inbox.set_apart_in(number) == {"bad"} for number in range(1, 6))
+    goes = "the quarantine is full; its oldest message goes: round_00000"
+    assert [text.rpartition("_")[0] for text in caplog.messages] == [
+        f"{goes}{n}" for n in (1, 2, 3)
+    ]
+
+
+def test_the_quarantine_keeps_so_many_reasons_and_all_of_the_round_that_is_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inbox = Inbox(tmp_path / "inbox", max_quarantine_reasons=2)
+    for number, site in ((1, "a"), (2, "a"), (3, "a"), (3, "b"), (3, "c")):
+        inbox.set_apart(inbox.put(site, number, f"{number}{site}".encode()), "why")
+    assert [set(inbox.set_apart_in(number)) for number in (1, 2, 3)] == [set(), set(), set("abc")]
+    assert len(caplog.messages) == 2
 
 
 def test_what_breaks_only_after_the_last_update_is_found_too(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import torch
 from orchard.communication.messages import Update
 from orchard.server.admission import Admission, RefusedUpdate
 
+LAYERS = {f"model.layers.{i}.mlp.experts.0.up_proj": torch.zeros(1) for i in range(12)}
 SHARED = {"a": torch.zeros(2), "b": torch.zeros(1), "c": torch.zeros(1)}
 # Norms of 3, 4 and 12: of 13 together, and below 12.7 without any one of them.
 DELTA = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([-4.0]), "c": torch.tensor([12.0])}
@@ -50,3 +51,56 @@ def test_a_weight_up_to_the_largest_is_let_in(weight: float) -> None:
 def test_a_weight_out_of_range_is_refused(weight: float) -> None:
     with pytest.raises(RefusedUpdate, match=r"weight of a must be in 0\.\.8, got"):
         check(Admission(max_weight=8.0), weight=weight)
+
+
+def check_metrics(*names: str, shared: dict[str, torch.Tensor] = SHARED) -> None:
+    update = Update("a client", 2, {}, {}, dict.fromkeys(names, 1.0))
+    Admission().check(update, client_id="a client", round_number=2, shared=shared)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("client/train_loss", "client/evaluation_seconds", "client/preference", "local/rouge_l"),
+        *("client/active_share_layers.0", "client/active_share_model.layers.47.block_sparse_moe"),
+        *("client/graft_expert_model.layers.3.mlp_0", "client/graft_loss_second_encoder.block.1-a"),
+    ],
+)
+def test_what_methods_measure_is_let_in(name: str) -> None:
+    check_metrics(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "kind",
+            "client/",
+            "client/Kind",
+            "client/a/b",
+            "client/a b",
+            "client/a\n",
+            "client/\u0661",
+        ),
+        *("global/loss", "client/é", "client/a\u0661", "client/.0", "client/0", "local/a.0"),
+        *("client/" + "a" * 49, "client/a" + "0" * 160, "client/a.b"),
+    ],
+)
+def test_a_metric_of_another_shape_is_refused(name: str) -> None:
+    with pytest.raises(RefusedUpdate, match=r"^metric must be client/name or local/name, got "):
+        check_metrics(name)
+
+
+@pytest.mark.parametrize(
+    ("shared", "suffix", "limit"), [(SHARED, "", 64), (SHARED, ".0", 512), (LAYERS, ".0", 768)]
+)
+def test_a_client_has_as_many_metrics_as_its_layers_need(
+    shared: dict[str, torch.Tensor], suffix: str, limit: int
+) -> None:
+    letters = "abcdefghijklmnopqrstuvwxyz_"
+    names = [f"client/a{x}{y}{suffix}" for x in letters for y in letters] + [
+        f"client/b{x}{y}{suffix}" for x in letters for y in letters
+    ]
+    check_metrics(*names[:limit], shared=shared)
+    with pytest.raises(RefusedUpdate, match=f"must be at most {limit}, got {limit + 1}$"):
+        check_metrics(*names[: limit + 1], shared=shared)

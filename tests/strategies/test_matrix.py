@@ -13,6 +13,7 @@ from orchard.communication.messages import LocalSettings, Task, encode_update
 from orchard.experiment.methods import METHODS
 from orchard.experiment.preparation import prepare_experiment
 from orchard.recipe.options import Recipe
+from orchard.server.admission import Admission
 from orchard.server.checkpoint import ServerState
 from orchard.strategies.strategy import (
     Strategy,
@@ -42,6 +43,11 @@ def play_round(
 ) -> tuple[ServerState, list[bytes]]:
     task = Task(state.round_number + 1, state.shared, LocalSettings(2, 0, 1e-3))
     updates = [train_client(strategy, client, task) for client in clients]
+    for client, update in zip(clients, updates, strict=True):  # what is honest is let in
+        name, number = client.client_id, task.round_number
+        Admission().check(
+            update, client_id=name, round_number=number, shared=state.shared, local={}
+        )
     wire = [encode_update(update) for update in updates]
     return update_server(strategy, state, updates), wire
 

@@ -7,6 +7,7 @@ owner can look at it, and no restart meets it again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -16,8 +17,12 @@ from orchard.communication.audit import content_digest
 from orchard.communication.messages import read_update_header
 from orchard.results import write_atomically, write_json
 
+log = logging.getLogger(__name__)
+
 MAX_QUARANTINE_BYTES = 1 << 30
-"""What the quarantine keeps of messages; the oldest go first, the reasons stay."""
+"""What the quarantine keeps of messages; the oldest go first."""
+MAX_QUARANTINE_REASONS = 10_000
+"""How many reasons it keeps, and all of the round that is on."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,12 @@ class Inbox:
     Attributes:
         folder: Its path; it need not exist yet. The quarantine is beside it.
         max_quarantine_bytes: Of messages that the quarantine keeps; the oldest go first.
+        max_quarantine_reasons: How many reasons it keeps, and all of the round that is on.
     """
 
     folder: Path
     max_quarantine_bytes: int = MAX_QUARANTINE_BYTES
+    max_quarantine_reasons: int = MAX_QUARANTINE_REASONS
 
     @property
     def quarantine(self) -> Path:
@@ -120,7 +127,14 @@ class Inbox:
         while sum(sizes.values()) > self.max_quarantine_bytes:
             oldest = next(iter(sizes))
             del sizes[oldest]
+            log.warning("the quarantine is full; its oldest message goes: %s", oldest.name)
             oldest.unlink(missing_ok=True)
+        reasons = sorted(self.quarantine.glob("round_*.json"))
+        newest = reasons[-1].name.rpartition("_")[0]  # whose reasons say who is not asked again
+        for path in reasons[: -self.max_quarantine_reasons]:
+            if not path.name.startswith(newest):
+                log.warning("the quarantine is full; its oldest reason goes: %s", path.name)
+                path.unlink(missing_ok=True)
 
     def set_apart_in(self, round_number: int) -> frozenset[str]:
         """Return whose updates of a round are in the quarantine; they are not asked for again."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from orchard.communication import door
 from orchard.communication.readable import readable
@@ -14,6 +14,7 @@ from orchard.engine.intake import Intake
 from orchard.engine.progress import Reporter
 
 log = logging.getLogger(__name__)
+_SAY_SECONDS = 30.0
 
 
 def wait_for_sites(
@@ -47,9 +48,15 @@ def wait_for_sites(
     joined: dict[str, int | None] = {}
     refused: dict[str, str] = {}
     asked: set[str] = set()
+    say_at = time.monotonic() + min(_SAY_SECONDS, patience.join_seconds / 2)
 
     def ask(online: Collection[str]) -> dict[str, Request]:
         """Return what sites are asked that came since: who is silent keeps nobody waiting."""
+        nonlocal say_at
+        if time.monotonic() >= say_at and len(joined) < expected:
+            silent = sorted(asked - joined.keys() - refused.keys())
+            _say(len(joined), expected, silent, left=end - time.monotonic())
+            say_at = time.monotonic() + _SAY_SECONDS
         new = set(online) - joined.keys() - refused.keys() - asked
         new = {site for site in new if not known or site in known}
         asked.update(new)
@@ -73,8 +80,12 @@ def wait_for_sites(
                 continue
             joined[answer.site] = number
             intake.audit.write("joined", site=answer.site, round=0, num_examples=number)
+            if len(joined) >= expected:
+                break  # one more that was asked and is silent keeps nobody waiting
         if len(joined) < expected:
             time.sleep(patience.poll_seconds)
+    if joined and patience.quorum <= len(joined) < expected:
+        log.warning("the run begins with %d of %d sites", len(joined), expected)
     if len(joined) < min(patience.quorum, expected) or not joined:
         why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items()))
         raise TimeoutError(
@@ -84,6 +95,16 @@ def wait_for_sites(
             "deployment.join_seconds, or lower deployment.quorum"
         )
     return joined
+
+
+def _say(num_joined: int, expected: int, silent: Sequence[str], *, left: float) -> None:
+    """Say in the log whom the run waits for, and how long it will."""
+    whom = "no other is online"
+    if silent:
+        whom = f"no answer yet of {readable(', '.join(silent))}"
+    log.warning(
+        "%d of %d sites joined, %s; waiting %.0f more seconds", num_joined, expected, whom, left
+    )
 
 
 def _read(answer: Answer, known: Mapping[str, int | None]) -> int | None:

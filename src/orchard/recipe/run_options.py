@@ -251,7 +251,12 @@ class DeploymentOptions:
     """How long a coordinator waits for its sites, and what it does then; not for one machine."""
 
     sites: int = option(0, "Sites that take part; 0 = those with a key.", minimum=0)
-    quorum: int = option(0, "Fewest updates of a round that counts; 0 = of all sites.", minimum=0)
+    quorum: int = option(
+        0,
+        "Fewest sites that join, and fewest updates of a round that counts; 0 = all of them, so "
+        "that every run has the same sites.",
+        minimum=0,
+    )
     join_seconds: float = option(600.0, "Wait for sites to join.", above=0)
     round_seconds: float = option(
         3600.0,

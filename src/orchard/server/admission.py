@@ -18,9 +18,14 @@ from orchard.communication.messages import Update
 from orchard.communication.stages import RESERVED
 from orchard.trees import Tree
 
-MAX_METRICS = 1_000
+MAX_METRICS = 64
+"""Metrics of a client that are of no layer, and metrics of each layer of the global tree."""
+_FEWEST_LAYERS = 8
+"""A tree with adapters in few layers may belong to a model of more, which metrics name too."""
 _MAX_WIDTH = 4  # bytes of a value
-_METRIC = re.compile(r"(client|local)/[\w.,-]{1,200}")
+_METRIC = re.compile(r"client/[a-z][a-z_]{0,47}|local/[a-z_]{1,48}", re.ASCII)
+_LAYER_METRIC = re.compile(r"client/(?=.*\d)[a-z][\w.-]{0,159}", re.ASCII)
+_LAYER = re.compile(r".*?\.\d+(?=\.)")
 SMALLEST_WEIGHT = 1e-24
 """A weight is 0 or at least this: what is smaller is 0 in float32, and a mean over it NaN."""
 
@@ -136,7 +141,7 @@ class Admission:
         if norm > torch.finfo(torch.float32).max:
             raise RefusedUpdate(f"norm of the update must fit float32, got {norm:g}")
         self._check_weights(update.weight, most)
-        _check_metrics(update.metrics, local)
+        _check_metrics(update.metrics, local, shared)
         return norm
 
     def _check_weights(
@@ -191,13 +196,10 @@ def _check_name(name: str, shared: Tree) -> None:
 
 
 def _check_metrics(
-    metrics: Mapping[str, float], local: Mapping[str, tuple[float, float]] | None
+    metrics: Mapping[str, float], local: Mapping[str, tuple[float, float]] | None, shared: Tree
 ) -> None:
-    if len(metrics) > MAX_METRICS:
-        raise RefusedUpdate(f"metrics must be at most {MAX_METRICS}, got {len(metrics)}")
+    _check_metric_names(metrics, shared)
     for name, value in metrics.items():
-        if not _METRIC.fullmatch(name):
-            raise RefusedUpdate(f"metric must be client/name or local/name, got {name[:80]!r}")
         low, high = -door.MAX_VALUE, door.MAX_VALUE
         if name.endswith("_seconds"):
             low, high = 0.0, door.MAX_SECONDS
@@ -205,3 +207,19 @@ def _check_metrics(
             check_measured({name: value}, models=("local",), metrics=local)
         if not low <= value <= high:  # false for NaN
             raise RefusedUpdate(f"metric {name} must be in {low:g}..{high:g}, got {value}")
+
+
+def _check_metric_names(names: Collection[str], shared: Tree) -> None:
+    """Check what metrics are called, and how many there are: methods of one's own have others."""
+    num_layers = len({match[0] for match in map(_LAYER.match, shared) if match})
+    limits = {_METRIC: MAX_METRICS, _LAYER_METRIC: MAX_METRICS * max(num_layers, _FEWEST_LAYERS)}
+    found = dict.fromkeys(limits, 0)
+    for name in names:
+        kind = next((shape for shape in limits if shape.fullmatch(name)), None)
+        if kind is None:
+            raise RefusedUpdate(f"metric must be client/name or local/name, got {name[:80]!r}")
+        found[kind] += 1
+    for kind, limit in limits.items():
+        if found[kind] > limit:
+            of = "no layer" if kind is _METRIC else "layers"
+            raise RefusedUpdate(f"metrics of {of} must be at most {limit}, got {found[kind]}")
