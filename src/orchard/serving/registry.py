@@ -54,13 +54,14 @@ class Registry:
         digest: Of the base; a run on another one is refused.
         sources: See ``find_sources``.
         max_models: At most so many are in memory.
+        held: Those that are, the last used at the end.
     """
 
     view: MoEView
     digest: str
     sources: dict[str, Source]
     max_models: int = 64
-    _held: OrderedDict[str, RowValues] = field(default_factory=OrderedDict)
+    held: OrderedDict[str, RowValues] = field(default_factory=OrderedDict)
 
     def values(self, name: str) -> RowValues:
         """Return the values of a model, reading them where they are not in memory.
@@ -71,15 +72,15 @@ class Registry:
         """
         source = self.sources[name]
         if source.folder is None:
-            return self._held.setdefault(name, RowValues())
-        if name not in self._held:
+            return self.held.setdefault(name, RowValues())
+        if name not in self.held:
             state = read_state(source.folder, client=source.client)
             if state.base_digest != self.digest:
                 raise ValueError(
                     f"{source.folder} must be a run on this base, got {state.base_digest[:12]} "
                     f"instead of {self.digest[:12]}; serve it beside runs on its own"
                 )
-            self._held[name] = read_values(
+            self.held[name] = read_values(
                 self.view,
                 {**state.shared, **state.own},
                 lora=lora_settings(state.recipe),
@@ -87,7 +88,7 @@ class Registry:
                 graft_experts=state.graft_experts,
                 body=name,
             )
-        self._held.move_to_end(name)
-        while len(self._held) > self.max_models:
-            self._held.popitem(last=False)
-        return self._held[name]
+        self.held.move_to_end(name)
+        while len(self.held) > self.max_models:
+            self.held.popitem(last=False)
+        return self.held[name]
