@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import hmac
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -21,6 +22,8 @@ from orchard.serving.engine import Row, TokenScores
 from orchard.serving.protocol import MAX_BODY_BYTES, Chat, Completion, RefusedError, decode
 from orchard.serving.registry import Registry
 from orchard.serving.worker import Job, Worker
+
+_log = logging.getLogger(__name__)
 
 Encode = Callable[[str, list[tuple[str, str]]], list[int]]
 """From a model's name and a conversation to the prompt's ids."""
@@ -218,7 +221,9 @@ async def _answer(
                         return
                     continue
                 if isinstance(what, Exception):
-                    raise RefusedError(500, f"{asked.model} cannot be served: {what}")
+                    # What went wrong names files of this machine: it is for its own log alone.
+                    _log.error("%s cannot be served", asked.model, exc_info=what)
+                    raise RefusedError(500, f"{asked.model} cannot be served; see the server's log")
                 if number not in open_choices:
                     continue
                 text, is_stopped = _text(served, what, asked.stops())
@@ -247,6 +252,10 @@ async def _answer(
                     yield f"data: {json.dumps(part)}\n\n"
             except RefusedError as error:
                 yield f"data: {json.dumps(error.body)}\n\n"
+            else:
+                if asked.stream_options is not None and asked.stream_options.include_usage:
+                    last = {**about, "choices": [], "usage": _usage(prompts, rows)}
+                    yield f"data: {json.dumps(last)}\n\n"
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
@@ -261,9 +270,12 @@ async def _answer(
         if top >= 0:
             made["logprobs"] = _logprobs(served, rows[index], with_prompt=echo)
         choices.append(made)
+    return JSONResponse({**about, "choices": choices, "usage": _usage(prompts, rows)})
+
+
+def _usage(prompts: list[list[int]], rows: Mapping[int, Row]) -> dict[str, int]:
     read, written = sum(map(len, prompts)), sum(len(row.tokens) for row in rows.values())
-    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-    return JSONResponse({**about, "choices": choices, "usage": usage})
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
 def _text(served: Served, row: Row, stops: list[str]) -> tuple[str, bool]:

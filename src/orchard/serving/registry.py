@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,8 @@ from orchard.experiment.settings import graft_settings, lora_settings
 from orchard.models.view.moe import MoEView
 from orchard.personal.state import find_models, read_state
 from orchard.serving.values import RowValues, read_values
+
+_log = logging.getLogger(__name__)
 
 BASE, GLOBAL = "base", "global"
 
@@ -27,7 +30,8 @@ def find_sources(folders: Sequence[Path]) -> dict[str, Source]:
     """Return the models of runs by the names under which they are served.
 
     With one run they are ``base``, ``global`` and the clients' ids; with several, and where a
-    client's id is one of these two words, a run's folder and a slash stand before them.
+    client's id is one of these two words, a run's folder and a slash stand before them. Clients
+    that carve have no personal model that can be opened: they are left out, and a warning says so.
 
     Raises:
         ValueError: A folder holds no run, or two have one name.
@@ -35,7 +39,7 @@ def find_sources(folders: Sequence[Path]) -> dict[str, Source]:
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         raise ValueError(f"RUN must be folders of different names, got {', '.join(names)}")
-    clients = [find_models(folder) for folder in folders]
+    clients = [_find_clients(folder) for folder in folders]
     is_plain = len(folders) == 1 and not {BASE, GLOBAL} & set(clients[0])
     sources = {BASE: Source()}
     for folder, name, ids in zip(folders, names, clients, strict=True):
@@ -43,6 +47,18 @@ def find_sources(folders: Sequence[Path]) -> dict[str, Source]:
         sources[f"{start}{GLOBAL}"] = Source(folder)
         sources |= {f"{start}{client}": Source(folder, client) for client in ids}
     return sources
+
+
+def _find_clients(folder: Path) -> Sequence[str]:
+    recipe = read_state(folder).recipe
+    if recipe.selection.mode == "carve" and recipe.client.budget:
+        _log.warning(
+            "%s: its clients carve and their submodels are not written down; "
+            "only its global model is served",
+            folder,
+        )
+        return ()
+    return find_models(folder)
 
 
 @dataclass(eq=False)
