@@ -21,6 +21,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from orchard.serving.engine import Row, TokenScores
 from orchard.serving.protocol import MAX_BODY_BYTES, Chat, Completion, RefusedError, decode
 from orchard.serving.registry import Registry
+from orchard.serving.text import GrowingText
 from orchard.serving.worker import Job, Worker
 
 _log = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ async def _answer(
     async def grow() -> AsyncIterator[tuple[int, str, str | None]]:
         """Yield what is new of each choice, and why it ended where it has."""
         sent, open_choices = dict.fromkeys(range(len(copies)), 0), set(range(len(copies)))
+        growing = [GrowingText(served.tokenizer, served.end_ids) for _ in copies]
         try:
             while open_choices:
                 try:
@@ -226,8 +228,11 @@ async def _answer(
                     raise RefusedError(500, f"{asked.model} cannot be served; see the server's log")
                 if number not in open_choices:
                     continue
-                text, is_stopped = _text(served, what, asked.stops())
-                finish = "stop" if is_stopped else what.finish or None
+                # Why it ended first: the engine may write on while this is read.
+                finish = what.finish or None
+                whole = growing[number].grow(what.tokens, is_last=finish is not None)
+                text, is_stopped = _stopped(whole, asked.stops())
+                finish = "stop" if is_stopped else finish
                 if is_stopped:
                     what.is_cancelled = True
                 # Held back while it may be the beginning of a stop text or half of a letter.
@@ -278,10 +283,8 @@ def _usage(prompts: list[list[int]], rows: Mapping[int, Row]) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def _text(served: Served, row: Row, stops: list[str]) -> tuple[str, bool]:
-    """Return the text of an answer up to the first stop text, and whether there is one."""
-    ids = [index for index in list(row.tokens) if index not in row.end_ids]
-    text = str(served.tokenizer.decode(ids, skip_special_tokens=True))
+def _stopped(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Return a text up to the first stop text, and whether there is one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
 
