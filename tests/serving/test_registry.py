@@ -50,3 +50,13 @@ def test_models_of_a_run_answer_as_its_evaluation_measures_them(tmp_path: Path) 
     registry.values(names[1])
     with pytest.raises(ValueError, match="did you mean"):
         read_state(tmp_path / "run", client="nobody")
+
+
+def test_clients_that_carve_are_not_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_quickly(
+        tmp_path / "run", quick_recipe("hfedmoe", "selection.mode=carve", "selection.cadence=round")
+    )
+    assert set(find_sources([tmp_path / "run"])) == {"base", "global"}
+    assert "only its global model is served" in caplog.text
