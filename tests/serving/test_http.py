@@ -93,6 +93,46 @@ def test_the_official_client_gets_the_same_answer_streamed_and_not(
         assert all(value < 0 for value in scored.token_logprobs[1:] if value is not None)
 
 
+def test_a_stream_ends_with_its_usage_where_asked(address: tuple[str, list[str]]) -> None:
+    with openai.OpenAI(base_url=f"{address[0]}/v1", api_key=ALL, max_retries=0) as client:
+        asked = {"model": "base", "prompt": [5, 6, 7], "max_tokens": 3, "seed": 1}
+        whole = client.completions.create(**asked)  # type: ignore[call-overload]
+        parts = list(
+            client.completions.create(  # type: ignore[call-overload]
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+        )
+    assert parts[-1].choices == []
+    assert parts[-1].usage == whole.usage
+    assert all(part.usage is None for part in parts[:-1])
+
+
+def test_a_full_queue_is_refused_and_a_failure_tells_a_stranger_nothing(
+    address: tuple[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = {"authorization": f"Bearer {ALL}"}
+    body = {"model": "base", "prompt": [5], "max_tokens": 1}
+
+    def ask() -> httpx.Response:
+        return httpx.post(f"{address[0]}/v1/completions", json=body, headers=head)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orchard.serving.worker.Worker.submit", lambda self, jobs: False)
+        full = ask()
+    assert full.status_code == 429
+    assert full.json()["error"]["type"] == "rate_limit_error"
+
+    def fail(self: object, name: str) -> None:
+        raise ValueError("inner/path must be whole")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("orchard.serving.registry.Registry.values", fail)
+        failed = ask()
+    assert failed.status_code == 500
+    assert "inner" not in failed.text
+    assert ask().status_code == 200
+
+
 @pytest.mark.parametrize(
     ("changes", "status", "says"),
     [

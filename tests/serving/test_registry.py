@@ -26,7 +26,7 @@ def test_models_of_a_run_answer_as_its_evaluation_measures_them(tmp_path: Path) 
     prompt = [5, 6, 7, 8]
     engine = Engine(base.view, keeps_logits=True)
     rows = {name: Row(registry.values(name), prompt, 1) for name in (*names, "base", "global")}
-    assert len(registry._held) == 2
+    assert len(registry.held) == 2
     with engine.running():
         for row in rows.values():
             engine.submit(row)
@@ -43,10 +43,20 @@ def test_models_of_a_run_answer_as_its_evaluation_measures_them(tmp_path: Path) 
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=0.0)
     own = tmp_path / "run" / "clients" / names[0]
     stored = max(own.glob("round_*.safetensors"))
-    registry._held.clear()
+    registry.held.clear()
     stored.write_bytes(stored.read_bytes()[:-1] + b"\xff")
     with pytest.raises(DamagedError, match="another checksum"):
         registry.values(names[0])
     registry.values(names[1])
     with pytest.raises(ValueError, match="did you mean"):
         read_state(tmp_path / "run", client="nobody")
+
+
+def test_clients_that_carve_are_not_listed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run_quickly(
+        tmp_path / "run", quick_recipe("hfedmoe", "selection.mode=carve", "selection.cadence=round")
+    )
+    assert set(find_sources([tmp_path / "run"])) == {"base", "global"}
+    assert "only its global model is served" in caplog.text

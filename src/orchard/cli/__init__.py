@@ -304,13 +304,19 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Runs of each side.", min=1)] = 3,
     model: Annotated[str, typer.Option(help="Base of step or serve; empty = a random one.")] = "",
     data: Annotated[str, typer.Option(help="Examples of step, for that base.")] = "",
+    seconds: Annotated[
+        float | None, typer.Option(help="How long serve is loaded; 60 if not given.", min=0.1)
+    ] = None,
     traceback: Traceback = False,
 ) -> None:
     """Measure this machine: always two things in one run, medians and ratios."""
     with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.measurements import run_bench
 
-        print(run_bench(name, as_json=as_json, repeats=repeats, model=model, data=data))
+        said = run_bench(
+            name, as_json=as_json, repeats=repeats, model=model, data=data, seconds=seconds
+        )
+        print(said)
 
 
 # Help lists commands in the order in which they are added.

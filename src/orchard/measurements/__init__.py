@@ -62,7 +62,9 @@ def _step(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
     return bench_steps(repeats=repeats, model=model or "orchard:tiny", data=data, say=say)
 
 
-def _serve(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
+def _serve(
+    repeats: int, *, model: str = "", data: str = "", seconds: float = 60.0
+) -> dict[str, Any]:
     from orchard.measurements.serving import bench_serving
 
     if data:
@@ -71,6 +73,7 @@ def _serve(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
         repeats=repeats,
         model=model or "orchard:tiny",
         say=lambda line: print(line, file=sys.stderr),
+        seconds=seconds,
     )
 
 
@@ -92,7 +95,15 @@ TAKE_A_MODEL = MappingProxyType({"step": _step, "serve": _serve})
 """Those that take a model and data."""
 
 
-def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: str = "") -> str:
+def run_bench(
+    name: str,
+    *,
+    as_json: bool,
+    repeats: int,
+    model: str = "",
+    data: str = "",
+    seconds: float | None = None,
+) -> str:
     """Run one measurement and return what it found, as JSON or as one line for each figure.
 
     What it ran on comes first, as in a run's ``result.json``: a speed is that of a machine.
@@ -105,13 +116,18 @@ def run_bench(name: str, *, as_json: bool, repeats: int, model: str = "", data: 
             packaged one.
         data: Examples, for measurements that take some; "" = random ones, or with ``model``
             packaged ones.
+        seconds: How long a server is loaded; None = 60. Of serve alone.
 
     Raises:
-        ValueError: There is no measurement of this name, or it takes no model and no data.
+        ValueError: There is no measurement of this name, or it takes no model, data or seconds.
     """
     if name not in BENCHES:
         raise ValueError(f"NAME must be of {', '.join(BENCHES)}, got {name}; choose one of these")
-    if model or data:
+    if seconds is not None:
+        if name != "serve":
+            raise ValueError(f"NAME must be serve with --seconds, got {name}; drop it")
+        found = _serve(repeats, model=model, data=data, seconds=seconds)
+    elif model or data:
         if name not in TAKE_A_MODEL:
             raise ValueError(
                 f"NAME must be of {', '.join(TAKE_A_MODEL)} with --model or --data, got {name}; "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,26 +13,32 @@ from typing import Any
 import torch
 
 from orchard.experts.grafting import GraftSettings
-from orchard.models.stored.loading import load_base
+from orchard.measurements.serving_load import load_server
+from orchard.models.stored.loading import load_base, load_tokenizer
 from orchard.models.trainable.slots import canonical
 from orchard.models.trainable.targets import LoraSettings, find_targets
 from orchard.models.view.moe import MoEView
+from orchard.process_memory import peak_memory_bytes
 from orchard.serving.engine import Engine, Row
 from orchard.serving.values import RowValues, read_values
 
-_NUM_CLIENTS, _PROMPT_TOKENS, _NEW_TOKENS, _RANK = 8, 32, 48, 16
+_NUM_CLIENTS, _MANY, _PROMPT_TOKENS, _NEW_TOKENS, _RANK = 8, 100, 32, 48, 16
 
 
-def bench_serving(*, repeats: int, model: str, say: Callable[[str], None]) -> dict[str, Any]:
+def bench_serving(
+    *, repeats: int, model: str, say: Callable[[str], None], seconds: float = 60.0
+) -> dict[str, Any]:
     """Measure the engine with models of random adapters and grafts.
 
     Args:
         repeats: Runs of each side; the medians count.
         model: The base.
         say: Told what is measured.
+        seconds: How long the server is asked by 50 at a time.
 
     Returns:
-        Tokens per second and their ratios; None for what is not measured, with the reason.
+        Tokens per second, memory, what 50 at a time saw over HTTP; None for what is not measured,
+        with the reason.
     """
     view = load_base(model, dtype="float32").view
     models = [_random_model(view, seed) for seed in range(_NUM_CLIENTS)]
@@ -46,23 +54,38 @@ def bench_serving(*, repeats: int, model: str, say: Callable[[str], None]) -> di
         for name, batches in sides.items():
             found[name].append(_speed(view, batches))
     speeds = {name: statistics.median(own) for name, own in found.items()}
-    unmeasured = (
-        "memory_8_over_1",
-        "memory_100_over_1",
-        "over_transformers_serve",
-        "p50_first_token_seconds",
-        "p99_first_token_seconds",
-        "errors",
-    )
+    say(f"serve: memory of 1, 8 and {_MANY} models")
+    memory = {number: _memory_of(model, number) for number in (1, _NUM_CLIENTS, _MANY)}
+    say(f"serve: 50 requests at a time over HTTP, {seconds:g} s")
+    load = load_server(view, load_tokenizer(model), models, seconds=seconds)
     return {
         "model": model,
         **{f"{name}_tokens_per_second": speed for name, speed in speeds.items()},
         "mixed_over_sequential": speeds["mixed"] / speeds["sequential"],
         "mixed_over_single": speeds["mixed"] / speeds["single"],
         "bytes_per_model": models[0].num_bytes(),
-        **dict.fromkeys(unmeasured),
-        "why_none": "measured of the engine alone, without a server or a peer",
+        "memory_1_bytes": memory[1],
+        "memory_8_over_1": memory[_NUM_CLIENTS] / memory[1],
+        "memory_100_over_1": memory[_MANY] / memory[1],
+        **load,
+        "over_transformers_serve": None,
+        "why_none": "over_transformers_serve: no peer is started by this measurement",
     }
+
+
+def _memory_of(model: str, number: int) -> int:
+    """Return the peak resident bytes of a process that serves so many models of a base."""
+    command = [sys.executable, "-m", "orchard.measurements.serving", model, str(number)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def _serve_and_print_peak(model: str, number: int) -> None:
+    view = load_base(model, dtype="float32").view
+    models = [_random_model(view, seed) for seed in range(number)]
+    starts = range(0, number, _NUM_CLIENTS)
+    _speed(view, [models[start : start + _NUM_CLIENTS] for start in starts])
+    print(peak_memory_bytes())
 
 
 def _speed(view: MoEView, batches: Sequence[Sequence[RowValues]]) -> float:
@@ -106,3 +129,7 @@ def _random_model(view: MoEView, seed: int) -> RowValues:
         graft_experts={layer.name: (seed % layer.num_experts,) for layer in view.layers},
         body="",
     )
+
+
+if __name__ == "__main__":
+    _serve_and_print_peak(sys.argv[1], int(sys.argv[2]))

@@ -6,6 +6,7 @@ import asyncio
 import difflib
 import hmac
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,7 +21,10 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response, Streami
 from orchard.serving.engine import Row, TokenScores
 from orchard.serving.protocol import MAX_BODY_BYTES, Chat, Completion, RefusedError, decode
 from orchard.serving.registry import Registry
+from orchard.serving.text import GrowingText
 from orchard.serving.worker import Job, Worker
+
+_log = logging.getLogger(__name__)
 
 Encode = Callable[[str, list[tuple[str, str]]], list[int]]
 """From a model's name and a conversation to the prompt's ids."""
@@ -209,6 +213,7 @@ async def _answer(
     async def grow() -> AsyncIterator[tuple[int, str, str | None]]:
         """Yield what is new of each choice, and why it ended where it has."""
         sent, open_choices = dict.fromkeys(range(len(copies)), 0), set(range(len(copies)))
+        growing = [GrowingText(served.tokenizer, served.end_ids) for _ in copies]
         try:
             while open_choices:
                 try:
@@ -218,11 +223,16 @@ async def _answer(
                         return
                     continue
                 if isinstance(what, Exception):
-                    raise RefusedError(500, f"{asked.model} cannot be served: {what}")
+                    # What went wrong names files of this machine: it is for its own log alone.
+                    _log.error("%s cannot be served", asked.model, exc_info=what)
+                    raise RefusedError(500, f"{asked.model} cannot be served; see the server's log")
                 if number not in open_choices:
                     continue
-                text, is_stopped = _text(served, what, asked.stops())
-                finish = "stop" if is_stopped else what.finish or None
+                # Why it ended first: the engine may write on while this is read.
+                finish = what.finish or None
+                whole = growing[number].grow(what.tokens, is_last=finish is not None)
+                text, is_stopped = _stopped(whole, asked.stops())
+                finish = "stop" if is_stopped else finish
                 if is_stopped:
                     what.is_cancelled = True
                 # Held back while it may be the beginning of a stop text or half of a letter.
@@ -247,6 +257,10 @@ async def _answer(
                     yield f"data: {json.dumps(part)}\n\n"
             except RefusedError as error:
                 yield f"data: {json.dumps(error.body)}\n\n"
+            else:
+                if asked.stream_options is not None and asked.stream_options.include_usage:
+                    last = {**about, "choices": [], "usage": _usage(prompts, rows)}
+                    yield f"data: {json.dumps(last)}\n\n"
             yield "data: [DONE]\n\n"
 
         return StreamingResponse(events(), media_type="text/event-stream")
@@ -261,15 +275,16 @@ async def _answer(
         if top >= 0:
             made["logprobs"] = _logprobs(served, rows[index], with_prompt=echo)
         choices.append(made)
+    return JSONResponse({**about, "choices": choices, "usage": _usage(prompts, rows)})
+
+
+def _usage(prompts: list[list[int]], rows: Mapping[int, Row]) -> dict[str, int]:
     read, written = sum(map(len, prompts)), sum(len(row.tokens) for row in rows.values())
-    usage = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-    return JSONResponse({**about, "choices": choices, "usage": usage})
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-def _text(served: Served, row: Row, stops: list[str]) -> tuple[str, bool]:
-    """Return the text of an answer up to the first stop text, and whether there is one."""
-    ids = [index for index in list(row.tokens) if index not in row.end_ids]
-    text = str(served.tokenizer.decode(ids, skip_special_tokens=True))
+def _stopped(text: str, stops: list[str]) -> tuple[str, bool]:
+    """Return a text up to the first stop text, and whether there is one."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return (text[: min(places)], True) if places else (text, False)
 

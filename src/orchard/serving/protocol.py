@@ -30,6 +30,12 @@ class RefusedError(Exception):
         }
 
 
+class StreamOptions(msgspec.Struct):
+    """What a stream says beside its text."""
+
+    include_usage: bool = False
+
+
 class Request(msgspec.Struct, kw_only=True):
     """What both kinds of completion have; other fields of OpenAI's are ignored."""
 
@@ -42,6 +48,7 @@ class Request(msgspec.Struct, kw_only=True):
     stop: str | list[str] | None = None
     n: int | None = None
     stream: bool | None = None
+    stream_options: StreamOptions | None = None
 
     def check(self, longest: int) -> None:
         """Check ranges.
