@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -136,7 +138,8 @@ def test_a_terminal_does_not_obey_an_answer(tmp_path: Path) -> None:
 def test_answers_stay_at_their_site(tmp_path: Path) -> None:
     data = write_sites(tmp_path / "data")
     crossed: list[bytes] = []
-    post = LocalPost(make_workers(data, tmp_path / "sites"))
+    consent = partial(replace, keeps_answers=True)
+    post = LocalPost(make_workers(data, tmp_path / "sites", consent=consent))
     handlers = {site: worker.handle for site, worker in post.workers.items()}
     for site, worker in post.workers.items():
 

@@ -20,7 +20,6 @@ from orchard.experiment.budgets import (
 )
 from orchard.experiment.settings import lora_settings
 from orchard.experts.grafting import GraftSettings, grafted
-from orchard.models.stored import loading
 from orchard.models.stored.loading import check_model
 from orchard.models.trainable.targets import LoraSettings
 from orchard.models.view.moe import MoEView
@@ -144,7 +143,7 @@ def test_no_weight_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **options: object) -> Any:
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", refuse)
+    monkeypatch.setattr("orchard.models.stored.loading._load", refuse)
     monkeypatch.setattr("orchard.models.stored.tensors.Checkpoint.read", refuse)
     assert budgets_of("client.memory_bytes=10GB") == (NUM_EXPERTS,) * 4
 

@@ -124,5 +124,7 @@ def test_what_a_measurement_ran_on_stands_before_its_figures(
 
 
 def test_a_model_is_for_the_measurements_that_take_one() -> None:
-    with pytest.raises(ValueError, match=r"^NAME must be of step with --model or --data, got g"):
+    with pytest.raises(
+        ValueError, match=r"^NAME must be of step, serve with --model or --data, got g"
+    ):
         run_bench("graft", as_json=True, repeats=1, model="somewhere")
