@@ -90,6 +90,8 @@ def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
         "orchard.engine.superlink",
         "orchard.flower_app",
         "orchard.measurements.flower_peer",
+        "orchard.measurements.serving",
+        "orchard.measurements.serving_load",
         "orchard.serving.http",
         "orchard.serving.running",
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket as socketlib
 import stat
 import tempfile
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from orchard.communication.refusals import Code
-from orchard.engine.worker import WorkerError, ask, serve
+from orchard.engine.worker import WorkerError, _send, ask, serve
 
 
 @pytest.fixture
@@ -43,6 +44,24 @@ def test_a_request_is_answered_whatever_its_size(socket: Path) -> None:
             assert body == bytes(2 * size)
     finally:
         end.set()
+
+
+def test_a_worker_that_answers_before_all_is_said_has_answered() -> None:
+    ours, theirs = socketlib.socketpair()
+    with ours:
+        theirs.sendall(b"an answer")
+        theirs.shutdown(socketlib.SHUT_WR)
+        sent = []
+
+        class Closing:
+            def sendall(self, content: bytes) -> None:
+                ours.sendall(content)
+                sent.append(content)
+                theirs.close()  # it has what it was promised
+
+        _send(Closing(), {"n": 2}, b"")  # type: ignore[arg-type]
+        assert len(sent) == 1
+        assert ours.recv(100) == b"an answer"
 
 
 def test_of_an_error_a_code_leaves_and_the_worker_goes_on(

@@ -138,7 +138,10 @@ def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Hea
 def _send(connection: socket.socket, header: Header, body: bytes) -> None:
     text = json.dumps(header, allow_nan=False).encode()
     connection.sendall(_LENGTHS.pack(len(text), len(body)) + text)
-    connection.sendall(body)
+    # The other side answers and closes as soon as it has the lengths that it was told; to send no
+    # bytes after that is an error of a request that was answered.
+    if body:
+        connection.sendall(body)
 
 
 def _receive(connection: socket.socket) -> tuple[Header, bytes]:
