@@ -3,7 +3,7 @@
 The blocks of a page run one after another in one folder, as a reader would type them, with the tiny
 model for MODEL, small files under the names that pages use, and short runs (``shown_orchard``).
 Blocks of ``orchard`` commands alone run in this process, which spares each its imports; others in
-a shell that finds ``warm_orchard``. A block that cannot run stands behind a comment with the reason::
+a shell that finds ``warm_orchard``. A block that cannot run is behind a comment with the reason::
 
     <!-- not run: needs three machines -->
 
