@@ -26,6 +26,7 @@ from orchard.experiment.holdings import (
     read_elsewhere,
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
+from orchard.experiment.protecting import check_privacy
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import check_communication
 from orchard.models.stored.loading import (
@@ -107,6 +108,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
+    check_privacy(recipe, num_clients=num_clients)
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "

@@ -71,6 +71,11 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             or ("scaffold" in methods and recipe.communication.dtype == "bfloat16"),
             "communication.dtype = int8 or communication.top_k above 0",
         ),
+        **{
+            f"privacy.{name}": (bool(recipe.privacy.unit), "privacy.unit = client")
+            for name in vars(recipe.privacy)
+            if name != "unit"
+        },
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
         **_needs_of_budgets(recipe, methods),
     }

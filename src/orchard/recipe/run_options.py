@@ -212,6 +212,46 @@ class CommunicationOptions:
 
 
 @dataclass(frozen=True)
+class PrivacyOptions:
+    """What the values that leave the server say of a client."""
+
+    unit: str = option(
+        "",
+        "What is protected from whoever sees the global values: everything that one client has; "
+        "empty = nothing.",
+        choices=("", "client"),
+    )
+    epsilon: float = option(
+        0.0,
+        "Budget of all rounds: the noise follows from it; with noise given, the run ends when it "
+        "is spent. 0 = no budget.",
+        minimum=0,
+    )
+    delta: float = option(
+        1e-5, "Probability with which epsilon may not hold.", above=0, maximum=0.5
+    )
+    noise: float = option(
+        0.0,
+        "Standard deviation of the noise over the norm of an update; 0 = what epsilon asks for.",
+        minimum=0,
+    )
+    clip: float = option(1.0, "L2 norm that a client's update is scaled down to.", above=0)
+    clip_quantile: float = option(
+        0.0,
+        "Share of the clients' updates that are to be shorter than the norm, which then follows "
+        "them from round to round; 0 = the norm stays.",
+        minimum=0,
+        maximum=0.99,
+    )
+    random: str = option(
+        "system",
+        "Where noise comes from: the operating system, which nobody can repeat, or the seed, which "
+        "repeats a run to the bit and protects nothing from whoever knows it.",
+        choices=("system", "seed"),
+    )
+
+
+@dataclass(frozen=True)
 class EvaluationOptions:
     """What is measured."""
 

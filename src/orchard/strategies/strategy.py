@@ -31,6 +31,7 @@ from orchard.results import Metrics
 from orchard.server.aggregation import mean
 from orchard.server.checkpoint import ServerState
 from orchard.server.optimizers import SGD, ServerOptimizer
+from orchard.server.privacy import SLOT, Protection
 from orchard.trees import Tree
 
 
@@ -136,6 +137,8 @@ class Strategy:
         aggregate: Reduces a stream of updates to one delta, given the global tree that they
             started from.
         optimizer: Moves the global tree.
+        protection: Bounds what one client changes and adds noise, in the place of ``aggregate``;
+            None = nothing does.
     """
 
     prepare: Prepare = train_everything
@@ -143,6 +146,7 @@ class Strategy:
     weigh: Weigh = by_num_examples
     aggregate: Aggregate = mean_delta
     optimizer: ServerOptimizer = field(default_factory=SGD)
+    protection: Protection | None = None
 
 
 def _place(client: Client, task: Task, plan: Plan) -> None:
@@ -322,11 +326,20 @@ def update_server(strategy: Strategy, state: ServerState, updates: Iterable[Upda
         return update
 
     # Unlike a generator, map holds no update while the next one is made.
-    delta = strategy.aggregate(map(counted, updates), state.shared)
-    if num_updates == 0:
+    number = state.round_number + 1
+    delta: Tree
+    kept: Mapping[str, Tree] = {}
+    if strategy.protection is not None:
+        delta, kept = strategy.protection.aggregate(
+            map(counted, updates), state.shared, state.slots, round_number=number
+        )
+    else:
+        delta = strategy.aggregate(map(counted, updates), state.shared)
+    if num_updates == 0 and strategy.protection is None:
         raise ValueError(
-            f"round {state.round_number + 1} must have at least one update, got none; "
+            f"round {number} must have at least one update, got none; "
             "a round in which nobody answered does not count"
         )
-    shared, slots = strategy.optimizer.step(state.shared, delta, state.slots)
-    return replace(state, round_number=state.round_number + 1, shared=shared, slots=slots)
+    own = {name: tree for name, tree in state.slots.items() if name != SLOT}
+    shared, slots = strategy.optimizer.step(state.shared, delta, own)
+    return replace(state, round_number=number, shared=shared, slots={**slots, **kept})
