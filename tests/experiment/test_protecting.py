@@ -45,7 +45,7 @@ def test_a_method_is_protected_or_refused_before_a_model_is_loaded(method: str) 
         prepare_experiment(recipe)
         assert build_protection(recipe, num_clients=4) is not None
         return
-    with pytest.raises(ValueError, match="^strategy.name must not hold .* with privacy.unit"):
+    with pytest.raises(ValueError, match=r"^strategy.name must not hold .* with privacy.unit"):
         prepare_experiment(private(method))
 
 
