@@ -53,9 +53,10 @@ license: FILL IN
   none is in this folder. License of the data: FILL IN
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 ```
 
 {_WHY[code]}
