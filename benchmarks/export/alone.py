@@ -23,7 +23,8 @@ def main(work: Path) -> None:
     asked: dict[str, Any] = json.loads((work / "asked.json").read_text())
     (work / "got").mkdir(exist_ok=True)
     for case in asked["cases"]:
-        model: Any = AutoModelForCausalLM.from_pretrained(
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_pretrained(
             case["folder"], dtype=torch.float32, trust_remote_code=case["has_code"]
         ).eval()
         tokenizer = AutoTokenizer.from_pretrained(
@@ -32,7 +33,8 @@ def main(work: Path) -> None:
         if case["is_adapter"]:
             from peft import PeftModel
 
-            model = PeftModel.from_pretrained(model, case["adapter"]).eval()
+            adapted: Any = PeftModel.from_pretrained(model, case["adapter"])
+            model = adapted.eval()
         batch = tokenizer.pad({"input_ids": case["prompts"]}, return_tensors="pt")
         with torch.no_grad():
             logits = model(**batch).logits[batch["attention_mask"].bool()]

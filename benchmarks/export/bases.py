@@ -84,7 +84,8 @@ def write_base(family: str, folder: Path) -> str:
             **fields,
         }
     )
-    model: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

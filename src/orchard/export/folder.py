@@ -22,10 +22,10 @@ from orchard.export.grafts import merged_grafts
 from orchard.export.layouts import Layout, to_published, to_qwen2_moe, why_no_qwen2_moe
 from orchard.export.merging import Entry, Merger, mapping_of
 from orchard.export.writing import SHARD_BYTES, new_folder, write_shards
-from orchard.models.stored import sources
 from orchard.models.stored.carving import check_carvable, count_names, recount
 from orchard.models.stored.conversion import StoredModel, match_checkpoint
 from orchard.models.stored.deepseek_moe import is_rewritten
+from orchard.models.stored.grafted import AUTO_MAP, MODELING, modeling_text
 from orchard.models.stored.loading import DTYPES, load_tokenizer
 from orchard.models.view.detection import view_config
 from orchard.models.view.routers import TOP_K_NAMES
@@ -33,7 +33,6 @@ from orchard.personal.state import ModelState
 from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.results import write_json
 
-_MODELING = "modeling_grafted"
 # What belongs to a tokenizer, under the names that transformers gives and reads.
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -252,19 +251,11 @@ def _write_modeling(
     folder: Path, model_class: type, config: dict[str, Any], about: dict[str, Any]
 ) -> None:
     """Write the modeling file of a family, and name it in the configuration."""
-    family = str(config["model_type"])
-    text = (Path(sources.__file__).parent / f"{_MODELING}.py").read_text(encoding="utf-8")
-    own_config: Any = model_class.config_class  # type: ignore[attr-defined]
-    text = text.replace("grafted_qwen2_moe", f"grafted_{family}")
-    text = text.replace("Qwen2MoeForCausalLM", model_class.__name__)
-    text = text.replace("Qwen2MoeConfig", own_config.__name__)
-    (folder / f"{_MODELING}.py").write_text(text, encoding="utf-8")
-    config["model_type"] = f"grafted_{family}"
+    text = modeling_text(model_class)
+    (folder / f"{MODELING}.py").write_text(text, encoding="utf-8")
+    config["model_type"] = f"grafted_{config['model_type']}"
     config["architectures"] = ["GraftedForCausalLM"]
-    config["auto_map"] = {
-        "AutoConfig": f"{_MODELING}.GraftedConfig",
-        "AutoModelForCausalLM": f"{_MODELING}.GraftedForCausalLM",
-    }
+    config["auto_map"] = dict(AUTO_MAP)
     config["grafts"] = about
 
 
