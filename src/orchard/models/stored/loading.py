@@ -171,7 +171,8 @@ def load_tokenizer(path: str) -> Any:
     """
     source = locate(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Code that comes with it is never run, and nobody is asked whether it should be.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a library makes of files that somebody else wrote
         raise ValueError(_no_tokenizer(path)) from error
     # Some tokenizer classes load from nothing, and then know no token.
