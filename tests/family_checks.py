@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from orchard.experts.grafting import GraftSettings, grafted
 from orchard.experts.masking import detached_experts
-from orchard.models.stored.loading import check_checkpoint, load_base
+from orchard.models.stored.loading import check_checkpoint, load_base, without_progress_bars
 from orchard.models.stored.streaming import checkpoint_reader, streamed_experts
 from orchard.models.stored.submodel import load_skeleton, load_submodel
 from orchard.models.trainable.adapters import AdaptedModel
@@ -32,8 +32,8 @@ def check(model: nn.Module, folder: Path) -> None:
     expected = logits_of(model)
     check_names(model)
     assert torch.equal(logits_of(model), expected)
-    check_stored(model, expected, str(folder))
-    check_trained(model, expected)
+    loaded = check_stored(model, expected, str(folder))
+    check_trained(loaded, logits_of(loaded))
 
 
 def check_names(model: nn.Module) -> None:
@@ -50,8 +50,9 @@ def check_names(model: nn.Module) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def check_stored(model: nn.Module, expected: Tensor, path: str) -> None:
-    model.save_pretrained(path)
+def check_stored(model: nn.Module, expected: Tensor, path: str) -> nn.Module:
+    with without_progress_bars():
+        model.save_pretrained(path)
     num_layers = len(check_checkpoint(path, LORA).view.layers)
     whole = load_base(path, dtype="float32").view
     torch.testing.assert_close(logits_of(whole.model), expected, rtol=0, atol=1e-4)
@@ -61,6 +62,7 @@ def check_stored(model: nn.Module, expected: Tensor, path: str) -> None:
     some = load_submodel(path, [[0, 3]] * num_layers, dtype="float32")
     assert all(torch.equal(some.read(name), whole.read(name)) for name in some.names())
     assert logits_of(some.model).isfinite().all()
+    return whole.model
 
 
 def check_trained(model: nn.Module, expected: Tensor) -> None:

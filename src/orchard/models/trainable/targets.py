@@ -124,7 +124,7 @@ def _linear_outside(view: MoEView) -> set[str]:
 
 
 def _routed_targets(view: MoEView, target: str) -> tuple[list[str], list[str]]:
-    wanted = view.router_parameters() if target == ROUTER else view.routed_parameters()
+    wanted = view.scoring_parameters() if target == ROUTER else view.routed_parameters()
     modules, parameters = [], []
     for path in sorted(wanted):
         owner, _, name = path.rpartition(".")
@@ -132,7 +132,7 @@ def _routed_targets(view: MoEView, target: str) -> tuple[list[str], list[str]]:
         # A linear layer with a forward of its own, such as a router, is adapted by its weight.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             modules.append(owner)
-        elif name.endswith("bias"):
+        elif view.model.get_parameter(path).ndim == 1 or name.endswith("bias"):
             continue
         else:
             parameters.append(path)

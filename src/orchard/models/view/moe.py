@@ -8,12 +8,19 @@ that a family nobody listed works as long as it is built like the others.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from orchard.models.view.routers import Routing, read_router, read_router_output
+from orchard.models.view.routers import (
+    Routing,
+    find_reading_width,
+    find_router_weight,
+    find_rows,
+    read_router,
+    read_router_output,
+)
 from orchard.models.view.storage import ExpertStorage, FusedExperts
 
 
@@ -53,6 +60,18 @@ class MoELayer:
         return self.storage.width
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the router: E, and those of shared experts or of none."""
+        holder = find_router_weight(self.router, self.num_experts)
+        assert holder is not None
+        return len(cast(Tensor, holder.weight))
+
+    @property
+    def reads_width(self) -> int:
+        """The width of what the router reads."""
+        return find_reading_width(self.router, self.num_experts)
+
+    @property
     def expert_width(self) -> int:
         """F, the hidden width of one routed expert."""
         return self.storage.expert_width
@@ -86,7 +105,8 @@ class MoELayer:
 
         Returns:
             ``weight`` (E, D) and, where there are, ``bias`` (E,), which is added to the logits,
-            and ``correction_bias`` (E,), which only steers the choice (DeepSeek-V3).
+            ``scale`` (E,), which multiplies the weights of chosen experts (Gemma 4), and
+            ``correction_bias`` (E,), which only steers the choice (DeepSeek-V3).
         """
         return read_router(self.router, self.block, num_experts=self.num_experts)
 
@@ -222,7 +242,8 @@ class MoEView:
         """Return the name of every expert tensor and every router row, layer by layer.
 
         ``layers.3.experts.17.down_proj``, ``layers.3.router.17`` (a row of the weight, (D,)),
-        ``layers.3.router_bias.17`` and ``layers.3.router_correction_bias.17`` ((1,)). The number of
+        ``layers.3.router_bias.17``, ``layers.3.router_scale.17`` and
+        ``layers.3.router_correction_bias.17`` ((1,)). The number of
         an expert is its id in the checkpoint, ``MoELayer.expert_ids``.
         """
         return tuple(self._index)
@@ -270,6 +291,17 @@ class MoEView:
     def router_parameters(self) -> frozenset[str]:
         """Return the names, as in ``model.named_parameters()``, of all parameters in routers."""
         return self._names_of([p for layer in self.layers for p in layer.router.parameters()])
+
+    def scoring_parameters(self) -> frozenset[str]:
+        """Return the names of the parameters in routers that have a row for each expert."""
+        rows = [
+            getattr(holder, name)
+            for layer in self.layers
+            for holder, name in find_rows(
+                layer.router, layer.block, num_experts=layer.num_experts
+            ).values()
+        ]
+        return self._names_of([tensor for tensor in rows if isinstance(tensor, nn.Parameter)])
 
     def _names_of(self, parameters: list[nn.Parameter]) -> frozenset[str]:
         ids = {id(parameter) for parameter in parameters}
