@@ -1,4 +1,4 @@
-"""What every family must pass: names, disk, streaming, carving, adapters, grafts, masks."""
+"""What every family must pass, from names to whole rounds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from family_rounds import check_rounds
 from orchard.experts.grafting import GraftSettings, grafted
 from orchard.experts.masking import detached_experts
 from orchard.models.stored.loading import check_checkpoint, load_base, without_progress_bars
@@ -28,12 +29,14 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 def check(model: nn.Module, folder: Path) -> None:
-    """Go through names, disk, streaming, carving, adapters, grafts and masks."""
+    """Go through names, disk, streaming, carving, adapters, grafts, masks and whole rounds."""
     expected = logits_of(model)
     check_names(model)
     assert torch.equal(logits_of(model), expected)
     loaded = check_stored(model, expected, str(folder))
-    check_trained(loaded, logits_of(loaded))
+    adapted = check_trained(loaded, logits_of(loaded))
+    adapted.load(adapted.fresh)
+    check_rounds(adapted, LORA, str(folder))
 
 
 def check_names(model: nn.Module) -> None:
@@ -65,7 +68,7 @@ def check_stored(model: nn.Module, expected: Tensor, path: str) -> nn.Module:
     return whole.model
 
 
-def check_trained(model: nn.Module, expected: Tensor) -> None:
+def check_trained(model: nn.Module, expected: Tensor) -> AdaptedModel:
     view = view_moe(model)
     adapted = AdaptedModel(view, LORA, tokenizer=NumberTokenizer(), base_digest="", seed=0)
     assert torch.equal(logits_of(model), expected), "a fresh adapter changes nothing"
@@ -91,3 +94,4 @@ def check_trained(model: nn.Module, expected: Tensor) -> None:
     moved = {int(n.split(".experts.")[1].split(".")[0]) for n, g in gradients.items() if g.any()}
     assert moved
     assert moved <= {0, 1}, "masked experts get no gradient"
+    return adapted

@@ -155,7 +155,10 @@ def _check_choice(layer: MoELayer) -> None:
 
     handle = layer.experts.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        layer.block(x_TD.unsqueeze(0))
+        if layer.is_whole_layer:
+            seen.append(layer.route(x_TD)[0])
+        else:
+            layer.block(x_TD.unsqueeze(0))
     except _RoutedError:
         pass
     except (RuntimeError, ValueError, IndexError, TypeError) as error:

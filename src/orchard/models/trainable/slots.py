@@ -54,7 +54,7 @@ def _name_inside_block(name: str, view: MoEView) -> str:
     """Name adapters of listed experts and linear routers as those of fused ones are named."""
     for layer in view.layers:
         block = f"{canonical(layer.path)}."
-        if name.startswith(block):
+        if name.startswith(tuple(f"{canonical(path)}." for path in layer.own_paths)):
             inside = name.removeprefix(block)
             kind, _, factor = inside.rpartition(".")
             return f"{layer.name}.{inside if kind.startswith('experts.') else f'router.{factor}'}"

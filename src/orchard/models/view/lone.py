@@ -133,7 +133,7 @@ def _choose(layer: MoELayer, x_TD: Tensor, changed: Mapping[str, Tensor]) -> tup
     """Let a block route, and stop it before its experts run."""
     # A copy: a block may add its jitter to what it reads in place.
     x_BSD = x_TD.unsqueeze(0).clone()
-    if not layer.is_fused:
+    if layer.is_whole_layer or not layer.is_fused:
         output = layer.router(x_BSD)
         routing = read_router_output(output, num_experts=layer.num_experts, block=layer.block)
         return routing.choices_TK, routing.weights_TK

@@ -7,6 +7,7 @@ that a family nobody listed works as long as it is built like the others.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -70,6 +71,29 @@ class MoELayer:
     def reads_width(self) -> int:
         """The width of what the router reads."""
         return find_reading_width(self.router, self.num_experts)
+
+    @property
+    def is_whole_layer(self) -> bool:
+        """Whether the block is a decoder layer, with attention in it (Gemma 4)."""
+        children = self.block.children()
+        return any("attention" in type(child).__name__.lower() for child in children)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether experts read something else than the block does: a narrower state, or a part."""
+        return self.is_whole_layer or self.width != self.reads_width
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """The paths of what belongs to the MoE: the block, or of a whole layer router and experts.
+
+        Shared experts are among them.
+        """
+        if not self.is_whole_layer:
+            return (self.path,)
+        own = (self.router, self.experts, *self.shared_experts)
+        named = self.block.named_children()
+        return tuple(f"{self.path}.{name}" for name, child in named if child in own)
 
     @property
     def expert_width(self) -> int:
@@ -156,7 +180,7 @@ class MoELayer:
         Returns:
             Choices (T, K), with E for none, and weights (T, K).
         """
-        if self.is_fused:
+        if self.is_fused and not self.is_whole_layer:
             choices_TK, weights_TK, _ = self._run_block(x_TD)
             return choices_TK, weights_TK
         routing = self._route_listed(x_TD)
@@ -166,12 +190,13 @@ class MoELayer:
         """Return the weighted sum of the chosen routed experts, without shared experts.
 
         Args:
-            x_TD: What the block reads, as one sequence (T, D); a capacity counts its tokens.
+            x_TD: What the block reads, as one sequence (T, D); a capacity counts its tokens. Of a
+                whole layer, what both router and experts are to read.
 
         Returns:
             (T, D), differentiable in ``x_TD``.
         """
-        if self.is_fused:
+        if self.is_fused and not self.is_whole_layer:
             return self._run_block(x_TD)[2]
         routing = self._route_listed(x_TD)
         y_TD = torch.zeros_like(x_TD)
@@ -211,6 +236,24 @@ class MoELayer:
             raise IndexError(
                 f"expert must be in 0..{self.num_experts - 1}, got {expert}; "
                 f"{self.name} has {self.num_experts} routed experts"
+            )
+
+
+def check_beside(layers: Iterable[MoELayer], *, doing: str) -> None:
+    """Refuse grafts that stand among the experts and not beside their block.
+
+    Args:
+        layers: Those with grafts.
+        doing: What cannot be done.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for layer in layers:
+        if layer.is_inside:
+            raise ValueError(
+                f"grafts must stand beside their block to be {doing}, got {layer.name}, whose "
+                "experts read another state than the block; ask the model with orchard generate"
             )
 
 

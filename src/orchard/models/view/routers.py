@@ -159,24 +159,30 @@ def find_router(siblings: dict[str, nn.Module], num_experts: int) -> nn.Module |
 
 def find_router_weight(router: nn.Module, num_experts: int) -> nn.Module | None:
     """Return the module in ``router`` whose weight has one row per expert, and perhaps others."""
-    modules = [m for m in router.modules() if _is_matrix(getattr(m, "weight", None))]
+    # Factors of adapters in it have as many rows as their rank says, which may be any number.
+    named = [(name, m) for name, m in router.named_modules() if ".lora_" not in f".{name}"]
+    modules: list[nn.Module] = [m for _, m in named if _is_matrix(getattr(m, "weight", None))]
     for module in modules:
         if len(cast(Tensor, module.weight)) == num_experts:
             return module
-    counted = [(name, value) for m in router.modules() for name, value in vars(m).items()]
+    counted = [(name, value) for _, m in named for name, value in vars(m).items()]
     more = {
         value
         for name, value in counted
         if type(value) is int and value > num_experts and ALL_ROWS.search(name)
     }
-    return next((m for m in modules if len(cast(Tensor, m.weight)) in more), None)
+    for module in modules:
+        if len(cast(Tensor, module.weight)) in more:
+            return module
+    return None
 
 
 def find_reading_width(router: nn.Module, num_experts: int) -> int:
     """Return the width of what a router reads: that of its first layer, where it has several."""
-    first = next((p for p in router.parameters() if p.ndim == 2), None)
-    if first is None:
-        first = cast(nn.Parameter, getattr(find_router_weight(router, num_experts), "weight"))  # noqa: B009
+    own = [p for name, p in router.named_parameters() if ".lora_" not in f".{name}"]
+    holder = find_router_weight(router, num_experts)
+    assert holder is not None
+    first = next((p for p in own if p.ndim == 2), cast(Tensor, holder.weight))
     return int(first.shape[1])
 
 
