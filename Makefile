@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 EXTRAS := dev,docs,report,serve,flower,tensorboard,mlflow
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all test-deployment test-newest test-lowest test-capabilities test-exhaustive mutants bench kill-test check format clean
+.PHONY: demo test test-all test-long test-deployment test-newest test-lowest test-capabilities test-exhaustive mutants bench kill-test check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
@@ -17,7 +17,9 @@ test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 # What make test runs, then what is long: whole matrices, real data, shown commands, packaging.
-test-all: test
+test-all: test test-long
+
+test-long: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "long and not deployment"
 
 # All of what make test-all has a sample of.

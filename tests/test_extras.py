@@ -92,6 +92,8 @@ def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
         "orchard.measurements.flower_peer",
         "orchard.measurements.serving",
         "orchard.measurements.serving_load",
+        "orchard.pages.charts",
+        "orchard.pages.writing",
         "orchard.serving.http",
         "orchard.serving.running",
     }

@@ -2,8 +2,8 @@
 
 The blocks of a page run one after another in one folder, as a reader would type them, with the tiny
 model for MODEL, small files under the names that pages use, and short runs (``shown_orchard``).
-Blocks of ``orchard`` commands alone run in this process, which spares each its imports; others in a
-shell. A block that cannot run stands behind a comment with the reason::
+Blocks of ``orchard`` commands alone run in this process, which spares each its imports; others in
+a shell that finds ``warm_orchard``. A block that cannot run is behind a comment with the reason::
 
     <!-- not run: needs three machines -->
 
@@ -19,6 +19,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,7 @@ import pytest
 from typer.testing import CliRunner
 
 import shown_orchard
+import warm_orchard
 from orchard.cli import app
 from orchard.data import world
 
@@ -103,6 +106,15 @@ def test_a_command_is_shortened_only_where_it_runs_and_does_not_say_otherwise() 
     ]
 
 
+@pytest.fixture(scope="module")
+def warm() -> Iterator[Path]:
+    with (
+        tempfile.TemporaryDirectory(prefix="orchard-test-") as folder,
+        warm_orchard.warm(Path(folder) / "warm") as path,
+    ):
+        yield path
+
+
 @pytest.mark.parametrize(
     "page",
     [
@@ -113,7 +125,7 @@ def test_a_command_is_shortened_only_where_it_runs_and_does_not_say_otherwise() 
     ids=name,
 )
 def test_the_blocks_of_a_page_run(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Path
 ) -> None:
     folder = tmp_path / "reader"
     write_files(folder)
@@ -121,7 +133,7 @@ def test_the_blocks_of_a_page_run(
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("PATH", f"{make_commands(tmp_path)}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", f"{make_commands(tmp_path, warm)}{os.pathsep}{os.environ['PATH']}")
     printed = ""
     for block in blocks(page):
         if block.mark == "what it prints":
@@ -155,16 +167,13 @@ def run_elsewhere(block: Block) -> str:
     return done.stdout
 
 
-def make_commands(folder: Path) -> Path:
+def make_commands(folder: Path, warm: Path) -> Path:
     """Write the commands that a shell finds: this Python, and ``orchard`` with short runs."""
     commands = folder / "bin"
     commands.mkdir()
-    for command, line in (
-        ("orchard", f"'{sys.executable}' '{shown_orchard.__file__}'"),
-        ("python", f"'{sys.executable}'"),
-    ):
-        (commands / command).write_text(f'#!/bin/sh\nexec {line} "$@"\n')
-        (commands / command).chmod(0o755)
+    warm_orchard.write_command(commands / "orchard", shown_orchard.__file__, warm)
+    (commands / "python").write_text(f"#!/bin/sh\nexec '{sys.executable}' \"$@\"\n")
+    (commands / "python").chmod(0o755)
     return commands
 
 

@@ -17,6 +17,7 @@ from orchard.data import world
 from orchard.engine.progress import choose_reporter, format_bytes, make_console
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import run_experiment
+from orchard.extras import lacking
 from orchard.personal.opening import open_model
 from orchard.personal.state import read_state
 from orchard.recipe.reading import read_recipe
@@ -90,14 +91,26 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
         console.print(f"  {name}: {answer}", highlight=False, markup=False)
     flex = shlex.quote(str(folder / "flex"))
     console.print(
-        f"\n{summary['seconds']:.0f} seconds; everything is in {folder}. Talk to an "
-        f"office's model: orchard chat {flex} --client {office}. Next: "
+        f"\n{summary['seconds']:.0f} seconds; everything is in {folder}. {_draw(folder)} Talk to "
+        f"an office's model: orchard chat {flex} --client {office}. Next: "
         "orchard show recipes/tiny/flex.toml",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
     return summary
+
+
+def _draw(folder: Path) -> str:
+    """Write the page about the three runs where that can be drawn; return where it is."""
+    runs = [folder / method for method in _MODEL]
+    if missing := lacking("report"):
+        return f"With {', '.join(missing)} installed, there would be a page with charts too."
+    from orchard.pages.writing import write_page
+
+    page = folder / "report.html"
+    write_page(runs, page)
+    return f"The charts are in {page}: open it in a browser."
 
 
 def _ask_what_offices_differ_in(seed: int) -> str:

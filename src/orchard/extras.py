@@ -12,7 +12,9 @@ EXTRAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {name: name for name in ("flwr", "cryptography", "httpx", "uvicorn")}
         ),
         "serve": MappingProxyType({name: name for name in ("fastapi", "uvicorn")}),
-        "report": MappingProxyType({"matplotlib": "matplotlib"}),
+        "report": MappingProxyType(
+            {"matplotlib": "matplotlib", "altair": "altair", "vl_convert": "vl-convert-python"}
+        ),
         "tensorboard": MappingProxyType({"tensorboard": "tensorboard"}),
         "wandb": MappingProxyType({"wandb": "wandb"}),
         "mlflow": MappingProxyType(

@@ -431,6 +431,23 @@ def compare(
             print(f"note: {note}", file=sys.stderr)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    html: Annotated[Path, typer.Option(help="The page's file; one that is there is replaced.")],
+    traceback: Traceback = False,
+) -> None:
+    """Write a page about runs: one file for any browser, which needs no network."""
+    with clear_errors(code=BAD_INPUT, traceback=traceback):
+        from orchard.extras import require
+
+        require("report", to="write a page")
+        from orchard.pages.writing import write_page
+
+        write_page(runs, html)
+    print(f"the page is {html}")
+
+
 def main() -> None:
     """Run the command line, in a terminal of any encoding."""
     write_what_the_terminal_knows()

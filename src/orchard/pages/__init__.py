@@ -1,0 +1,1 @@
+"""A page about runs that opens in any browser, without a network."""
