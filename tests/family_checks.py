@@ -30,7 +30,10 @@ def logits_of(model: nn.Module) -> Tensor:
 
 def check(model: nn.Module, folder: Path) -> None:
     """Go through names, disk, streaming, carving, adapters, grafts, masks and whole rounds."""
+    native = logits_of(model)
+    view_moe(model)
     expected = logits_of(model)
+    torch.testing.assert_close(expected, native, rtol=1e-5, atol=1e-5)
     check_names(model)
     assert torch.equal(logits_of(model), expected)
     loaded = check_stored(model, expected, str(folder))

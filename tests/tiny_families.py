@@ -111,7 +111,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "kolibri1": ("Kolibri1Config", {}),
     "laguna": ("LagunaConfig", {}),
     "lfm2_moe": ("Lfm2MoeConfig", {"layer_types": ["conv", "full_attention"]}),
-    "llama4_text": ("Llama4TextConfig", {}),
+    "llama4_text": ("Llama4TextConfig", {"num_experts_per_tok": 1}),
     "longcat_flash": ("LongcatFlashConfig", {**LATENT, "zero_expert_num": 2}),
     "mellum": ("MellumConfig", {}),
     "mimo_v2_flash": ("MiMoV2FlashConfig", {}),

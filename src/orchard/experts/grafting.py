@@ -394,6 +394,7 @@ def _add_graft(
 ) -> Any:
     x_BSD = args[0] if args else kwargs["hidden_states"]
     routed = output[0] if isinstance(output, tuple) else output
-    mixed = graft.mix(x_BSD, routed)
+    # A block may answer with all rows in one (Llama 4).
+    mixed = graft.mix(x_BSD, routed.view_as(x_BSD)).view_as(routed)
     graft.scored = None
     return (mixed, *output[1:]) if isinstance(output, tuple) else mixed

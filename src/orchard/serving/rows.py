@@ -235,7 +235,8 @@ class Rows:
         assert x_BSD.shape[0] == self._current.num_rows, "a MoE block does not see rows"
         layer, grafts = self.view.layers[index], self._current.grafts[index]
         if isinstance(output, tuple):
-            return (self._mix(layer, index, grafts, x_BSD, output[0]), *output[1:])
+            mixed_BSD = self._mix(layer, index, grafts, x_BSD, output[0].view_as(x_BSD))
+            return (mixed_BSD.view_as(output[0]), *output[1:])
         return self._mix(layer, index, grafts, x_BSD, output)
 
     def _mix(

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from orchard.models.view.adopting import adopt
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import find_router, find_top_k, probe_top_k
 from orchard.models.view.storage import FusedExperts, ListedExperts, is_fused, is_listed, is_unknown
@@ -21,7 +22,8 @@ _IS_FOR_OTHERS = re.compile(r"(^|\.)(vision|visual|image|audio)(_\w+)?\.")
 def view_moe(model: nn.Module) -> MoEView:
     """Find the MoE layers of a model that tokens of a text go through.
 
-    PEFT adapters, injected or wrapped around the model, change neither names nor values.
+    PEFT adapters, injected or wrapped around the model, change neither names nor values. Experts
+    behind a call of their own are put behind the common one (``adopting``).
 
     Raises:
         ValueError: There is no MoE layer, or experts are stored in a way this package cannot
@@ -34,7 +36,9 @@ def view_moe(model: nn.Module) -> MoEView:
             continue
         while isinstance(getattr(experts, "base_layer", None), nn.Module):
             experts = cast(nn.Module, experts.base_layer)
-        if is_unknown(experts) and "shared" not in path.rpartition(".")[2]:
+        parent, _, own = path.rpartition(".")
+        block = model.get_submodule(parent)
+        if is_unknown(experts) and "shared" not in own and not adopt(block, experts):
             raise ValueError(
                 f"experts at {path} must be fused behind transformers' experts interface or "
                 f"listed as modules, got {type(experts).__name__}; choose another checkpoint"
@@ -42,8 +46,6 @@ def view_moe(model: nn.Module) -> MoEView:
         storage = FusedExperts(experts) if is_fused(experts) else None
         if storage is None and not is_listed(experts):
             continue
-        parent, _, own = path.rpartition(".")
-        block = model.get_submodule(parent)
         layer = _build_layer(path=parent, block=block, own=own, experts=experts, storage=storage)
         if layer is not None:
             found.append(layer)
