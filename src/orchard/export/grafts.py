@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orchard.experiment.settings import graft_settings
 from orchard.models.stored.conversion import StoredModel, find_path
-from orchard.models.view.moe import MoELayer
+from orchard.models.view.moe import MoELayer, check_beside
 from orchard.models.view.storage import FusedExperts
 from orchard.personal.state import ModelState
 
@@ -31,6 +31,8 @@ def merged_grafts(
         ValueError: A tensor of a graft has no place in it.
     """
     settings = graft_settings(state.recipe)
+    if state.graft_experts:
+        check_beside(stored.whole.layers, doing="exported")
     tensors: dict[str, Tensor] = {}
     blocks, used = [], set()
     for layer in stored.whole.layers if state.graft_experts else ():

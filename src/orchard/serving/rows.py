@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from orchard.models.view.moe import MoELayer, MoEView
+from orchard.models.view.moe import MoELayer, MoEView, check_beside
 from orchard.serving.values import Factors, Member, RowGraft, RowValues
 
 _STACKED_BYTES = 8 * 2**20
@@ -183,14 +183,20 @@ class Rows:
         ]
 
     def assign(self, models: Sequence[RowValues]) -> Assignment:
-        """Return what rows of these models read."""
+        """Return what rows of these models read.
+
+        Raises:
+            ValueError: A graft stands inside its block.
+        """
+        grafted = {index for model in models for index in model.grafts}
+        check_beside([self.view.layers[index] for index in sorted(grafted)], doing="served")
         return Assignment(self.view, models, self._experts)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Let the base's layers look at the assignment while the context lasts."""
         handles = []
-        blocks = tuple(f"{layer.path}." for layer in self.view.layers)
+        blocks = tuple(f"{path}." for layer in self.view.layers for path in layer.own_paths)
         for path, module in self.model.named_modules():
             if isinstance(module, nn.Linear) and not path.startswith(blocks):
                 handles.append(module.register_forward_hook(partial(self._add_linear, path)))
@@ -229,7 +235,8 @@ class Rows:
         assert x_BSD.shape[0] == self._current.num_rows, "a MoE block does not see rows"
         layer, grafts = self.view.layers[index], self._current.grafts[index]
         if isinstance(output, tuple):
-            return (self._mix(layer, index, grafts, x_BSD, output[0]), *output[1:])
+            mixed_BSD = self._mix(layer, index, grafts, x_BSD, output[0].view_as(x_BSD))
+            return (mixed_BSD.view_as(output[0]), *output[1:])
         return self._mix(layer, index, grafts, x_BSD, output)
 
     def _mix(

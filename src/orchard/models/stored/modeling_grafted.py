@@ -140,7 +140,8 @@ def _add_graft(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     x = args[0] if args else kwargs["hidden_states"]
     graft: Any = block.graft
     if isinstance(output, tuple):
-        return graft(x, output[0]), *output[1:]
+        routed = output[0]
+        return graft(x, routed.view_as(x)).view_as(routed), *output[1:]
     return graft(x, output)
 
 

@@ -86,7 +86,9 @@ def load_config(path: str) -> Any:
             return to_qwen2_moe(published)
         if "auto_map" in published and published.get("model_type") not in CONFIG_MAPPING:
             raise _OwnCodeError
-        return AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+        # A model that also speaks (Qwen3-Omni): what answers in text is a model of its own.
+        return getattr(config, "thinker_config", config)
     except _OwnCodeError:
         raise ValueError(
             f"model.path must lead to a model that transformers knows, got {path} with "
