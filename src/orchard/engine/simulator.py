@@ -44,6 +44,7 @@ class Schedule:
         evaluate_every: Rounds between evaluations; 0 = only after the last.
         models: Which models are evaluated.
         keep_rounds: So many checkpoints stay, and two at least.
+        final_rounds: So many of the last rounds have a cosine of their own, which starts anew.
     """
 
     num_rounds: int
@@ -56,6 +57,7 @@ class Schedule:
     evaluate_every: int
     models: tuple[str, ...]
     keep_rounds: int = 0
+    final_rounds: int = 0
 
     def local(self, round_number: int) -> LocalSettings:
         """Return how clients train in a round.
@@ -65,7 +67,9 @@ class Schedule:
         """
         lr = self.lr
         if self.is_cosine:
-            angle = math.pi * (round_number - 1) / self.num_rounds
+            before = self.num_rounds - self.final_rounds
+            first, length = (0, before) if round_number <= before else (before, self.final_rounds)
+            angle = math.pi * (round_number - first - 1) / length
             lr = self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(angle))
         return LocalSettings(steps=self.steps, epochs=self.epochs, learning_rate=lr)
 
