@@ -25,7 +25,17 @@ PRIVATE = (
     "privacy.delta=1e-3",
     "privacy.random=seed",
 )
-SOUND = ("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox", "flex")
+SOUND = (
+    "fedavg",
+    "fedavgm",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+    "fedprox",
+    "flex",
+    "ditto",
+    "orchard",
+)
 
 
 def private(method: str, *overrides: str) -> Recipe:
@@ -51,7 +61,7 @@ def test_a_method_is_protected_or_refused_before_a_model_is_loaded(method: str) 
 
 def test_the_sound_and_the_refused_are_all_there_is() -> None:
     refused = {name for name in METHODS if name not in SOUND}
-    assert refused == {"scaffold", "local", *filter(has_budget, METHODS)}
+    assert refused == {"scaffold", "local", "finetune", *filter(has_budget, METHODS)}
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ class Schedule:
         is_poisson: Whether each client is in the cohort or not by itself, with the same
             probability: a cohort has ``clients_per_round`` only on average, and may be empty.
         is_secret: Whether the seed does not tell who is in a Poisson cohort.
+        final_rounds: So many of the last rounds have a cosine of their own, which starts anew.
     """
 
     num_rounds: int
@@ -64,6 +65,7 @@ class Schedule:
     keep_rounds: int = 0
     is_poisson: bool = False
     is_secret: bool = False
+    final_rounds: int = 0
 
     def local(self, round_number: int) -> LocalSettings:
         """Return how clients train in a round.
@@ -73,7 +75,9 @@ class Schedule:
         """
         lr = self.lr
         if self.is_cosine:
-            angle = math.pi * (round_number - 1) / self.num_rounds
+            before = self.num_rounds - self.final_rounds
+            first, length = (0, before) if round_number <= before else (before, self.final_rounds)
+            angle = math.pi * (round_number - first - 1) / length
             lr = self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(angle))
         return LocalSettings(steps=self.steps, epochs=self.epochs, learning_rate=lr)
 

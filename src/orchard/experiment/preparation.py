@@ -34,10 +34,14 @@ from orchard.models.stored.loading import (
     check_device,
     check_tokens,
     check_vocabulary,
+    load_config,
     load_tokenizer,
 )
+from orchard.models.stored.sources import build_view
+from orchard.models.trainable.adapters import trainable_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
+from orchard.strategies.splitting import Split
 
 
 @dataclass(frozen=True)
@@ -127,6 +131,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         )
     check_device(recipe.model.device)
     checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
+    _check_names(recipe)
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)
     if seat:
         budgets = budgets[seat.index : seat.index + 1]
@@ -174,6 +179,14 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         remarks=elsewhere.remarks,
         model_notes=(*checked.notes, *([unknown] if unknown else [])),
     )
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Check that patterns of names fit what is trained."""
+    split = Split(words(recipe.strategy.shared), words(recipe.strategy.kept))
+    if split != Split():
+        view = build_view(load_config(recipe.model.path), recipe.model.path)
+        split.check(trainable_names(view, lora_settings(recipe)))
 
 
 def _build_seat(recipe: Recipe, seat: Seat) -> Federation:

@@ -11,10 +11,11 @@ from orchard.server.accounting import affordable_rounds, noise_for, spent
 from orchard.server.privacy import Protection, seeded_noise, system_noise
 
 # Parts of a method that send a fixed set of names and leave their sum to the server.
-_SOUND = ("server", "objective", "experts")
+_SOUND = ("server", "objective", "experts", "private")
 _WHY = {
     "budget": "which experts a client sends depends on its data, and says so",
     "control": "control variates are sums over clients beside the one that is protected",
+    "last rounds": "its last rounds send nothing, and would have noise added all the same",
     "sharing": "nothing is sent that could be protected",
 }
 
@@ -34,7 +35,7 @@ def check_privacy(recipe: Recipe, *, num_clients: int) -> None:
                 f"strategy.name must be of Orchard's own methods with privacy.unit, got {name}; "
                 "what another sends is not known to be bounded"
             )
-        part = find_method(name).part
+        part = "last rounds" if name == "finetune" else find_method(name).part
         if part not in _SOUND:
             raise ValueError(
                 f"strategy.name must not hold {name} with privacy.unit = {options.unit}, got "

@@ -34,6 +34,7 @@ from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
 from orchard.models.stored.loading import load_base, threads
 from orchard.models.trainable.adapters import AdaptedModel
+from orchard.recipe.method_options import method_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.reports import build_result
@@ -157,6 +158,11 @@ def build_schedule(recipe: Recipe, *, rate: float | None = None) -> Schedule:
         keep_rounds=server.keep_rounds,
         is_poisson=bool(recipe.privacy.unit),
         is_secret=recipe.privacy.random == "system",
+        final_rounds=(
+            recipe.strategy.finetune_rounds
+            if "finetune" in method_names(recipe.strategy.name)
+            else 0
+        ),
     )
 
 
@@ -261,6 +267,10 @@ def run_experiment(
         "test_digest": experiment.digest.test,
         "learning_rate": learning_rate(recipe, model.view),
         **privacy_facts(recipe, num_clients=num_clients, rounds=state.round_number),
+        "parameters": {
+            "shared": sum(tensor.numel() for tensor in state.shared.values()),
+            "private": {client.client_id: _num_private(client) for client in clients},
+        },
         "clients": {
             client.client_id: {
                 "num_train": len(client.train),
@@ -283,3 +293,16 @@ def run_experiment(
     result = build_result(folder, facts)
     write_json(folder / "result.json", result)
     return result
+
+
+def _num_private(client: Client) -> int:
+    """Return how many numbers a client trained and keeps after the last round."""
+    rounds = client.store.rounds()
+    kept = client.store.load(before_round=rounds[-1] + 1) if rounds else None
+    if kept is None:
+        return 0
+    return sum(
+        tensor.numel()
+        for name, tensor in kept.tensors.items()
+        if tensor.is_floating_point() and not name.startswith("control.")
+    )

@@ -4,6 +4,12 @@ A graft is a client's own expert in one MoE layer, with a small sigmoid gate on 
 
     y(x) = F(x) + sigmoid(gate(x)) * graft(x)
 
+A difference graft counts only as far as it has moved from the expert E that it started as,
+
+    y(x) = F(x) + sigmoid(gate(x)) * (graft(x) - E(x))
+
+so that it is the base at first, however far its gate is open.
+
 A layer may have several grafts. They then are a small MoE of their own, of which all experts run:
 a router of one row per graft, started at the experts' rows of the layer's router, mixes them by a
 softmax, and one gate opens for the mix. It starts as open as the sum of the experts' own
@@ -54,7 +60,8 @@ class GraftSettings:
         dropout: On the input of each LoRA, in [0, 1).
         gate: ``router_row`` starts the gate at the chosen expert's router row, without bias;
             ``closed`` at zero with bias -4; ``none`` has no gate, the graft always counts fully.
-        mix: ``additive``, F + s * graft, or ``convex``, (1 - s) * F + s * graft.
+        mix: ``additive``, F + s * graft; ``convex``, (1 - s) * F + s * graft; or ``difference``,
+            F + s * (graft - E) with E as the graft was at first.
     """
 
     kind: str = "lora"
@@ -138,7 +145,7 @@ class Graft(_Mixed):
         super().__init__(settings)
         self._layer = layer
         is_dense = settings.kind == "dense"
-        tensors = origin.tensors
+        tensors = self._origin = origin.tensors
         for name in _PROJECTIONS:
             if name in tensors:
                 bias = tensors.get(f"{name}_bias")
@@ -166,12 +173,31 @@ class Graft(_Mixed):
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gate's opening in [0, 1], (B, S, 1), and the expert's output, (B, S, D)."""
-        gate_BSF = self._project("gate_proj", x_BSD) if hasattr(self, "gate_proj") else None
-        hidden_BSF = self._layer.activate(gate_BSF, self._project("up_proj", x_BSD))
-        y_BSD = self._layer.finish_expert(self._project("down_proj", hidden_BSF))
+        y_BSD = self._run(x_BSD, self._project)
+        if self._settings.mix == "difference":
+            y_BSD = y_BSD - self._run(x_BSD, self._project_as_begun)
         if self._settings.gate == "none":
             return torch.ones_like(y_BSD[..., :1]), y_BSD
         return torch.sigmoid(self._gate_scores(x_BSD)), y_BSD
+
+    def _run(
+        self, x_BSD: torch.Tensor, project: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        gate_BSF = project("gate_proj", x_BSD) if hasattr(self, "gate_proj") else None
+        hidden_BSF = self._layer.activate(gate_BSF, project("up_proj", x_BSD))
+        return self._layer.finish_expert(project("down_proj", hidden_BSF))
+
+    def _project_as_begun(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Project as the expert did that the graft started as, by the same products."""
+        module = self.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            weight, bias = self._origin[name], self._origin.get(f"{name}_bias")
+            return functional.linear(
+                x.float(), weight.float(), None if bias is None else bias.float()
+            ).to(x.dtype)
+        base = module.get_submodule("base_layer")
+        projected: torch.Tensor = base(x)
+        return projected
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         module = self.get_submodule(name)

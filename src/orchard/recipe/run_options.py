@@ -130,6 +130,13 @@ class DataOptions:
         "small for data.test_size is an error.",
         minimum=0,
     )
+    max_train: int = option(0, "Training rows per client, drawn at random; 0 = all.", minimum=0)
+    validation_size: float = option(
+        0.0,
+        "If above 0, the test rows are set aside and a part of each client's training rows is "
+        "measured instead, a share below 1 or a number: to choose options by.",
+        minimum=0,
+    )
     duplicates: str = option(
         "report",
         "Training rows that also stand in a test split: report them, or drop them.",

@@ -113,6 +113,7 @@ class _Grafts:
         stacked: Their weights (G, I, O) and biases by projection, where they are small; empty =
             ``experts`` are run one after another.
         gates: How much each group counts.
+        begun: The base's experts and the groups that count as far as they have moved from each.
     """
 
     groups: _Groups
@@ -121,6 +122,7 @@ class _Grafts:
     experts: tuple[tuple[int, Tensor], ...]
     stacked: Mapping[str, tuple[Tensor, Tensor | None]]
     gates: _Gates
+    begun: tuple[tuple[int, Tensor], ...] = ()
 
 
 class Assignment:
@@ -247,11 +249,24 @@ class Rows:
         gate_GTF = self._project(index, grafts, "gate_proj", x_GTD) if is_gated else None
         hidden_GTF = layer.activate(gate_GTF, self._project(index, grafts, "up_proj", x_GTD))
         y_GTD = layer.finish_expert(self._project(index, grafts, "down_proj", hidden_GTF))
+        for expert, group_N in grafts.begun:
+            y_GTD[group_N] = y_GTD[group_N] - self._begun(layer, index, expert, x_GTD[group_N])
         weight_GT, shut_GT = grafts.gates.weigh(x_GTD)
         own_GTD = weight_GT[..., None] * y_GTD
         if grafts.gates.any_takes:
             own_GTD = own_GTD - shut_GT[..., None] * grafts.groups.gather(routed_BSD)
         return grafts.groups.add(routed_BSD, own_GTD)
+
+    def _begun(self, layer: MoELayer, index: int, expert: int, x_NTD: Tensor) -> Tensor:
+        """Run an expert of the base as it is."""
+        tensors = self._experts[index][expert]
+
+        def project(local: str, x: Tensor) -> Tensor:
+            return functional.linear(x, tensors[local], tensors.get(f"{local}_bias"))
+
+        gate_NTF = project("gate_proj", x_NTD) if "gate_proj" in tensors else None
+        hidden_NTF = layer.activate(gate_NTF, project("up_proj", x_NTD))
+        return layer.finish_expert(project("down_proj", hidden_NTF))
 
     def _project(self, index: int, grafts: _Grafts, local: str, x_GTI: Tensor) -> Tensor:
         """Run one projection of every group: the base's expert for all that share it, then LoRA."""
@@ -340,7 +355,13 @@ def _gather_grafts(
     stacked = {}
     if len(by_expert) > 1 and not dense:
         stacked = _stack_experts([experts[member.expert] for member in own])
-    return _Grafts(groups, dense, stacks, started, stacked, _gather_gates(members, device))
+    by_begun: dict[int, list[int]] = {}
+    for group, (graft, place) in enumerate(members):
+        if graft.settings.mix == "difference":
+            by_begun.setdefault(graft.members[place].expert, []).append(group)
+    begun = tuple((expert, torch.tensor(g, device=device)) for expert, g in by_begun.items())
+    gates = _gather_gates(members, device)
+    return _Grafts(groups, dense, stacks, started, stacked, gates, begun)
 
 
 def _stack_experts(

@@ -71,6 +71,11 @@ def locate(path: str) -> str:
     return find_on_hub(source, kind="model", option="model.path")
 
 
+def make_config(family: str, **values: Any) -> Any:
+    """Return the configuration of a model type, such as ``qwen2_moe``, with these values."""
+    return AutoConfig.for_model(family, **values)
+
+
 def load_config(path: str) -> Any:
     """Read the configuration behind ``path``.
 
