@@ -26,6 +26,9 @@ PRIVATE = (
     "privacy.random=seed",
 )
 SOUND = (
+    *("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox", "flex"),
+    *("ditto", "orchard"),
+)
     "fedavg",
     "fedavgm",
     "fedadagrad",
