@@ -112,7 +112,8 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
-    check_privacy(recipe, num_clients=num_clients)
+    if seat is None:
+        check_privacy(recipe, {name: len(rows) for name, rows in federation.train.items()})
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "

@@ -224,9 +224,10 @@ class PrivacyOptions:
 
     unit: str = option(
         "",
-        "What is protected from whoever sees the global values: everything that one client has; "
+        "What is protected: client, everything that one client has, from whoever sees the global "
+        "values; example, one training row, from whoever sees whatever its client trained; "
         "empty = nothing.",
-        choices=("", "client"),
+        choices=("", "client", "example"),
     )
     epsilon: float = option(
         0.0,
@@ -239,14 +240,17 @@ class PrivacyOptions:
     )
     noise: float = option(
         0.0,
-        "Standard deviation of the noise over the norm of an update; 0 = what epsilon asks for.",
+        "Standard deviation of the noise over the norm of an update, or of an example's gradient; "
+        "0 = what epsilon asks for.",
         minimum=0,
     )
-    clip: float = option(1.0, "L2 norm that a client's update is scaled down to.", above=0)
+    clip: float = option(
+        1.0, "L2 norm that a client's update, or an example's gradient, is scaled down to.", above=0
+    )
     clip_quantile: float = option(
         0.0,
-        "Share of the clients' updates that are to be shorter than the norm, which then follows "
-        "them from round to round; 0 = the norm stays.",
+        "With client: share of the updates that are to be shorter than the norm, which then "
+        "follows them from round to round; 0 = the norm stays.",
         minimum=0,
         maximum=0.99,
     )
