@@ -1,6 +1,6 @@
 """What stock vLLM writes with one exported folder.
 
-    ENVIRONMENT/bin/python in_vllm.py ASKED.json GOT.json
+ENVIRONMENT/bin/python in_vllm.py ASKED.json GOT.json
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from typing import Any
 
 def main(asked: dict[str, Any], out: Path) -> None:
     """Answer the prompts greedily, and write down the answers and the class that gave them."""
-    from vllm import LLM, SamplingParams
+    from importlib import import_module
 
-    engine = LLM(
+    vllm: Any = import_module("vllm")  # is in no environment of this project
+
+    engine = vllm.LLM(
         model=asked["folder"],
         model_impl=asked["model_impl"],
         trust_remote_code=asked["model_impl"] == "transformers",
@@ -24,7 +26,7 @@ def main(asked: dict[str, Any], out: Path) -> None:
         enforce_eager=True,
         seed=0,
     )
-    sampling = SamplingParams(
+    sampling = vllm.SamplingParams(
         temperature=0.0, max_tokens=asked["max_new_tokens"], stop_token_ids=asked["ends"]
     )
     prompts = [{"prompt_token_ids": ids} for ids in asked["prompts"]]
