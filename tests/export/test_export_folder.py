@@ -155,6 +155,11 @@ KINDS = {
     "closed, convex": quick_recipe(
         "flex", "server.rounds=1", "strategy.graft_gate=closed", "strategy.graft_mix=convex"
     ),
+    "difference": quick_recipe(
+        "flex", "server.rounds=1", "strategy.graft_experts=2", "strategy.graft_mix=difference"
+    ),
+    "orchard": quick_recipe("orchard", "client.lr=0.01"),
+    "ditto": quick_recipe("ditto", "server.rounds=1"),
     "local": quick_recipe("local", "server.rounds=1"),
     "full": quick_recipe(
         "fedavg",

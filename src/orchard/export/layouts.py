@@ -13,11 +13,11 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import Qwen2MoeConfig
 
 from orchard.export.merging import Entry, mapping_of
 from orchard.models.stored.conversion import StoredModel
 from orchard.models.stored.deepseek_moe import is_rewritten, to_published_tensors
+from orchard.models.stored.sources import make_config
 
 Layout: TypeAlias = Literal["auto", "family", "qwen2_moe"]
 LAYOUTS: tuple[Layout, ...] = ("auto", "family", "qwen2_moe")
@@ -98,8 +98,8 @@ def to_qwen2_moe(
             "sliding_window": config.sliding_window,
             "layer_types": ["sliding_attention"] * config.num_hidden_layers,
         }
-    own_config: Any = Qwen2MoeConfig
-    made = own_config(
+    made = make_config(
+        _TWIN,
         **{**fields, "num_experts_per_tok": top_k},
         architectures=["Qwen2MoeForCausalLM"],
         qkv_bias=False,

@@ -236,7 +236,7 @@ def _load(source: str, about: dict[str, Any]) -> tuple[Any, Any]:
     if not folder.is_dir() or Checkpoint(folder).is_indexed:
         own: Any = find_auto_class(config)
         model, found = own.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **about
+            source, config=config, use_safetensors=True, output_loading_info=True, **about
         )
         return model, found
     # Without an index, or in another layout: all files count, as where experts are read singly.
