@@ -13,6 +13,7 @@ from benchmarks.adaptive_attacks.report import page as adaptive_attacks
 from benchmarks.blocks import Page
 from benchmarks.demo.report import page as demo
 from benchmarks.deployment.report import page as deployment
+from benchmarks.export.report import page as export
 from benchmarks.faults.report import page as faults
 from benchmarks.flex_hfedmoe.report import page as flex_hfedmoe
 from benchmarks.flex_table1.report import page as flex_table1
@@ -28,6 +29,7 @@ PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
         "adaptive_attacks": adaptive_attacks,
         "demo": demo,
         "deployment": deployment,
+        "export": export,
         "faults": faults,
         "flex_hfedmoe": flex_hfedmoe,
         "flex_table1": flex_table1,

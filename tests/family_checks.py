@@ -1,4 +1,4 @@
-"""What every family must pass: names, disk, streaming, carving, adapters, grafts, masks."""
+"""What every family must pass, from names to whole rounds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from family_rounds import check_rounds
 from orchard.experts.grafting import GraftSettings, grafted
 from orchard.experts.masking import detached_experts
-from orchard.models.stored.loading import check_checkpoint, load_base
+from orchard.models.stored.loading import check_checkpoint, load_base, without_progress_bars
 from orchard.models.stored.streaming import checkpoint_reader, streamed_experts
 from orchard.models.stored.submodel import load_skeleton, load_submodel
 from orchard.models.trainable.adapters import AdaptedModel
@@ -28,12 +29,17 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 def check(model: nn.Module, folder: Path) -> None:
-    """Go through names, disk, streaming, carving, adapters, grafts and masks."""
+    """Go through names, disk, streaming, carving, adapters, grafts, masks and whole rounds."""
+    native = logits_of(model)
+    view_moe(model)
     expected = logits_of(model)
+    torch.testing.assert_close(expected, native, rtol=1e-5, atol=1e-5)
     check_names(model)
     assert torch.equal(logits_of(model), expected)
-    check_stored(model, expected, str(folder))
-    check_trained(model, expected)
+    loaded = check_stored(model, expected, str(folder))
+    adapted = check_trained(loaded, logits_of(loaded))
+    adapted.load(adapted.fresh)
+    check_rounds(adapted, LORA, str(folder))
 
 
 def check_names(model: nn.Module) -> None:
@@ -50,8 +56,9 @@ def check_names(model: nn.Module) -> None:
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def check_stored(model: nn.Module, expected: Tensor, path: str) -> None:
-    model.save_pretrained(path)
+def check_stored(model: nn.Module, expected: Tensor, path: str) -> nn.Module:
+    with without_progress_bars():
+        model.save_pretrained(path)
     num_layers = len(check_checkpoint(path, LORA).view.layers)
     whole = load_base(path, dtype="float32").view
     torch.testing.assert_close(logits_of(whole.model), expected, rtol=0, atol=1e-4)
@@ -61,9 +68,10 @@ def check_stored(model: nn.Module, expected: Tensor, path: str) -> None:
     some = load_submodel(path, [[0, 3]] * num_layers, dtype="float32")
     assert all(torch.equal(some.read(name), whole.read(name)) for name in some.names())
     assert logits_of(some.model).isfinite().all()
+    return whole.model
 
 
-def check_trained(model: nn.Module, expected: Tensor) -> None:
+def check_trained(model: nn.Module, expected: Tensor) -> AdaptedModel:
     view = view_moe(model)
     adapted = AdaptedModel(view, LORA, tokenizer=NumberTokenizer(), base_digest="", seed=0)
     assert torch.equal(logits_of(model), expected), "a fresh adapter changes nothing"
@@ -89,3 +97,4 @@ def check_trained(model: nn.Module, expected: Tensor) -> None:
     moved = {int(n.split(".experts.")[1].split(".")[0]) for n, g in gradients.items() if g.any()}
     assert moved
     assert moved <= {0, 1}, "masked experts get no gradient"
+    return adapted

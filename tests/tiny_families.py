@@ -16,7 +16,7 @@ from tiny_models import randomize
 VOCABULARY, WIDTH, EXPERTS, TOP_K, EXPERT_WIDTH = 96, 32, 4, 2, 16
 
 # What families call their sizes; a config takes those that it has.
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model"), WIDTH),
     **dict.fromkeys(("num_hidden_layers", "num_layers", "max_window_layers"), 2),
     **dict.fromkeys(("num_experts", "n_routed_experts", "num_local_experts"), EXPERTS),
@@ -47,27 +47,27 @@ _SIZES: dict[str, Any] = {
     "bos_token_id": None,
     "eos_token_id": 0,
 }
-_LATENT: dict[str, Any] = {"num_key_value_heads": 4}
-_HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+LATENT: dict[str, Any] = {"num_key_value_heads": 4}
+HYBRID: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
 
 # Model type to the name of its config class and what it needs beside the sizes.
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "afmoe": ("AfmoeConfig", {}),
     "aria_text": ("AriaTextConfig", {}),
-    "axk1": ("AXK1Config", _LATENT),
-    "axk2": ("AXK2Config", _LATENT),
-    "bailing_hybrid": ("BailingHybridConfig", {**_HYBRID, **_LATENT, "layer_group_size": 2}),
+    "axk1": ("AXK1Config", LATENT),
+    "axk2": ("AXK2Config", LATENT),
+    "bailing_hybrid": ("BailingHybridConfig", {**HYBRID, **LATENT, "layer_group_size": 2}),
     "beam": ("BeamConfig", {"mlp_layer_types": ["dense", "sparse"]}),
     "cohere2_moe": ("Cohere2MoeConfig", {}),
-    "deepseek_v2": ("DeepseekV2Config", _LATENT),
-    "deepseek_v3": ("DeepseekV3Config", _LATENT),
-    "deepseek_v32": ("DeepseekV32Config", _LATENT),
+    "deepseek_v2": ("DeepseekV2Config", LATENT),
+    "deepseek_v3": ("DeepseekV3Config", LATENT),
+    "deepseek_v32": ("DeepseekV32Config", LATENT),
     "deepseek_v4": ("DeepseekV4Config", {"num_hash_layers": 1}),
     "dots1": ("Dots1Config", {}),
     "dots3_note_text": (
         "Dots3NoteTextConfig",
         {
-            **_LATENT,
+            **LATENT,
             "head_dim": 16,
             "index_head_dim": 16,
             "layer_types": ["full_attention", "full_attention"],
@@ -87,12 +87,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "glm4_moe": ("Glm4MoeConfig", {}),
-    "glm4_moe_lite": ("Glm4MoeLiteConfig", _LATENT),
-    "glm_moe_dsa": ("GlmMoeDsaConfig", _LATENT),
+    "glm4_moe_lite": ("Glm4MoeLiteConfig", LATENT),
+    "glm_moe_dsa": ("GlmMoeDsaConfig", LATENT),
     "gpt_oss": ("GptOssConfig", {"intermediate_size": 32}),
     "granitemoe": ("GraniteMoeConfig", {}),
     "granitemoe_swa": ("GraniteMoeSWAConfig", {}),
-    "granitemoehybrid": ("GraniteMoeHybridConfig", {**_HYBRID, "mamba_expand": 2}),
+    "granitemoehybrid": ("GraniteMoeHybridConfig", {**HYBRID, "mamba_expand": 2}),
     "granitemoeshared": ("GraniteMoeSharedConfig", {}),
     "hunyuan_v1_moe": ("HunYuanMoEV1Config", {}),
     "hy_v3": ("HYV3Config", {}),
@@ -106,27 +106,27 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "jetmoe": ("JetMoeConfig", {"kv_channels": 8}),
     "kimi_linear": (
         "KimiLinearConfig",
-        {**_HYBRID, **_LATENT, "linear_head_dim": 8, "linear_num_heads": 4},
+        {**HYBRID, **LATENT, "linear_head_dim": 8, "linear_num_heads": 4},
     ),
     "kolibri1": ("Kolibri1Config", {}),
     "laguna": ("LagunaConfig", {}),
     "lfm2_moe": ("Lfm2MoeConfig", {"layer_types": ["conv", "full_attention"]}),
-    "llama4_text": ("Llama4TextConfig", {}),
-    "longcat_flash": ("LongcatFlashConfig", {**_LATENT, "zero_expert_num": 2}),
+    "llama4_text": ("Llama4TextConfig", {"num_experts_per_tok": 1}),
+    "longcat_flash": ("LongcatFlashConfig", {**LATENT, "zero_expert_num": 2}),
     "mellum": ("MellumConfig", {}),
     "mimo_v2_flash": ("MiMoV2FlashConfig", {}),
     "minimax": ("MiniMaxConfig", {}),
     "minimax_m2": ("MiniMaxM2Config", {}),
     "minimax_m3_vl_text": ("MiniMaxM3VLTextConfig", {}),
-    "mistral4": ("Mistral4Config", {**_LATENT, "head_dim": 16}),
+    "mistral4": ("Mistral4Config", {**LATENT, "head_dim": 16}),
     "mixtral": ("MixtralConfig", {}),
     "nemotron_h": ("NemotronHConfig", {"layers_block_type": ["attention", "moe"]}),
     "olmoe": ("OlmoeConfig", {}),
     "phimoe": ("PhimoeConfig", {}),
     "qwen2_moe": ("Qwen2MoeConfig", {}),
-    "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", _HYBRID),
+    "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", HYBRID),
     "qwen3_moe": ("Qwen3MoeConfig", {}),
-    "qwen3_next": ("Qwen3NextConfig", _HYBRID),
+    "qwen3_next": ("Qwen3NextConfig", HYBRID),
     "qwen4_exp_text": (
         "Qwen4ExpTextConfig",
         {
@@ -149,14 +149,18 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def sized(own: Any, sizes: dict[str, Any], extra: dict[str, Any]) -> Any:
+    """Build a config with those of the sizes that it has, and what is extra."""
+    known = {*own().to_dict(), *inspect.signature(own.__init__).parameters}
+    return own(**{k: v for k, v in sizes.items() if k in known} | extra)
+
+
 def builder_of(family: str) -> Callable[[], nn.Module]:
     """Return what builds the same random model on every call."""
     name, extra = CONFIGS[family]
 
     def build() -> nn.Module:
-        own = getattr(transformers, name)
-        known = {*own().to_dict(), *inspect.signature(own.__init__).parameters}
-        config = own(**{k: v for k, v in _SIZES.items() if k in known} | extra)
+        config = sized(getattr(transformers, name), SIZES, extra)
         config.pad_token_id, config.eos_token_id = 1, 0
         config._experts_implementation = "eager"
         with torch.random.fork_rng():

@@ -15,6 +15,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "report": MappingProxyType(
             {"matplotlib": "matplotlib", "altair": "altair", "vl_convert": "vl-convert-python"}
         ),
+        "privacy": MappingProxyType({"opacus": "opacus"}),
         "tensorboard": MappingProxyType({"tensorboard": "tensorboard"}),
         "wandb": MappingProxyType({"wandb": "wandb"}),
         "mlflow": MappingProxyType(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from orchard.client.objectives import Objective, Situation, causal_lm, proximal
+from orchard.client.objectives import Objective, Situation, causal_lm, proximal, pulled
 
 
 def situation_of(*, loss: float = 2.0, share: float = 1.0) -> Situation:
@@ -33,6 +35,13 @@ def test_causal_lm_is_the_task_loss() -> None:
 def test_proximal_worked_number() -> None:
     # 2 + 0.1 / 2 * (3^2 + 1^2 + 2^2)
     assert proximal(causal_lm, mu=0.1)(situation_of()).item() == pytest.approx(2.7)
+
+
+def test_the_pull_to_what_was_sent_worked_number() -> None:
+    sent = {"a": torch.tensor([2.0]), "b": torch.zeros(2), "other": torch.ones(3)}
+    situation = replace(situation_of(share=0.5), broadcast=sent)
+    # 2 + 0.5 * 0.1 / 2 * (3^2 + 1^2 + 2^2)
+    assert pulled(strength=0.1)(situation).item() == pytest.approx(2.35)
 
 
 def test_proximal_pulls_back_with_mu_times_the_distance() -> None:

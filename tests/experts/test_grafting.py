@@ -196,7 +196,7 @@ def test_names_say_graft_and_layer(settings: GraftSettings) -> None:
         assert "layers.0.graft.up_proj.weight" in grafts.names
 
 
-@pytest.mark.parametrize("mix", ["additive", "convex"])
+@pytest.mark.parametrize("mix", ["additive", "convex", "difference"])
 @pytest.mark.parametrize("family", ["qwen2_moe", "gpt_oss", "deepseek_moe_16b"])
 def test_the_mix_is_its_formula(family: str, mix: str) -> None:
     model = adapt(family)
@@ -213,8 +213,41 @@ def test_the_mix_is_its_formula(family: str, mix: str) -> None:
             with torch.no_grad():
                 _, y_BSD = graft(x_BSD)
                 routed_BSD = first(plain(layer, x_BSD))
-            kept = routed_BSD if mix == "additive" else (1 - s_BS1) * routed_BSD
+            kept = (1 - s_BS1) * routed_BSD if mix == "convex" else routed_BSD
             torch.testing.assert_close(first(output), kept + s_BS1 * y_BSD, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", ["router_row", "closed", "none"])
+@pytest.mark.parametrize(("family", "kind"), [*zip(SOME, [*KINDS * 4], strict=False)])
+def test_a_fresh_difference_graft_is_the_base_bit_for_bit_however_open(
+    family: str, kind: str, gate: str
+) -> None:
+    model = adapt(family)
+    stir(model)
+    expected = logits_of(model)
+    settings = replace(LORA, kind=kind, gate=gate, mix="difference")
+    with grafted(model, CHOICE, settings, seed=0) as grafts:
+        assert torch.equal(logits_of(model), expected)
+        stir_grafts(model, grafts)
+        assert not torch.equal(logits_of(model), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_difference_graft_counts_what_it_has_moved_from_its_expert(kind: str) -> None:
+    model = adapt("gpt_oss")
+    x_BSD = torch.randn(2, 3, WIDTH, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for mix in ("additive", "difference"):
+        settings = replace(LORA, kind=kind, mix=mix)
+        with grafted(model, CHOICE, settings, seed=0) as grafts, torch.no_grad():
+            _, begun_BSD = grafts.modules[0](x_BSD)
+            stir_grafts(model, grafts)
+            _, found[mix] = grafts.modules[0](x_BSD)
+        if mix == "additive":
+            expert_BSD = begun_BSD
+    moved_BSD = found["additive"] - expert_BSD
+    assert float(moved_BSD.abs().max()) > 0.01
+    torch.testing.assert_close(found["difference"], moved_BSD, rtol=1e-5, atol=1e-5)
 
 
 def test_a_lora_graft_is_its_expert_with_merged_weights() -> None:

@@ -65,7 +65,7 @@ def test_several_grafts_start_as_the_router_would_mix_them_alone(gate: str, fami
             torch.testing.assert_close(first(output), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mix", ["additive", "convex"])
+@pytest.mark.parametrize("mix", ["additive", "convex", "difference"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_shut_grafts_are_the_base_and_detach(kind: str, mix: str) -> None:
     model = adapt()

@@ -14,6 +14,7 @@ import transformers
 
 from federations import quick_recipe, run_quickly
 from orchard.export.folder import export_model
+from orchard.export.layouts import Layout
 from orchard.models.view.detection import view_moe
 from orchard.personal.opening import open_model
 from orchard.personal.state import ModelState, find_models, read_state
@@ -28,8 +29,8 @@ def written(model: Any) -> list[list[int]]:
     ).tolist()
 
 
-def check(state: ModelState, out: Path, *, close: float = 1e-5) -> Any:
-    done = export_model(state, out, shard_bytes=20_000)
+def check(state: ModelState, out: Path, *, close: float = 1e-5, layout: Layout = "auto") -> Any:
+    done = export_model(state, out, layout=layout, shard_bytes=20_000)
     loaded, found = transformers.AutoModelForCausalLM.from_pretrained(
         out,
         dtype=torch.float32,
@@ -66,7 +67,8 @@ def test_a_grafted_model_loads_by_its_own_file(
     family: str, grafts: tuple[int, ...], tmp_path: Path
 ) -> None:
     recipe = recipe_on(checkpoint(family, tmp_path / "base"), family, "flex")
-    check(state_of(recipe, grafts=grafts), tmp_path / "out")
+    loaded = check(state_of(recipe, grafts=grafts), tmp_path / "out", layout="family")
+    assert type(loaded).__name__ == "GraftedForCausalLM"
 
 
 def test_a_carved_model_is_its_family_with_fewer_experts(tmp_path: Path) -> None:
@@ -153,6 +155,11 @@ KINDS = {
     "closed, convex": quick_recipe(
         "flex", "server.rounds=1", "strategy.graft_gate=closed", "strategy.graft_mix=convex"
     ),
+    "difference": quick_recipe(
+        "flex", "server.rounds=1", "strategy.graft_experts=2", "strategy.graft_mix=difference"
+    ),
+    "orchard": quick_recipe("orchard", "client.lr=0.01"),
+    "ditto": quick_recipe("ditto", "server.rounds=1"),
     "local": quick_recipe("local", "server.rounds=1"),
     "full": quick_recipe(
         "fedavg",

@@ -156,3 +156,63 @@ def test_the_command_writes_a_whole_folder(run: Path, tmp_path: Path) -> None:
     assert json.loads((out / "orchard.json").read_text())["client"] == client
     place = str(Path(short_model()).parent)
     assert all(place not in file.read_text() for file in out.glob("*.[jm][sd]*"))
+
+
+def told(*words: object) -> tuple[int, str, str]:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    return done.exit_code, done.stdout, done.stderr
+
+
+def test_a_folder_with_grafts_is_measured_as_its_run_is(run: Path, tmp_path: Path) -> None:
+    client, out = find_models(run)[0], tmp_path / "out"
+    data = tmp_path / "new.jsonl"
+    data.write_text('{"instruction": "Greet Mila", "response": "Hello, Mila"}\n')
+    export_model(read_state(run, client=client), out)
+    code, shown, error = told("evaluate", run, "--client", client, "--data", data, "--json")
+    assert code == 0, error
+    wanted = json.loads(shown)
+    code, shown, error = told("evaluate", out, "--data", data, "--json")
+    assert code == 0, error
+    assert "is not here" in error  # a card names no folder of the machine that trained it
+    (exported,) = json.loads(shown).values()
+    assert exported["loss"] == pytest.approx(wanted["personal"]["loss"], abs=1e-5)
+    code, shown, error = told(
+        *("evaluate", out, "--data", data, "--json", "--model", short_model())
+    )
+    assert code == 0, error
+    assert json.loads(shown)["base"] == wanted["base"]
+
+
+def changed_file(folder: Path, mark: Path) -> None:
+    file = folder / "modeling_grafted.py"
+    file.write_text(file.read_text() + f"\nopen({str(mark)!r}, 'w')\n")
+
+
+def another_file(folder: Path, mark: Path) -> None:
+    (folder / "other.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoConfig"] = "other.GraftedConfig"
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def tokenizer_code(folder: Path, mark: Path) -> None:
+    (folder / "other.py").write_text(f"open({str(mark)!r}, 'w')\n")
+    file = folder / "tokenizer_config.json"
+    own = json.loads(file.read_text())
+    own |= {"auto_map": {"AutoTokenizer": ["other.Own", None]}, "tokenizer_class": "Own"}
+    file.write_text(json.dumps(own))
+
+
+@pytest.mark.parametrize("change", [changed_file, another_file, tokenizer_code])
+def test_code_of_others_is_never_run(
+    run: Path, change: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
+    out, mark = tmp_path / "out", tmp_path / "was_run"
+    data = tmp_path / "new.jsonl"
+    data.write_text('{"instruction": "Greet Mila", "response": "Hello, Mila"}\n')
+    export_model(read_state(run, client=find_models(run)[0]), out)
+    change(out, mark)
+    code, _, error = told("evaluate", out, "--data", data)
+    assert code == 2
+    assert error.strip().count("\n") <= 1
+    assert not mark.exists()

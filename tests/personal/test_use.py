@@ -224,7 +224,7 @@ def test_an_exported_folder_is_measured_beside_its_base(run: Path, tmp_path: Pat
     (folder / "config.json").write_text(json.dumps({**config, "auto_map": {}}))
     code, _, error = command("evaluate", folder, "--data", data)
     assert code == 2
-    assert "without code of its own, got a model with a graft" in error
+    assert "got other code, which is not run" in error
 
 
 def test_the_best_round_is_the_one_of_the_best_measure(run: Path) -> None:

@@ -52,6 +52,8 @@ CASES = {
     "two grafts": (("q_proj",), (), GraftSettings(rank=4), ((1, 5), (2,))),
     "dense, closed": (("o_proj",), (), GraftSettings("dense", gate="closed"), ((0,), (3,))),
     "convex": (("q_proj",), (), GraftSettings(rank=2, mix="convex"), ((1, 2), (4,))),
+    "difference": (("q_proj",), (), GraftSettings(rank=2, mix="difference"), ((1, 2), (4,))),
+    "dense difference": (("v_proj",), (), GraftSettings("dense", mix="difference"), ((1,), (4,))),
     "routed": (("q_proj", "router", "experts"), (), None, ((), ())),
     "full": (("q_proj",), ("router", "experts"), None, ((), ())),
 }

@@ -30,6 +30,10 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="float32 or bfloat16; by default as the run computed.")
     ] = "",
+    layout: Annotated[
+        str,
+        typer.Option("--as", help="family or qwen2_moe; by default one without code if there is."),
+    ] = "auto",
     traceback: Traceback = False,
 ) -> None:
     """Write a trained model as a folder that transformers, or PEFT, loads without Orchard."""
@@ -41,6 +45,16 @@ def export(
         if dtype not in ("", "float32", "bfloat16"):
             raise ValueError(
                 f"--dtype must be float32 or bfloat16, got {dtype}; leave it out for the run's"
+            )
+        if layout not in ("auto", "family", "qwen2_moe"):
+            raise ValueError(
+                f"--as must be family or qwen2_moe, got {layout}; leave it out for one without "
+                "code where there is"
+            )
+        if layout != "auto" and (adapter or graft):
+            raise ValueError(
+                f"--as must be left out with --adapter and --graft, got {layout}; it says how a "
+                "whole folder is written"
             )
         from orchard.export.parts import export_adapter, export_graft
         from orchard.export.writing import check_new
@@ -59,7 +73,13 @@ def export(
             from orchard.models.stored.sources import without_progress_bars
 
             with without_progress_bars():
-                done = export_model(state, out, dtype=dtype or None, run=run)
+                done = export_model(
+                    state,
+                    out,
+                    dtype=dtype or None,
+                    layout=layout,  # type: ignore[arg-type]
+                    run=run,
+                )
             trust = "" if done.is_stock else ", trust_remote_code=True"
             print(
                 f"{out}: {done.num_bytes:,} bytes; "

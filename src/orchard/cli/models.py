@@ -233,12 +233,12 @@ def evaluate(
         from orchard.tables import print_table
 
         if run is not None and (run / EXPORTED).is_file():
-            if client is not None or is_global or round_number is not None or model is not None:
+            if client is not None or is_global or round_number is not None:
                 raise ValueError(
-                    f"--client, --global, --round and --model must be left out with an exported "
+                    f"--client, --global and --round must be left out with an exported "
                     f"folder, got one with {run}, which holds one model"
                 )
-            measured, notes = measure_folder(run, data, device=device)
+            measured, notes = measure_folder(run, data, base=model, device=device)
             title = f"{run.name}, on {data.name}"
         else:
             state = _choose(

@@ -45,6 +45,24 @@ def causal_lm(situation: Situation) -> torch.Tensor:
     return situation.task_loss
 
 
+def pulled(*, strength: float) -> Objective:
+    """Return the task loss plus strength / 2 times the squared distance from what was sent.
+
+    Source: Ditto (Li et al., 2021, arXiv:2012.04221), Eq. 3.
+    """
+
+    def objective(situation: Situation) -> torch.Tensor:
+        distance = torch.stack(
+            [
+                (parameter - situation.broadcast[name].to(parameter.device)).square().sum()
+                for name, parameter in situation.shared.items()
+            ]
+        ).sum()
+        return situation.task_loss + situation.share * strength / 2 * distance
+
+    return objective
+
+
 def proximal(inner: Objective, *, mu: float) -> Objective:
     """Add mu / 2 times the squared distance from the global values to an objective.
 

@@ -109,6 +109,11 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
             "deployment.sites must say how many sites take part, got 0; for example "
             "deployment.sites=3"
         )
+    if recipe.privacy.unit:
+        raise ValueError(
+            f"privacy.unit must be empty between sites, got {recipe.privacy.unit}; so far updates "
+            "are protected in orchard run alone"
+        )
     build_strategy(recipe, num_clients=num_sites)  # what cannot be put on is refused here
     for name, value in (
         ("deployment.quorum", recipe.deployment.quorum),

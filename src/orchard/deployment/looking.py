@@ -8,7 +8,7 @@ from orchard.communication.readable import readable
 from orchard.deployment.consent import SiteSettings
 from orchard.deployment.limits import LIMITS
 from orchard.deployment.terms import term_keys
-from orchard.experiment.methods import check_strategy, has_part
+from orchard.experiment.methods import check_strategy, has_grafts, has_part
 from orchard.experiment.planning import ClientPlan, make_plan
 from orchard.experiment.preparation import Experiment
 from orchard.recipe.options import Recipe
@@ -118,7 +118,7 @@ def _kept(recipe: Recipe, settings: SiteSettings) -> list[str]:
         f"{settings.store}: the audit log, this run's terms, logs",
         "the recipe and the global values that it was sent last, for its own model",
     ]
-    if "flex" in methods:
+    if has_grafts(methods):
         entries.append("grafts and their gates, the last three versions, which are never sent")
     if has_part(methods, "control"):
         entries.append("control variates")

@@ -11,7 +11,7 @@ from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings
 from orchard.communication.refusals import Code
 from orchard.deployment.consent import Consent, Refusal
-from orchard.experiment.methods import check_strategy, has_part
+from orchard.experiment.methods import check_strategy, has_grafts, has_part
 from orchard.experiment.preparation import Experiment
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
@@ -21,9 +21,11 @@ _OF_NO_ROW = frozenset(
     {
         *("client/num_examples", "client/prepare_seconds", "client/train_seconds"),
         *("client/evaluation_seconds", "client/dropped_out", "client/budget_experts"),
+        *("client/num_steps", "client/own_num_steps", "client/own_train_seconds"),
     }
 )
 _OF_TRAINING = frozenset({"client/train_loss", "client/num_tokens"})
+_OF_JUDGES = ("client/own_", "client/shared_judged_")
 _JOINED_WITH = "client/num_examples"  # whole, as when the site joined
 
 
@@ -85,16 +87,20 @@ class Rows:
         trained: Rows that training reads.
         ranked: Rows that experts are ranked on for longer than a batch.
         grafted: Rows that grafts are chosen on.
+        judging: Rows that judge what a client trains apart.
     """
 
     trained: int
     ranked: int
     grafted: int
+    judging: int = 0
 
     def behind(self, name: str) -> int:
         """Return how many rows a metric rests on."""
         if name in _OF_TRAINING:
             return self.trained
+        if name.startswith(_OF_JUDGES):
+            return self.judging
         chosen = self.grafted if name.startswith("client/graft_") else self.ranked
         return min(self.trained, chosen)
 
@@ -108,14 +114,15 @@ def rows_read(recipe: Recipe, client: Client, settings: LocalSettings) -> Rows:
     by_batch = "hfedmoe" in methods and recipe.selection.cadence in ("batch", "steps")
     if has_part(methods, "budget") and not by_batch:
         ranked = min(number, step * recipe.selection.scoring_batches)
-    if "flex" in methods:
+    judging = min(number, round(recipe.strategy.holdout * number))
+    if has_grafts(methods):
         pools = {"corpus": list(client.calibration_corpus), "own": list(client.train)}
         pool = pools.get(recipe.strategy.calibration)
         lengths = [len(own.input_ids) for own in (pool or client.majority_examples())]
         grafted = _rows_within(
             lengths, recipe.strategy.calibration_blocks * recipe.strategy.calibration_tokens
         )
-    return Rows(trained, ranked, grafted)
+    return Rows(trained, ranked, grafted, judging)
 
 
 def _rows_within(lengths: Sequence[int], num_tokens: int) -> int:

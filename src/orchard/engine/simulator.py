@@ -8,12 +8,15 @@ tensors of an uninterrupted one.
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from array import array
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+import numpy as np
 
 from orchard.client.client import Client
 from orchard.client.kept_messages import read_task, write_update
@@ -44,6 +47,10 @@ class Schedule:
         evaluate_every: Rounds between evaluations; 0 = only after the last.
         models: Which models are evaluated.
         keep_rounds: So many checkpoints stay, and two at least.
+        is_poisson: Whether each client is in the cohort or not by itself, with the same
+            probability: a cohort has ``clients_per_round`` only on average, and may be empty.
+        is_secret: Whether the seed does not tell who is in a Poisson cohort.
+        final_rounds: So many of the last rounds have a cosine of their own, which starts anew.
     """
 
     num_rounds: int
@@ -56,6 +63,9 @@ class Schedule:
     evaluate_every: int
     models: tuple[str, ...]
     keep_rounds: int = 0
+    is_poisson: bool = False
+    is_secret: bool = False
+    final_rounds: int = 0
 
     def local(self, round_number: int) -> LocalSettings:
         """Return how clients train in a round.
@@ -65,7 +75,9 @@ class Schedule:
         """
         lr = self.lr
         if self.is_cosine:
-            angle = math.pi * (round_number - 1) / self.num_rounds
+            before = self.num_rounds - self.final_rounds
+            first, length = (0, before) if round_number <= before else (before, self.final_rounds)
+            angle = math.pi * (round_number - first - 1) / length
             lr = self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(angle))
         return LocalSettings(steps=self.steps, epochs=self.epochs, learning_rate=lr)
 
@@ -92,6 +104,11 @@ def sample_clients(
 ) -> list[_AnyClient]:
     """Draw the cohort of a round, in the order of ``clients``, which may be their names."""
     size = schedule.clients_per_round or len(clients)
+    if schedule.is_poisson:
+        own = np.random.default_rng(secrets.randbits(128)) if schedule.is_secret else None
+        draws = own or seeds.generator("cohort", round_number)
+        is_in = draws.random(len(clients)) < size / len(clients)
+        return [client for client, takes_part in zip(clients, is_in, strict=True) if takes_part]
     drawn = seeds.generator("cohort", round_number).choice(len(clients), size, replace=False)
     return [clients[index] for index in sorted(int(i) for i in drawn)]
 
@@ -164,6 +181,8 @@ def simulate(
             covered = coverage.summary()
             since_sent = covered.get("rounds_since_sent", {})
             summary = tally.summary(channel, seconds=now - mark) | covered
+            if strategy.protection is not None:
+                summary["round/epsilon"] = strategy.protection.spent(round_number)
             mark = now
             log.append({"kind": "round", "round": round_number, **summary})
             save_checkpoint(checkpoints, state, about=about, keep=schedule.keep_rounds)

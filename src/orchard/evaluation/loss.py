@@ -111,12 +111,33 @@ def _read_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[lis
 
 
 @torch.inference_mode()
-def mean_loss(model: AdaptedModel, examples: Sequence[Encoded], *, batch_size: int) -> float:
-    """Return the mean cross-entropy per response token over all examples, in nats."""
-    by_length = sorted(examples, key=lambda example: len(example.input_ids))
+def mean_loss(
+    model: AdaptedModel,
+    examples: Sequence[Encoded],
+    *,
+    batch_size: int,
+    of_each: list[tuple[float, int]] | None = None,
+) -> float:
+    """Return the mean cross-entropy per response token over all examples, in nats.
+
+    Args:
+        model: The model, as it stands.
+        examples: Encoded examples.
+        batch_size: Examples at a time.
+        of_each: Gets for each example, in their order, the sum over its tokens and their number.
+    """
+    order = sorted(range(len(examples)), key=lambda index: len(examples[index].input_ids))
     sums, num_tokens = [], 0
-    for start in range(0, len(by_length), batch_size):
-        losses_T, _ = forward_losses(model, by_length[start : start + batch_size])
+    found: dict[int, tuple[float, int]] = {}
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
+        losses_T, _ = forward_losses(model, [examples[index] for index in batch])
         sums.append(float(losses_T.double().sum()))
         num_tokens += losses_T.numel()
+        # What stands first is predicted by nothing before it.
+        counts = [sum(label != IGNORED for label in examples[i].labels[1:]) for i in batch]
+        for index, own_T in zip(batch, torch.split(losses_T.double(), counts), strict=True):
+            found[index] = (float(own_T.sum()), own_T.numel())
+    if of_each is not None:
+        of_each += [found[index] for index in range(len(examples))]
     return math.fsum(sums) / num_tokens

@@ -68,6 +68,10 @@ class Answer:
 KeepAnswers: TypeAlias = Callable[[Sequence[Answer]], None]
 """Takes the answers to all examples, in their order."""
 
+KeepScores: TypeAlias = Callable[[Mapping[str, Sequence[float]]], None]
+"""Takes by metric the scores of all examples, in their order: of ``loss`` sums over tokens, whose
+numbers are ``num_tokens``, of ``accuracy`` 1 where the right option is the likeliest."""
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -96,6 +100,7 @@ def evaluate(
     settings: EvaluationSettings,
     *,
     keep: KeepAnswers | None = None,
+    note: KeepScores | None = None,
 ) -> dict[str, float]:
     """Measure the model as it stands.
 
@@ -104,6 +109,7 @@ def evaluate(
         examples: What it is measured on.
         settings: What is measured, and how.
         keep: Called with the answers, where any are generated.
+        note: Called with the scores of each example.
 
     Returns:
         Metric to value: ``loss`` in nats per learned token, ``rouge_l`` (F1, stemmed), ``chrf``
@@ -115,7 +121,7 @@ def evaluate(
         ValueError: ``accuracy`` is asked for, and an example has no options.
     """
     with unbound_experts(model.view):
-        return _evaluate(model, examples, settings, keep)
+        return _evaluate(model, examples, settings, keep, note)
 
 
 def _evaluate(
@@ -123,11 +129,14 @@ def _evaluate(
     examples: Sequence[TestExample],
     settings: EvaluationSettings,
     keep: KeepAnswers | None,
+    note: KeepScores | None,
 ) -> dict[str, float]:
     values: dict[str, float] = {}
+    of_each: dict[str, Sequence[float]] = {}
     if "loss" in settings.metrics:
-        encoded = [example.encoded for example in examples]
-        values["loss"] = mean_loss(model, encoded, batch_size=settings.batch_size)
+        encoded, sums = [example.encoded for example in examples], list[tuple[float, int]]()
+        values["loss"] = mean_loss(model, encoded, batch_size=settings.batch_size, of_each=sums)
+        of_each = {"loss": [s for s, _ in sums], "num_tokens": [n for _, n in sums]}
     wanted = [metric for metric in _OF_ANSWERS if metric in settings.metrics]
     if wanted:
         prompts = [example.encoded.prompt_ids for example in examples]
@@ -141,6 +150,7 @@ def _evaluate(
         references = [example.reference for example in examples]
         scores = {metric: _OF_ANSWERS[metric](answers, references) for metric in wanted}
         values |= {metric: fmean(found) for metric, found in scores.items()}
+        of_each |= scores
         if keep is not None:
             texts = model.tokenizer.batch_decode(prompts, skip_special_tokens=True)
             keep(
@@ -160,8 +170,12 @@ def _evaluate(
             normalization=settings.length_normalization,
         )
         pairs = zip(chosen, examples, strict=True)
-        values["accuracy"] = fmean(index == example.answer for index, example in pairs)
+        right = [float(index == example.answer) for index, example in pairs]
+        values["accuracy"] = fmean(right)
+        of_each["accuracy"] = right
         values[f"accuracy{STDERR}"] = standard_error(values["accuracy"], len(examples))
+    if note is not None:
+        note(of_each)
     return values
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from orchard.client.requirements import Requirements, TrainingShape
-from orchard.experiment.methods import METHODS, check_strategy, has_part
+from orchard.experiment.methods import METHODS, check_strategy, has_grafts, has_part
 from orchard.experiment.settings import graft_settings, lora_settings
 from orchard.experts.allocation import allocate
 from orchard.experts.grafting import GraftSettings
@@ -188,7 +188,7 @@ def build_requirements(recipe: Recipe, view: MoEView) -> Requirements:
         optimizer=client.optimizer,
         is_carved=chooses and selection.mode == "carve",
         num_choices=num_choices,
-        personal=_personal(recipe, view) if "flex" in methods else 0,
+        personal=_personal(recipe, view) if has_grafts(methods) else 0,
     )
     stored_bytes = open_checkpoint(recipe.model.path).num_bytes
     return Requirements(view.model.config, shape, stored_bytes=stored_bytes)
@@ -270,7 +270,7 @@ def check_grafts(recipe: Recipe, view: MoEView) -> None:
     Raises:
         ValueError: A layer has fewer experts, or the budget fits no number of grafts per layer.
     """
-    if "flex" not in check_strategy(recipe.strategy.name):
+    if not has_grafts(check_strategy(recipe.strategy.name)):
         return
     number, budget = recipe.strategy.graft_experts, recipe.strategy.graft_budget
     smallest = min(layer.num_experts for layer in view.layers)

@@ -81,7 +81,7 @@ def build_federation(recipe: Recipe) -> Federation:
         test = {office.name: list(office.test) for office in offices}
     elif data.partition == "file":
         clients = _without_small(_read_clients(data, remarks), data, remarks)
-        train, test = _split_each(clients, data, seeds)
+        train, test = _split_each(clients, _test_size(data.test_size), seeds)
     else:
         train, test = _divide(_read_pool(data, remarks), data, seeds, remarks)
     return _finish(recipe, train, test, remarks)
@@ -103,6 +103,13 @@ def _finish(
     num_dropped = 0
     if data.duplicates == "drop":
         train, num_dropped = partition.without_duplicates(train, splits)
+    if data.validation_size:
+        train, splits = _split_each(
+            train, _test_size(data.validation_size, "validation_size"), seeds, "validation"
+        )
+        has_central_test = False
+    if data.max_train:
+        train = {c: _capped(own, data.max_train, seeds, c) for c, own in train.items()}
     limit = recipe.evaluation.max_examples
     if limit:
         splits = {client: _sample(examples, limit, seeds) for client, examples in splits.items()}
@@ -132,7 +139,8 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
             f"client {client_id!r} must hold at least {data.min_examples} examples "
             f"(data.min_examples), got {num_examples}; add some, or take no part"
         )
-    train, test = _split_each({client_id: reading.examples}, data, seeds)
+    size = _test_size(data.test_size)
+    train, test = _split_each({client_id: reading.examples}, size, seeds)
     return _finish(recipe, train, test, remarks)
 
 
@@ -198,6 +206,14 @@ def _read_other(path: str, data: DataOptions, option: str, remarks: list[str]) -
 def _sample(examples: Sequence[Example], size: int, seeds: Seeds) -> list[Example]:
     """Draw ``size`` examples in their order; the same ones from lists of equal length."""
     order = seeds.generator("evaluation sample").permutation(len(examples))[:size]
+    return [examples[index] for index in sorted(order.tolist())]
+
+
+def _capped(examples: Sequence[Example], size: int, seeds: Seeds, client_id: str) -> list[Example]:
+    """Draw at most ``size`` training rows of a client, in their order."""
+    if len(examples) <= size:
+        return list(examples)
+    order = seeds.generator("training rows", client_id).permutation(len(examples))[:size]
     return [examples[index] for index in sorted(order.tolist())]
 
 
@@ -284,14 +300,14 @@ def _without_small(
 
 
 def _split_each(
-    clients: Mapping[str, Sequence[Example]], data: DataOptions, seeds: Seeds
+    clients: Mapping[str, Sequence[Example]], size: int | float, seeds: Seeds, what: str = "test"
 ) -> tuple[dict[str, list[Example]], dict[str, list[Example]]]:
     train, test = {}, {}
     for client, examples in clients.items():
         train_indices, test_indices = partition.split_test(
             range(len(examples)),
-            _test_size(data),
-            seeds.generator("test split", client),
+            size,
+            seeds.generator(f"{what} split", client),
             client_id=client,
         )
         train[client] = [examples[index] for index in train_indices]
@@ -332,7 +348,7 @@ def _divide(
     held = _without_small(held, data, remarks)
     if central:
         return held, dict.fromkeys(held, central)
-    return _split_each(held, data, seeds)
+    return _split_each(held, _test_size(data.test_size), seeds)
 
 
 def _check_categories(labels: Sequence[str], data: DataOptions, remarks: list[str]) -> None:
@@ -375,11 +391,9 @@ def _partition(
     return partition.iid(len(labels), data.num_clients, generator)
 
 
-def _test_size(data: DataOptions) -> int | float:
-    if data.test_size < 1:
-        return data.test_size
-    if data.test_size != int(data.test_size):
-        raise ValueError(
-            f"data.test_size must be a share below 1 or a whole number, got {data.test_size}"
-        )
-    return int(data.test_size)
+def _test_size(size: float, option: str = "test_size") -> int | float:
+    if size < 1:
+        return size
+    if size != int(size):
+        raise ValueError(f"data.{option} must be a share below 1 or a whole number, got {size}")
+    return int(size)

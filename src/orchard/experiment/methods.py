@@ -15,20 +15,25 @@ from orchard.experiment.settings import graft_settings, subset_settings
 from orchard.experts.graft_search import SearchSettings
 from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.recipe.options import Recipe
+from orchard.recipe.reading import words
 from orchard.server.optimizers import SGD
 from orchard.server.robust import MIN_CONTRIBUTORS, RobustSettings, robust_aggregate
+from orchard.strategies.ditto import ditto
 from orchard.strategies.fedavg_dropout import fedavg_dropout
 from orchard.strategies.fedavg_random import fedavg_random
 from orchard.strategies.fedmoe import fedmoe
 from orchard.strategies.fedopt import adaptive, fedavgm
 from orchard.strategies.fedprox import fedprox
+from orchard.strategies.finetune import finetune
 from orchard.strategies.flex import FlexSettings, flex
 from orchard.strategies.hfedmoe import HfedmoeSettings, hfedmoe
 from orchard.strategies.local import local
+from orchard.strategies.orchard import orchard
 from orchard.strategies.pflmoe import pflmoe
 from orchard.strategies.scaffold import scaffold
 from orchard.strategies.seermoe import seermoe
 from orchard.strategies.session import SubsetSettings
+from orchard.strategies.splitting import Split, in_turn, split_names
 from orchard.strategies.strategy import Aggregate, Strategy, by_num_examples, mean_delta, uniformly
 
 ADAPTIVE_LR = 1e-3  # of FedAdagrad, FedAdam and FedYogi in FLEx's code
@@ -50,23 +55,47 @@ def _fedavgm(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
     return fedavgm(strategy, lr=s.lr or 1.0, momentum=s.momentum, dampening=s.dampening)
 
 
-def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+def _flex_settings(recipe: Recipe) -> FlexSettings:
     s = recipe.strategy
     has_budget = has_part(check_strategy(s.name), "budget")
-    return flex(
-        strategy,
-        FlexSettings(
-            graft=graft_settings(recipe),
-            num_experts=s.graft_experts,
-            budget=s.graft_budget,
-            choice=s.graft_choice,
-            search=SearchSettings(loss=s.graft_loss, max_sets=s.graft_max_sets),
-            calibration=s.calibration,
-            calibration_blocks=s.calibration_blocks,
-            calibration_tokens=s.calibration_tokens,
-            holds_all=not (has_budget and recipe.selection.mode == "carve"),
-        ),
+    return FlexSettings(
+        graft=graft_settings(recipe),
+        num_experts=s.graft_experts,
+        budget=s.graft_budget,
+        choice=s.graft_choice,
+        search=SearchSettings(loss=s.graft_loss, max_sets=s.graft_max_sets),
+        calibration=s.calibration,
+        calibration_blocks=s.calibration_blocks,
+        calibration_tokens=s.calibration_tokens,
+        holds_all=not (has_budget and recipe.selection.mode == "carve"),
     )
+
+
+def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    return flex(strategy, _flex_settings(recipe))
+
+
+def _orchard(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    return orchard(strategy, _flex_settings(recipe), holdout=recipe.strategy.holdout)
+
+
+def _ditto(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    return ditto(strategy, strength=recipe.strategy.ditto_lambda)
+
+
+def _finetune(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
+    rounds, last = recipe.server.rounds, recipe.strategy.finetune_rounds
+    if last >= rounds:
+        raise ValueError(
+            f"strategy.finetune_rounds must be in 1..{rounds - 1} (server.rounds less one), got "
+            f"{last}; lower it, or raise server.rounds"
+        )
+    if recipe.server.clients_per_round not in (0, num_clients):
+        raise ValueError(
+            f"server.clients_per_round must be 0 with finetune, got "
+            f"{recipe.server.clients_per_round}; every client fine-tunes in the last rounds"
+        )
+    return finetune(strategy, after_round=rounds - last)
 
 
 def _hfedmoe(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
@@ -154,6 +183,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             "experts",
             _flex,
         ),
+        "ditto": Method(*BUILT_IN["ditto"], "private", _ditto),
+        "finetune": Method(*BUILT_IN["finetune"], "private", _finetune),
+        "orchard": Method(*BUILT_IN["orchard"], "private", _orchard),
         "scaffold": Method(
             *BUILT_IN["scaffold"],
             "control",
@@ -210,7 +242,11 @@ def _in_order(methods: Mapping[str, Method], names: Sequence[str]) -> tuple[str,
     if len(set(names)) < len(names):
         raise ValueError(f"strategy.name must name a method once, got {name}")
     of_part = {part: [n for n in names if methods[n].part == part] for part in PARTS}
-    for part, what in (("server", "server optimizer"), ("budget", "way to fit a budget")):
+    for part, what in (
+        ("server", "server optimizer"),
+        ("budget", "way to fit a budget"),
+        ("private", "way to a model of a client's own"),
+    ):
         if len(of_part[part]) > 1:
             raise ValueError(
                 f"strategy.name must have one {what}, got {' and '.join(of_part[part])}"
@@ -220,6 +256,15 @@ def _in_order(methods: Mapping[str, Method], names: Sequence[str]) -> tuple[str,
             f"strategy.name must not join {of_part['budget'][0]} with {of_part['control'][0]}, "
             "got both; a control variate needs every gradient of every round"
         )
+    if of_part["private"]:
+        private = of_part["private"][0]
+        parts = ["budget", "control", "sharing", *(["experts"] if private != "finetune" else [])]
+        beside = [n for part in parts for n in of_part[part]]
+        if beside:
+            raise ValueError(
+                f"strategy.name must not join {private} with {beside[0]}, got {name}; what clients "
+                "keep would be of two kinds"
+            )
     others = [n for part in PARTS if part not in ("experts", "sharing") for n in of_part[part]]
     if of_part["sharing"] and others:
         raise ValueError(
@@ -245,6 +290,11 @@ def require_path(recipe: Recipe) -> None:
 def has_part(names: Iterable[str], part: str) -> bool:
     """Say whether one of these methods decides ``part``; see ``Method``."""
     return any(find_method(name).part == part for name in names)
+
+
+def has_grafts(names: Iterable[str]) -> bool:
+    """Say whether clients of these methods have grafts."""
+    return bool({"flex", "orchard"} & set(names))
 
 
 def check_aggregation(recipe: Recipe, *, num_clients: int) -> None:
@@ -297,6 +347,45 @@ def build_strategy(
     named, passed = method_names(recipe.strategy.name), own or {}
     methods = {name: find_method(name) for name in named}
     methods |= {name: as_method(function, name=name) for name, function in passed.items()}
-    for name in _in_order(methods, [*named, *passed]):
+    order = _in_order(methods, [*named, *passed])
+    check_split(recipe, order)
+    split = Split(words(recipe.strategy.shared), words(recipe.strategy.kept))
+    is_split = split == Split()
+    for name in order:
+        # What is sent is decided when the server is, before what others do with it.
+        if not is_split and methods[name].part != "server":
+            strategy, is_split = split_names(strategy, split), True
         strategy = methods[name].apply(strategy, recipe, num_clients)
+    strategy = strategy if is_split else split_names(strategy, split)
+    if recipe.strategy.kept_steps:
+        strategy = in_turn(strategy, kept_steps=recipe.strategy.kept_steps)
     return strategy
+
+
+def check_split(recipe: Recipe, names: Sequence[str]) -> None:
+    """Refuse a split of names, or steps in turn, that the rest of a recipe does not go with.
+
+    Raises:
+        ValueError: It does not.
+    """
+    s, client = recipe.strategy, recipe.client
+    budgets = [name for name in names if name in METHODS and METHODS[name].part == "budget"]
+    for key, value in (("shared", s.shared), ("kept", s.kept)):
+        if value and budgets:
+            raise ValueError(
+                f"strategy.{key} must be empty with {budgets[0]}, got {value}; which experts are "
+                "sent is what that method decides"
+            )
+        if value and not words(value):
+            raise ValueError(f"strategy.{key} must name patterns, got {value!r}; leave it empty")
+    if s.kept_steps:
+        if not (s.kept or "flex" in names) or "local" in names:
+            raise ValueError(
+                f"strategy.kept_steps must be 0 where nothing is kept beside what is sent, got "
+                f"{s.kept_steps}; give strategy.kept"
+            )
+        if client.steps and s.kept_steps >= client.steps:
+            raise ValueError(
+                f"strategy.kept_steps must be in 0..{client.steps - 1} (client.steps less one), "
+                f"got {s.kept_steps}; what is sent needs steps, too"
+            )

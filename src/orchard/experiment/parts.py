@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orchard.recipe.options import Recipe
 from orchard.strategies.strategy import Strategy
 
-PARTS = ("server", "objective", "budget", "experts", "own", "control", "sharing")
+PARTS = ("server", "objective", "budget", "experts", "own", "control", "private", "sharing")
 """In the order in which methods are put together, whatever the order of their names.
 
 A plain function of one's own is ``own``: it sees what clients train and send under all that choose
@@ -24,7 +24,8 @@ class Method:
         about: One line for people.
         source: The paper.
         part: What it decides, of ``PARTS``: ``server`` (one at most), ``objective``, ``budget``
-            (one at most), ``experts``, ``own`` (anything), ``control`` or ``sharing``.
+            (one at most), ``experts``, ``own`` (anything), ``control``, ``private`` (one at most)
+            or ``sharing``.
         apply: Makes a strategy into one with the method in it, given the recipe and the number of
             clients.
     """

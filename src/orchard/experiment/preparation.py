@@ -26,6 +26,7 @@ from orchard.experiment.holdings import (
     read_elsewhere,
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
+from orchard.experiment.protecting import check_privacy
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.wiring import check_communication
 from orchard.models.stored.loading import (
@@ -33,10 +34,14 @@ from orchard.models.stored.loading import (
     check_device,
     check_tokens,
     check_vocabulary,
+    load_config,
     load_tokenizer,
 )
+from orchard.models.stored.sources import build_view
+from orchard.models.trainable.adapters import trainable_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
+from orchard.strategies.splitting import Split
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
+    check_privacy(recipe, num_clients=num_clients)
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "
@@ -125,6 +131,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         )
     check_device(recipe.model.device)
     checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
+    _check_names(recipe)
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)
     if seat:
         budgets = budgets[seat.index : seat.index + 1]
@@ -172,6 +179,14 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         remarks=elsewhere.remarks,
         model_notes=(*checked.notes, *([unknown] if unknown else [])),
     )
+
+
+def _check_names(recipe: Recipe) -> None:
+    """Check that patterns of names fit what is trained."""
+    split = Split(words(recipe.strategy.shared), words(recipe.strategy.kept))
+    if split != Split():
+        view = build_view(load_config(recipe.model.path), recipe.model.path)
+        split.check(trainable_names(view, lora_settings(recipe)))
 
 
 def _build_seat(recipe: Recipe, seat: Seat) -> Federation:

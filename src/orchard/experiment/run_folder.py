@@ -23,7 +23,20 @@ from orchard.strategies.strategy import Strategy
 # An id that is safe as a name: it holds no ~, which sets all other names apart from it.
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,63}")
 
-_LATER: Mapping[str, Any] = MappingProxyType({"keep_rounds": 0, "best": ""})
+_LATER: Mapping[str, Any] = MappingProxyType(
+    {
+        "keep_rounds": 0,
+        "best": "",
+        "shared": "",
+        "kept": "",
+        "kept_steps": 0,
+        "finetune_rounds": 1,
+        "ditto_lambda": 0.1,
+        "holdout": 0.25,
+        "max_train": 0,
+        "validation_size": 0.0,
+    }
+)
 
 RECIPE_FILE, METHODS_FILE = "recipe.toml", "methods.json"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from orchard.experiment.data_record import check_data, record_data
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import Transform, passed_name
 from orchard.experiment.preparation import Experiment, count_truncated
+from orchard.experiment.protecting import build_protection, privacy_facts, private_rounds
 from orchard.experiment.run_folder import (
     RECIPE_FILE,
     begin_folder,
@@ -32,6 +34,7 @@ from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
 from orchard.models.stored.loading import load_base, threads
 from orchard.models.trainable.adapters import AdaptedModel
+from orchard.recipe.method_options import method_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.reports import build_result
@@ -153,6 +156,13 @@ def build_schedule(recipe: Recipe, *, rate: float | None = None) -> Schedule:
         evaluate_every=evaluation.every,
         models=words(evaluation.models),
         keep_rounds=server.keep_rounds,
+        is_poisson=bool(recipe.privacy.unit),
+        is_secret=recipe.privacy.random == "system",
+        final_rounds=(
+            recipe.strategy.finetune_rounds
+            if "finetune" in method_names(recipe.strategy.name)
+            else 0
+        ),
     )
 
 
@@ -207,14 +217,15 @@ def run_experiment(
     Raises:
         ValueError: The folder holds another run, or the method cannot be put on.
     """
-    recipe = experiment.recipe
+    recipe, num_clients = experiment.recipe, len(experiment.train)
     check_run(folder, experiment, resume=True, passed=strategy)
     recorded = recorded_as(recipe, strategy)
     if isinstance(strategy, Strategy):
         method = strategy
     else:
         own = {passed_name(strategy): strategy} if strategy else {}
-        method = build_strategy(recipe, num_clients=len(experiment.train), own=own)
+        method = build_strategy(recipe, num_clients=num_clients, own=own)
+    method = replace(method, protection=build_protection(recipe, num_clients=num_clients))
     record_data(folder, experiment.digest)
     begin_folder(folder, recorded)
     with threads(recipe.model.num_threads):
@@ -222,12 +233,20 @@ def run_experiment(
         for sentence in slow_ways_of(experiment, model):
             warn(sentence)
         clients = build_clients(experiment, model, folder / "clients")
+        schedule = build_schedule(recipe, rate=learning_rate(recipe, model.view))
+        paid = private_rounds(recipe, num_clients=num_clients)
+        if paid < schedule.num_rounds:
+            warn(
+                f"privacy.epsilon = {recipe.privacy.epsilon:g} pays for {paid} of "
+                f"{schedule.num_rounds} rounds; the run ends with them"
+            )
+            schedule = replace(schedule, num_rounds=paid)
         seeds = Seeds(recipe.seed)
         state = simulate(
             method,
             clients,
             start_server(method, model.fresh),
-            schedule=build_schedule(recipe, rate=learning_rate(recipe, model.view)),
+            schedule=schedule,
             channel=build_channel(recipe),
             seeds=seeds,
             folder=folder,
@@ -247,6 +266,11 @@ def run_experiment(
         "shared_digest": digest(state.shared),
         "test_digest": experiment.digest.test,
         "learning_rate": learning_rate(recipe, model.view),
+        **privacy_facts(recipe, num_clients=num_clients, rounds=state.round_number),
+        "parameters": {
+            "shared": sum(tensor.numel() for tensor in state.shared.values()),
+            "private": {client.client_id: _num_private(client) for client in clients},
+        },
         "clients": {
             client.client_id: {
                 "num_train": len(client.train),
@@ -269,3 +293,16 @@ def run_experiment(
     result = build_result(folder, facts)
     write_json(folder / "result.json", result)
     return result
+
+
+def _num_private(client: Client) -> int:
+    """Return how many numbers a client trained and keeps after the last round."""
+    rounds = client.store.rounds()
+    kept = client.store.load(before_round=rounds[-1] + 1) if rounds else None
+    if kept is None:
+        return 0
+    return sum(
+        tensor.numel()
+        for name, tensor in kept.tensors.items()
+        if tensor.is_floating_point() and not name.startswith("control.")
+    )

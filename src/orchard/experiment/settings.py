@@ -8,6 +8,7 @@ from orchard.experts.grafting import GraftSettings
 from orchard.experts.importance import ImportanceSettings
 from orchard.models.trainable.targets import LoraSettings
 from orchard.models.view.moe import MoEView
+from orchard.recipe.method_options import method_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.strategies.session import SubsetSettings
@@ -39,7 +40,7 @@ def graft_settings(recipe: Recipe) -> GraftSettings:
         alpha=s.graft_alpha,
         dropout=s.graft_dropout,
         gate=s.graft_gate,
-        mix=s.graft_mix,
+        mix="difference" if "orchard" in method_names(s.name) else s.graft_mix,
     )
 
 

@@ -4,6 +4,12 @@ A graft is a client's own expert in one MoE layer, with a small sigmoid gate on 
 
     y(x) = F(x) + sigmoid(gate(x)) * graft(x)
 
+A difference graft counts only as far as it has moved from the expert E that it started as,
+
+    y(x) = F(x) + sigmoid(gate(x)) * (graft(x) - E(x))
+
+so that it is the base at first, however far its gate is open.
+
 A layer may have several grafts. They then are a small MoE of their own, of which all experts run:
 a router of one row per graft, started at the experts' rows of the layer's router, mixes them by a
 softmax, and one gate opens for the mix. It starts as open as the sum of the experts' own
@@ -27,6 +33,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -53,7 +60,8 @@ class GraftSettings:
         dropout: On the input of each LoRA, in [0, 1).
         gate: ``router_row`` starts the gate at the chosen expert's router row, without bias;
             ``closed`` at zero with bias -4; ``none`` has no gate, the graft always counts fully.
-        mix: ``additive``, F + s * graft, or ``convex``, (1 - s) * F + s * graft.
+        mix: ``additive``, F + s * graft; ``convex``, (1 - s) * F + s * graft; or ``difference``,
+            F + s * (graft - E) with E as the graft was at first.
     """
 
     kind: str = "lora"
@@ -90,6 +98,7 @@ class _Mixed(nn.Module):
         super().__init__()
         self._settings = settings
         self.openness_sum, self.openness_count = torch.zeros(()), 0
+        self.scored: torch.Tensor | None = None
         self.is_real_BS: torch.Tensor | None = None
 
     def mix(self, x_BSD: torch.Tensor, routed_BSD: torch.Tensor) -> torch.Tensor:
@@ -113,6 +122,8 @@ class _Mixed(nn.Module):
             self.gate["bias"] = nn.Parameter(bias)
 
     def _gate_scores(self, x_BSD: torch.Tensor) -> torch.Tensor:
+        if self.scored is not None:
+            x_BSD = self.scored.reshape(*x_BSD.shape[:-1], -1)
         # One product per token: float32 costs nothing, and a gate in bfloat16 has steps of 1/128.
         score_BS1 = functional.linear(x_BSD.float(), self.gate["weight"][None])
         if "bias" in self.gate:
@@ -134,7 +145,7 @@ class Graft(_Mixed):
         super().__init__(settings)
         self._layer = layer
         is_dense = settings.kind == "dense"
-        tensors = origin.tensors
+        tensors = self._origin = origin.tensors
         for name in _PROJECTIONS:
             if name in tensors:
                 bias = tensors.get(f"{name}_bias")
@@ -148,20 +159,45 @@ class Graft(_Mixed):
                 dropout=settings.dropout,
                 modules=targets,
             )
-        weight_D = torch.zeros(layer.width, device=tensors["up_proj"].device)
+        weight_D = torch.zeros(layer.reads_width, device=tensors["up_proj"].device)
         if settings.gate == "router_row":
+            if origin.row_D.numel() != weight_D.numel():
+                raise ValueError(
+                    f"strategy.graft_gate must be closed or none where the router of {layer.name} "
+                    f"scores a state of its own of width {origin.row_D.numel()}, got router_row; "
+                    "set it to closed"
+                )
             weight_D = origin.row_D.detach().float().clone()
         if settings.gate != "none":
             self._add_gate(weight_D)
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gate's opening in [0, 1], (B, S, 1), and the expert's output, (B, S, D)."""
-        gate_BSF = self._project("gate_proj", x_BSD) if hasattr(self, "gate_proj") else None
-        hidden_BSF = self._layer.activate(gate_BSF, self._project("up_proj", x_BSD))
-        y_BSD = self._layer.finish_expert(self._project("down_proj", hidden_BSF))
+        y_BSD = self._run(x_BSD, self._project)
+        if self._settings.mix == "difference":
+            y_BSD = y_BSD - self._run(x_BSD, self._project_as_begun)
         if self._settings.gate == "none":
             return torch.ones_like(y_BSD[..., :1]), y_BSD
         return torch.sigmoid(self._gate_scores(x_BSD)), y_BSD
+
+    def _run(
+        self, x_BSD: torch.Tensor, project: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        gate_BSF = project("gate_proj", x_BSD) if hasattr(self, "gate_proj") else None
+        hidden_BSF = self._layer.activate(gate_BSF, project("up_proj", x_BSD))
+        return self._layer.finish_expert(project("down_proj", hidden_BSF))
+
+    def _project_as_begun(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Project as the expert did that the graft started as, by the same products."""
+        module = self.get_submodule(name)
+        if isinstance(module, nn.Linear):
+            weight, bias = self._origin[name], self._origin.get(f"{name}_bias")
+            return functional.linear(
+                x.float(), weight.float(), None if bias is None else bias.float()
+            ).to(x.dtype)
+        base = module.get_submodule("base_layer")
+        projected: torch.Tensor = base(x)
+        return projected
 
     def _project(self, name: str, x: torch.Tensor) -> torch.Tensor:
         module = self.get_submodule(name)
@@ -194,12 +230,13 @@ class GraftMixture(_Mixed):
         if biases:
             self.router["bias"] = nn.Parameter(torch.stack(biases))
         if settings.gate == "closed":
-            self._add_gate(torch.zeros(layer.width, device=rows_GD.device))
+            self._add_gate(torch.zeros(layer.reads_width, device=rows_GD.device))
 
     def forward(self, x_BSD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the gate's opening in [0, 1], (B, S, 1), and the mixed output, (B, S, D)."""
         bias = self.router.get("bias")
-        score_BSG = functional.linear(x_BSD.float(), self.router["weight"], bias)
+        scored_BSD = x_BSD if self.scored is None else self.scored.reshape(*x_BSD.shape[:-1], -1)
+        score_BSG = functional.linear(scored_BSD.float(), self.router["weight"], bias)
         weight_BSG = score_BSG.softmax(dim=-1)
         outputs = [graft(x_BSD)[1] for graft in self._grafts]
         y_BSD = torch.stack(
@@ -293,8 +330,15 @@ def grafted(
                         slots[f"{layer.name}.graft.{canonical(path)}"] = Slot(parameter, whole)
                 layer.block.add_module("graft", graft)
                 undo.callback(delattr, layer.block, "graft")
-                hook = layer.block.register_forward_hook(_add_graft, with_kwargs=True)
+                # Where experts read what the block does not, so does a graft.
+                where = layer.experts if layer.is_inside else layer.block
+                hook = where.register_forward_hook(partial(_add_graft, graft), with_kwargs=True)
                 undo.callback(hook.remove)
+                if layer.width != layer.reads_width:
+                    see = layer.router.register_forward_pre_hook(
+                        partial(_keep_scored, graft), with_kwargs=True
+                    )
+                    undo.callback(see.remove)
         undo.enter_context(_told_of_padding(model.view.model, modules))
         undo.enter_context(model.extended(slots))
         yield Grafts(tuple(slots), tuple(modules))
@@ -365,10 +409,18 @@ def _graft(
     return GraftMixture(layer, origins, settings)
 
 
-def _add_graft(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _keep_scored(
+    graft: _Mixed, router: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    graft.scored = args[0] if args else kwargs["hidden_states"]
+
+
+def _add_graft(
+    graft: _Mixed, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Any:
     x_BSD = args[0] if args else kwargs["hidden_states"]
-    graft = block.get_submodule("graft")
-    assert isinstance(graft, _Mixed)
-    if isinstance(output, tuple):
-        return graft.mix(x_BSD, output[0]), *output[1:]
-    return graft.mix(x_BSD, output)
+    routed = output[0] if isinstance(output, tuple) else output
+    # A block may answer with all rows in one (Llama 4).
+    mixed = graft.mix(x_BSD, routed.view_as(x_BSD)).view_as(routed)
+    graft.scored = None
+    return (mixed, *output[1:]) if isinstance(output, tuple) else mixed

@@ -68,7 +68,9 @@ def reconstruction_losses(
     takers: list[tuple[MoELayer, TakeBatch]] = []
     for index, (layer, loss_E) in enumerate(zip(view.layers, losses, strict=True)):
         run = partial(run_expert, index) if run_expert else layer.run_expert
-        takers.append((layer, partial(_add_norms, loss_E, read_lone(layer), run)))
+        lone = read_lone(layer)
+        check_comparable(lone)
+        takers.append((layer, partial(_add_norms, loss_E, lone, run)))
     if output_norms is not None:
         output_norms[:] = [0.0] * len(takers)
         takers = [
@@ -84,16 +86,17 @@ def reconstruction_losses(
     return tuple(losses)
 
 
-def check_width(layer: MoELayer, width: int) -> None:
-    """Refuse a layer whose experts do not read what the block reads.
+def check_comparable(lone: LoneExperts) -> None:
+    """Refuse a layer whose lone experts have weights that their own states do not tell.
 
     Raises:
-        ValueError: The block projects to a narrower width first.
+        ValueError: The router reads another state than the experts, and weighs a lone expert by it.
     """
-    if layer.width != width:
+    if lone.layer.is_inside and lone.factor_E is None:
         raise ValueError(
-            f"experts of {layer.name} must read the block's own {width} values to be grafted, got "
-            f"experts that read {layer.width}; choose a model without a latent projection"
+            f"strategy.graft_choice must be random where experts of {lone.layer.name} read another "
+            "state than their router, which weighs a lone expert by it, got reconstruction; set it "
+            "to random"
         )
 
 
@@ -111,16 +114,14 @@ def read_layers(
 
     Returns:
         How many batches there were.
-
-    Raises:
-        ValueError: See ``check_width``.
     """
     # What follows the last layer, such as the product with the vocabulary, is not needed.
     body = getattr(view.model, "base_model", view.model)
     num_batches = 0
     with ExitStack() as hooks:
         for layer, take in takers:
-            handle = layer.block.register_forward_hook(_Reader(layer, take), with_kwargs=True)
+            where = layer.experts if layer.is_inside else layer.block
+            handle = where.register_forward_hook(_Reader(layer, take), with_kwargs=True)
             hooks.callback(handle.remove)
         for batch_BS in batches:
             body(input_ids=batch_BS, use_cache=False)
@@ -141,7 +142,9 @@ class _Reader:
             return
         x_BSD = args[0] if args else kwargs["hidden_states"]
         x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
-        check_width(self._layer, x_TD.shape[-1])
+        if block is self._layer.experts:
+            self._take(x_TD, output.reshape(len(x_TD), -1))
+            return
         self._is_inside = True
         try:
             routed_TD = self._layer.routed_output(x_TD)

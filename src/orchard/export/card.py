@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from orchard.personal.state import ModelState
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import known_options, option_value, to_toml
 from orchard.results import MetricsLog
+
+Code: TypeAlias = Literal["", "grafts", "base"]
+_WHY: dict[Code, str] = {
+    "": "A class of transformers loads it.",
+    "grafts": "It has grafts, or layers of different sizes, so it brings a modeling file: read "
+    "`modeling_grafted.py` before you trust it.",
+    "base": "Its layout is that of its base, which is loaded by the code that it was published "
+    "with: read that before you trust it.",
+}
 
 
 def portable_toml(recipe: Recipe) -> str:
@@ -23,17 +33,11 @@ def portable_toml(recipe: Recipe) -> str:
     return to_toml(found)
 
 
-def write_card(folder: Path, state: ModelState, *, is_stock: bool, run: Path | None) -> None:
+def write_card(folder: Path, state: ModelState, *, code: Code, run: Path | None) -> None:
     """Write ``README.md``: base, method, recipe, data without data; licenses are to fill in."""
     recipe = state.recipe
     whose = f"personal model of {state.client_id}" if state.client_id else "global model"
-    trust = "" if is_stock else ", trust_remote_code=True"
-    why = (
-        "The family's own class loads it."
-        if is_stock
-        else "It has grafts, so it brings a modeling file: read `modeling_grafted.py` before you "
-        "trust it."
-    )
+    trust = ", trust_remote_code=True" if code else ""
     text = f"""---
 library_name: transformers
 license: FILL IN
@@ -49,12 +53,13 @@ license: FILL IN
   none is in this folder. License of the data: FILL IN
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 ```
 
-{why}
+{_WHY[code]}
 
 ## Evaluation
 

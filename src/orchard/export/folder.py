@@ -11,17 +11,21 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from torch import Tensor
+
 from orchard.data.templates import Wording
 from orchard.experiment.encoding import end_ids
 from orchard.experiment.settings import lora_settings
-from orchard.export.card import portable_toml, write_card
+from orchard.export.card import Code, portable_toml, write_card
 from orchard.export.checking import check_base, streamed_digest
 from orchard.export.grafts import merged_grafts
-from orchard.export.merging import Merger, mapping_of
+from orchard.export.layouts import Layout, to_published, to_qwen2_moe, why_no_qwen2_moe
+from orchard.export.merging import Entry, Merger, mapping_of
 from orchard.export.writing import SHARD_BYTES, new_folder, write_shards
-from orchard.models.stored import sources
 from orchard.models.stored.carving import check_carvable, count_names, recount
 from orchard.models.stored.conversion import StoredModel, match_checkpoint
+from orchard.models.stored.deepseek_moe import is_rewritten
+from orchard.models.stored.grafted import AUTO_MAP, MODELING, modeling_text
 from orchard.models.stored.loading import DTYPES, load_tokenizer
 from orchard.models.view.detection import view_config
 from orchard.models.view.routers import TOP_K_NAMES
@@ -29,7 +33,6 @@ from orchard.personal.state import ModelState
 from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.results import write_json
 
-_MODELING = "modeling_grafted"
 # What belongs to a tokenizer, under the names that transformers gives and reads.
 _TOKENIZER = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -44,12 +47,18 @@ class Exported:
     Attributes:
         folder: Where.
         num_bytes: Of all tensors.
-        is_stock: Whether the family's own class loads it, without code of the folder.
+        code: Whose code loads it: none but a class of transformers, ``grafts`` = the modeling file
+            beside it, ``base`` = what the base was published with.
     """
 
     folder: Path
     num_bytes: int
-    is_stock: bool
+    code: Code
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether transformers loads it without code of the folder."""
+        return not self.code
 
 
 def export_model(
@@ -57,6 +66,7 @@ def export_model(
     out: Path,
     *,
     dtype: str | None = None,
+    layout: Layout = "auto",
     shard_bytes: int = SHARD_BYTES,
     run: Path | None = None,
 ) -> Exported:
@@ -67,6 +77,9 @@ def export_model(
         out: A folder that is not there yet.
         dtype: ``float32`` or ``bfloat16``; None = as the run computed,
             so that nothing is rounded.
+        layout: ``family`` = that of the base, with a modeling file where it has grafts;
+            ``qwen2_moe`` = a Qwen2-MoE that computes the same; ``auto`` = the second for grafts
+            where there is one, else the first.
         shard_bytes: The largest file, where no single tensor is larger.
         run: The run's folder, for what it measured; None = nothing is said of that.
 
@@ -99,14 +112,19 @@ def export_model(
                 config = _carved_config(config, stored, kept)
             else:
                 held = _held_blocks(stored, kept)
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {"blocks": []}
+        if state.graft_experts or held:
+            tensors, about = merged_grafts(state, stored, dtype=merger.dtype)
+            about["held"] = held
+        code, config, entries = _lay_out(stored, config, entries, tensors, about, layout, kept)
         config.pop("torch_dtype", None)
         config["dtype"] = dtype
-        is_stock = not (state.graft_experts or held)
-        if not is_stock:
-            tensors, about = merged_grafts(state, stored, dtype=merger.dtype)
-            entries += mapping_of(tensors)
-            about["held"] = held
+        if code == "grafts":
             _write_modeling(folder, type(stored.whole.model), config, about)
+        elif code == "base":
+            for file in Path(stored.source).glob("*.py"):
+                shutil.copyfile(file, folder / file.name)
         num_bytes = write_shards(folder, entries, shard_bytes=shard_bytes)
         # A method of one's own may keep what is in no model.
         is_own = set(method_names(state.recipe.strategy.name)) - set(BUILT_IN)
@@ -123,8 +141,44 @@ def export_model(
                 "template": state.recipe.data.template,
             },
         )
-        write_card(folder, state, is_stock=is_stock, run=run)
-    return Exported(out, num_bytes, is_stock)
+        write_card(folder, state, code=code, run=run)
+    return Exported(out, num_bytes, code)
+
+
+def _lay_out(
+    stored: StoredModel,
+    config: dict[str, Any],
+    entries: list[Entry],
+    grafts: dict[str, Tensor],
+    about: dict[str, Any],
+    layout: Layout,
+    kept: Sequence[Sequence[int]] | None,
+) -> tuple[Code, dict[str, Any], list[Entry]]:
+    """Return whose code loads a model, its configuration and tensors."""
+    is_published = is_rewritten(stored.whole.model.config)
+    has_own = bool(grafts or about.get("held"))
+    why_not = why_no_qwen2_moe(stored, about, is_uneven=bool(about.get("held")))
+    if layout == "qwen2_moe" and why_not is not None:
+        raise ValueError(
+            f"--as qwen2_moe must be asked of a model that is one, got one of which {why_not}; "
+            "leave it out"
+        )
+    first = stored.whole.layers[0]
+    num_experts = len(kept[0]) if kept is not None else first.num_experts
+    if why_not is None and (layout == "qwen2_moe" or (layout == "auto" and has_own)):
+        top_k = min(first.top_k, num_experts)
+        return "", *to_qwen2_moe(stored, entries, grafts, num_experts=num_experts, top_k=top_k)
+    if has_own:
+        if is_published:
+            # The modeling file subclasses what the base is trained as.
+            own, entries = to_qwen2_moe(
+                stored, entries, {}, num_experts=num_experts, top_k=first.top_k
+            )
+            config = own
+        return "grafts", config, [*entries, *mapping_of(grafts)]
+    if is_published:
+        return "base", config, to_published(entries)
+    return "", config, entries
 
 
 def _kept(state: ModelState, stored: StoredModel) -> Sequence[Sequence[int]] | None:
@@ -197,19 +251,11 @@ def _write_modeling(
     folder: Path, model_class: type, config: dict[str, Any], about: dict[str, Any]
 ) -> None:
     """Write the modeling file of a family, and name it in the configuration."""
-    family = str(config["model_type"])
-    text = (Path(sources.__file__).parent / f"{_MODELING}.py").read_text(encoding="utf-8")
-    own_config: Any = model_class.config_class  # type: ignore[attr-defined]
-    text = text.replace("grafted_qwen2_moe", f"grafted_{family}")
-    text = text.replace("Qwen2MoeForCausalLM", model_class.__name__)
-    text = text.replace("Qwen2MoeConfig", own_config.__name__)
-    (folder / f"{_MODELING}.py").write_text(text, encoding="utf-8")
-    config["model_type"] = f"grafted_{family}"
+    text = modeling_text(model_class)
+    (folder / f"{MODELING}.py").write_text(text, encoding="utf-8")
+    config["model_type"] = f"grafted_{config['model_type']}"
     config["architectures"] = ["GraftedForCausalLM"]
-    config["auto_map"] = {
-        "AutoConfig": f"{_MODELING}.GraftedConfig",
-        "AutoModelForCausalLM": f"{_MODELING}.GraftedForCausalLM",
-    }
+    config["auto_map"] = dict(AUTO_MAP)
     config["grafts"] = about
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from orchard.experiment.settings import graft_settings
 from orchard.models.stored.conversion import StoredModel, find_path
-from orchard.models.view.moe import MoELayer
+from orchard.models.view.moe import MoELayer, check_beside
 from orchard.models.view.storage import FusedExperts
 from orchard.personal.state import ModelState
 
@@ -31,6 +31,8 @@ def merged_grafts(
         ValueError: A tensor of a graft has no place in it.
     """
     settings = graft_settings(state.recipe)
+    if state.graft_experts:
+        check_beside(stored.whole.layers, doing="exported")
     tensors: dict[str, Tensor] = {}
     blocks, used = [], set()
     for layer in stored.whole.layers if state.graft_experts else ():
@@ -48,6 +50,14 @@ def merged_grafts(
                 if local not in projections:
                     continue
                 weight = projections[local].float()
+                bias = projections.get(f"{local}_bias")
+                if settings.mix == "difference":
+                    as_begun = f"{to}begun.{index}.{local}"
+                    tensors[f"{as_begun}.weight"] = (
+                        projections[local].to(dtype or projections[local].dtype).contiguous()
+                    )
+                    if bias is not None:
+                        tensors[f"{as_begun}.bias"] = bias.to(dtype or bias.dtype).contiguous()
                 if settings.kind == "dense":
                     weight = own.pop(f"{inner}{local}.weight").float()
                 else:
@@ -55,7 +65,6 @@ def merged_grafts(
                     weight = weight + settings.alpha / settings.rank * (b.float() @ a.float())
                 kept = dtype or projections[local].dtype
                 tensors[f"{to}members.{index}.{local}.weight"] = weight.to(kept).contiguous()
-                bias = projections.get(f"{local}_bias")
                 if bias is not None:
                     has_bias = True
                     bias = own.pop(f"{inner}{local}.bias", bias)

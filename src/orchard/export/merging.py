@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from orchard.models.stored.carving import select_rows
+from orchard.models.stored.carving import select_rows, with_other_rows
 from orchard.models.stored.conversion import StoredExperts, StoredModel
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.trainable.slots import canonical
@@ -256,7 +256,11 @@ class Merger:
             for local, (holder, attribute) in rows.items():
                 kept = None
                 if self.kept is not None and len(self.kept[index]) < layer.num_experts:
-                    kept = (local, list(self.kept[index]))
+                    tensor = getattr(holder, attribute)
+                    kept = (
+                        local,
+                        with_other_rows(self.kept[index], tensor, local, layer.num_experts),
+                    )
                 change = self._router_change(layer, local)
                 found[names[id(getattr(holder, attribute))]] = (change, kept)
         for name in names.values():

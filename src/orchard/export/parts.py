@@ -14,6 +14,7 @@ from orchard.experiment.settings import graft_settings, lora_settings
 from orchard.export.card import portable_toml
 from orchard.export.writing import new_folder
 from orchard.models.stored.conversion import find_path, match_checkpoint
+from orchard.models.stored.deepseek_moe import is_rewritten
 from orchard.models.trainable.slots import canonical
 from orchard.models.trainable.targets import find_targets
 from orchard.models.view.moe import MoEView
@@ -86,6 +87,13 @@ def export_adapter(state: ModelState, out: Path) -> int:
         )
     view = match_checkpoint(state.recipe.model.path).whole
     modules, parameters = find_targets(view, lora.targets)
+    inside = [path for path in (*modules, *parameters) if ".mlp." in path]
+    if is_rewritten(view.model.config) and inside:
+        raise ValueError(
+            f"--adapter must be asked of a model of which attention alone was trained, where the "
+            f"base is a DeepSeek-MoE, got {inside[0]}, which its published code names otherwise; "
+            "export the whole model"
+        )
     tensors = adapter_tensors(view, values, modules, parameters)
     config: dict[str, Any] = {
         "peft_type": "LORA",

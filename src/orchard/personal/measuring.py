@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -20,7 +21,8 @@ from orchard.evaluation.quality import (
 )
 from orchard.experiment.encoding import cut_note, encode_test, end_ids, make_wording
 from orchard.experiment.holdings import read_examples
-from orchard.models.stored.loading import load_base, threads
+from orchard.models.stored.grafted import brings_code, check_modeling, load_grafted
+from orchard.models.stored.loading import load_base, resolve, threads
 from orchard.personal.opening import OpenedModel, open_model
 from orchard.personal.state import ModelState
 from orchard.recipe.options import Recipe
@@ -64,44 +66,71 @@ def measure(
 
 
 def measure_folder(
-    folder: Path, data: Path, *, device: str | None = None
+    folder: Path, data: Path, *, base: str | None = None, device: str | None = None
 ) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """Measure an exported folder and its base on the examples of a file; see ``measure``.
+    """Measure an exported folder, and its base where that is here, on the examples of a file.
+
+    Args:
+        folder: That ``orchard export`` wrote.
+        data: The file.
+        base: Where the base is; None = as the recipe says, whose base may be on another machine.
+        device: Where models run; None = as the recipe says.
+
+    Returns:
+        As ``measure``.
 
     Raises:
-        FileNotFoundError: The file, the folder's model or the base is not there.
-        ValueError: Something does not fit, or the folder brings code of its own, which is not run.
+        FileNotFoundError: The file, the folder's model or ``base`` is not there.
+        ValueError: Something does not fit, or the folder brings other code than this version
+            writes, which is not run.
     """
     path = folder / EXPORTED
     try:
         about = json.loads(path.read_bytes())
         recipe = parse_recipe(about["recipe"])
-        state = ModelState(
-            recipe, about["client"], about["round"], about["base_digest"], {}, {}, {}, None
-        )
-        has_code = "auto_map" in json.loads((folder / "config.json").read_bytes())
+        digest = str(about["base_digest"])
+        has_code = brings_code(json.loads((folder / "config.json").read_bytes()))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} must be as orchard export wrote it, got what does not parse; export anew"
         ) from error
     if has_code:
-        raise ValueError(
-            f"{folder} must load without code of its own, got a model with a graft; measure the "
-            "run itself: orchard evaluate RUN --client ID"
-        )
-    test = _read_test(recipe, data)
+        check_modeling(folder)
+    before = _at(recipe, base or recipe.model.path)
+    measured, notes = {}, []
     with threads(recipe.model.num_threads):
-        with open_model(state.as_base(), device=device) as opened:
-            measured = {"base": test.of(opened)}
-        del opened
+        if base is None and not _is_here(recipe.model.path):
+            notes = [f"the base {recipe.model.path} is not here; name its place by --model"]
+        else:
+            with open_model(_fresh(before, digest), device=device) as opened:
+                measured["base"] = _read_test(before, data).of(opened)
+            del opened
         # Fresh adapters change nothing: what was trained is in the folder's own tensors.
+        own = _at(recipe, str(folder))
         where = device or recipe.model.device
-        loaded = load_base(str(folder), dtype=recipe.model.dtype, device=where)
-        own = replace(recipe, model=replace(recipe.model, path=str(folder)))
-        exported = replace(state.as_base(), recipe=own, base_digest=loaded.digest)
+        load = partial(load_grafted, folder) if has_code else partial(load_base, str(folder))
+        loaded = load(dtype=recipe.model.dtype, device=where)
+        exported = _fresh(own, loaded.digest)
+        test = _read_test(own, data)
         with open_model(exported, base=loaded, device=device) as trained:
             measured["exported"] = test.of(trained)
-            return measured, test.notes(trained)
+            return measured, [*notes, *test.notes(trained)]
+
+
+def _at(recipe: Recipe, path: str) -> Recipe:
+    return replace(recipe, model=replace(recipe.model, path=path))
+
+
+def _fresh(recipe: Recipe, digest: str) -> ModelState:
+    return ModelState(recipe, None, 0, digest, {}, {}, {}, None)
+
+
+def _is_here(path: str) -> bool:
+    try:
+        resolve(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 @dataclass(frozen=True)

@@ -333,7 +333,9 @@ def _check_client(folder: Path, client: str) -> None:
 def _needs_kept(recipe: Recipe) -> bool:
     """Say whether clients of a method that ships with the package keep part of their model."""
     methods = check_strategy(recipe.strategy.name)
-    return bool({"flex", "local"} & set(methods)) or _carves(recipe)
+    keeping = {"flex", "local", "ditto", "orchard"}
+    # Fine-tuning keeps something in the last rounds alone.
+    return bool(keeping & set(methods) or recipe.strategy.kept) or _carves(recipe)
 
 
 def _carves(recipe: Recipe) -> bool:

@@ -30,7 +30,8 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
     """
     data, methods = recipe.data, method_names(recipe.strategy.name)
     has_own = not {*BUILT_IN} >= {*methods}
-    grafts, is_lora = "flex" in methods, recipe.strategy.graft_kind == "lora"
+    grafts = bool({"flex", "orchard"} & set(methods))
+    is_lora = recipe.strategy.graft_kind == "lora"
     adaptive = bool({"fedadam", "fedyogi"} & set(methods))
     is_drawn = data.partition in ("iid", "dirichlet", "dirichlet_resample")
     needs: dict[str, Need] = {
@@ -43,6 +44,13 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
         "data.categories": (data.partition != "file", "another data.partition than file"),
         "data.test_per_category": (data.partition != "file", "another data.partition than file"),
         "data.test_size": (data.test_per_category == 0, "data.test_per_category = 0"),
+        "strategy.kept_steps": (
+            bool(recipe.strategy.kept) or "flex" in methods,
+            "strategy.kept, or flex in strategy.name",
+        ),
+        "strategy.finetune_rounds": ("finetune" in methods, "finetune in strategy.name"),
+        "strategy.ditto_lambda": ("ditto" in methods, "ditto in strategy.name"),
+        "strategy.holdout": ("orchard" in methods, "orchard in strategy.name"),
         "strategy.prox_mu": ("fedprox" in methods, "fedprox in strategy.name"),
         "strategy.entropy_coefficient": ("seermoe" in methods, "seermoe in strategy.name"),
         "server.trim": (
@@ -71,13 +79,20 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             or ("scaffold" in methods and recipe.communication.dtype == "bfloat16"),
             "communication.dtype = int8 or communication.top_k above 0",
         ),
+        **{
+            f"privacy.{name}": (bool(recipe.privacy.unit), "privacy.unit = client")
+            for name in vars(recipe.privacy)
+            if name != "unit"
+        },
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
         **_needs_of_budgets(recipe, methods),
     }
     for key in keys:
         is_used, need = needs.get(key, (True, ""))
         if key.startswith(("strategy.graft_", "strategy.calibration")):
-            is_used, need = grafts, "flex in strategy.name"
+            is_used, need = grafts, "flex or orchard in strategy.name"
+        if key == "strategy.graft_mix" and grafts:
+            is_used, need = "flex" in methods, "flex in strategy.name: orchard is a difference"
         if grafts and key in _GRAFT_LORA:
             is_used, need = is_lora, "strategy.graft_kind = lora"
         if grafts and key in _GRAFT_SEARCH:

@@ -44,6 +44,18 @@ BUILT_IN: Mapping[str, tuple[str, str]] = MappingProxyType(
             "a personal expert grafted beside the frozen ones",
             "Liu et al., 2025, arXiv:2506.00965",
         ),
+        "ditto": (
+            "beside the shared model a personal one, pulled to it",
+            "Li et al., 2021, arXiv:2012.04221",
+        ),
+        "finetune": (
+            "every client fine-tunes the shared model in the last rounds",
+            "the reference of Yu et al., 2020, arXiv:2002.04758",
+        ),
+        "orchard": (
+            "a difference graft beside FedAvg, as far as rows that it has not seen trust it",
+            "ours",
+        ),
         "scaffold": (
             "control variates against client drift",
             "Karimireddy et al., 2020, arXiv:1910.06378",
@@ -89,8 +101,9 @@ class StrategyOptions:
     )
     graft_mix: str = option(
         "additive",
-        "FLEx: F + s * graft, or (1 - s) * F + s * graft.",
-        choices=("additive", "convex"),
+        "FLEx: F + s * graft, (1 - s) * F + s * graft, or F + s * (graft - E), E being the expert "
+        "that the graft started as.",
+        choices=("additive", "convex", "difference"),
     )
     graft_experts: int = option(
         1,
@@ -126,6 +139,35 @@ class StrategyOptions:
     calibration_path: str = option("", "FLEx: JSON Lines file for calibration = corpus.")
     calibration_blocks: int = option(128, "FLEx: at most so many blocks of tokens.", minimum=1)
     calibration_tokens: int = option(512, "FLEx: tokens per block.", minimum=8)
+    shared: str = option(
+        "",
+        "Of what is trained: patterns of the names that are sent, such as *.lora_A; empty = all "
+        "that strategy.kept does not name. What neither names stays as it is.",
+    )
+    kept: str = option(
+        "",
+        "Of what is trained: patterns of the names that each client keeps, such as "
+        "*.v_proj.*; they win over strategy.shared.",
+    )
+    kept_steps: int = option(
+        0,
+        "Steps of a round in which only what is kept trains; in the others only what is sent "
+        "does. 0 = both train in every step.",
+        minimum=0,
+    )
+    finetune_rounds: int = option(
+        1, "finetune: so many of the last rounds train each client's own model.", minimum=1
+    )
+    ditto_lambda: float = option(
+        0.1, "Ditto: strength of the pull of a personal model to the shared one.", minimum=0
+    )
+    holdout: float = option(
+        0.25,
+        "Orchard: share of a client's training rows that its graft does not train on, by which "
+        "it is judged.",
+        above=0,
+        maximum=0.9,
+    )
     prox_mu: float = option(0.01, "FedProx: strength of the pull to the global values.", minimum=0)
     entropy_coefficient: float = option(
         0.01, "SEER-MoE: weight of the routing entropy beside the task loss.", minimum=0

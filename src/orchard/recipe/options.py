@@ -13,6 +13,7 @@ from orchard.recipe.run_options import (
     DeploymentOptions,
     EvaluationOptions,
     ModelOptions,
+    PrivacyOptions,
 )
 
 
@@ -27,6 +28,7 @@ class Recipe:
     selection: SelectionOptions = field(default_factory=SelectionOptions)
     client: ClientOptions = field(default_factory=ClientOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     communication: CommunicationOptions = field(default_factory=CommunicationOptions)
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     deployment: DeploymentOptions = field(default_factory=DeploymentOptions)

@@ -71,6 +71,8 @@ def read_recipe(
     overrides: Sequence[str] = (),
     *,
     changes: Mapping[str, Any] | None = None,
+    common: Mapping[str, Any] | None = None,
+    source: str = "",
 ) -> Resolved:
     """Read, merge and check a recipe.
 
@@ -78,6 +80,8 @@ def read_recipe(
         path: TOML file. Its ``extends`` names another, relative to it, that it builds on.
         overrides: ``key=value`` from the command line.
         changes: Dotted key to value, or section to its keys and values, from a call.
+        common: The same for several recipes, under ``changes``; need not have an effect in each.
+        source: Where ``common`` comes from.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -85,9 +89,10 @@ def read_recipe(
     """
     values: dict[str, tuple[Any, str]] = {}
     for file in reversed(_chain(Path(path))):
-        values |= {key: (value, str(file)) for key, value in _flatten(_parse(file)).items()}
+        values |= {key: (value, str(file)) for key, value in flatten(_parse(file)).items()}
     values.pop("extends", None)
-    for key, value in _flatten(changes or {}).items():
+    values |= {key: (value, source) for key, value in flatten(common or {}).items()}
+    for key, value in flatten(changes or {}).items():
         values[key] = os.fspath(value) if isinstance(value, os.PathLike) else value, _ARGUMENT
     return resolve(values, overrides)
 
@@ -145,7 +150,7 @@ def parse_recipe(text: str) -> Recipe:
         ) from None
     if "extends" in table:
         raise ValueError("recipe must be whole, got extends; send what orchard show prints")
-    return resolve({key: (value, "text") for key, value in _flatten(table).items()}).recipe
+    return resolve({key: (value, "text") for key, value in flatten(table).items()}).recipe
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -195,11 +200,12 @@ def _parse(path: Path) -> dict[str, Any]:
         raise ValueError(f"recipe must be valid TOML, got {path} with: {error}; mend it") from error
 
 
-def _flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested tables by dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
         if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

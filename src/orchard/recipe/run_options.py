@@ -130,6 +130,13 @@ class DataOptions:
         "small for data.test_size is an error.",
         minimum=0,
     )
+    max_train: int = option(0, "Training rows per client, drawn at random; 0 = all.", minimum=0)
+    validation_size: float = option(
+        0.0,
+        "If above 0, the test rows are set aside and a part of each client's training rows is "
+        "measured instead, a share below 1 or a number: to choose options by.",
+        minimum=0,
+    )
     duplicates: str = option(
         "report",
         "Training rows that also stand in a test split: report them, or drop them.",
@@ -208,6 +215,46 @@ class CommunicationOptions:
         "values",
         "What clients are sent of the global tree: its values, or differences to what they have.",
         choices=("values", "differences"),
+    )
+
+
+@dataclass(frozen=True)
+class PrivacyOptions:
+    """What the values that leave the server say of a client."""
+
+    unit: str = option(
+        "",
+        "What is protected from whoever sees the global values: everything that one client has; "
+        "empty = nothing.",
+        choices=("", "client"),
+    )
+    epsilon: float = option(
+        0.0,
+        "Budget of all rounds: the noise follows from it; with noise given, the run ends when it "
+        "is spent. 0 = no budget.",
+        minimum=0,
+    )
+    delta: float = option(
+        1e-5, "Probability with which epsilon may not hold.", above=0, maximum=0.5
+    )
+    noise: float = option(
+        0.0,
+        "Standard deviation of the noise over the norm of an update; 0 = what epsilon asks for.",
+        minimum=0,
+    )
+    clip: float = option(1.0, "L2 norm that a client's update is scaled down to.", above=0)
+    clip_quantile: float = option(
+        0.0,
+        "Share of the clients' updates that are to be shorter than the norm, which then follows "
+        "them from round to round; 0 = the norm stays.",
+        minimum=0,
+        maximum=0.99,
+    )
+    random: str = option(
+        "system",
+        "Where noise comes from: the operating system, which nobody can repeat, or the seed, which "
+        "repeats a run to the bit and protects nothing from whoever knows it.",
+        choices=("system", "seed"),
     )
 
 

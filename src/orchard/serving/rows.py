@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from orchard.models.view.moe import MoELayer, MoEView
+from orchard.models.view.moe import MoELayer, MoEView, check_beside
 from orchard.serving.values import Factors, Member, RowGraft, RowValues
 
 _STACKED_BYTES = 8 * 2**20
@@ -112,6 +112,7 @@ class _Grafts:
         stacked: Their weights (G, I, O) and biases by projection, where they are small; empty =
             ``experts`` are run one after another.
         gates: How much each group counts.
+        begun: The base's experts and the groups that count as far as they have moved from each.
     """
 
     groups: _Groups
@@ -120,6 +121,7 @@ class _Grafts:
     experts: tuple[tuple[int, Tensor], ...]
     stacked: Mapping[str, tuple[Tensor, Tensor | None]]
     gates: _Gates
+    begun: tuple[tuple[int, Tensor], ...] = ()
 
 
 class Assignment:
@@ -182,14 +184,20 @@ class Rows:
         ]
 
     def assign(self, models: Sequence[RowValues]) -> Assignment:
-        """Return what rows of these models read."""
+        """Return what rows of these models read.
+
+        Raises:
+            ValueError: A graft stands inside its block.
+        """
+        grafted = {index for model in models for index in model.grafts}
+        check_beside([self.view.layers[index] for index in sorted(grafted)], doing="served")
         return Assignment(self.view, models, self._experts)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Let the base's layers look at the assignment while the context lasts."""
         handles = []
-        blocks = tuple(f"{layer.path}." for layer in self.view.layers)
+        blocks = tuple(f"{path}." for layer in self.view.layers for path in layer.own_paths)
         for path, module in self.model.named_modules():
             if isinstance(module, nn.Linear) and not path.startswith(blocks):
                 handles.append(module.register_forward_hook(partial(self._add_linear, path)))
@@ -237,7 +245,8 @@ class Rows:
         assert x_BSD.shape[0] == self._current.num_rows, "a MoE block does not see rows"
         layer, grafts = self.view.layers[index], self._current.grafts[index]
         if isinstance(output, tuple):
-            return (self._mix(layer, index, grafts, x_BSD, output[0]), *output[1:])
+            mixed_BSD = self._mix(layer, index, grafts, x_BSD, output[0].view_as(x_BSD))
+            return (mixed_BSD.view_as(output[0]), *output[1:])
         return self._mix(layer, index, grafts, x_BSD, output)
 
     def _mix(
@@ -248,11 +257,24 @@ class Rows:
         gate_GTF = self._project(index, grafts, "gate_proj", x_GTD) if is_gated else None
         hidden_GTF = layer.activate(gate_GTF, self._project(index, grafts, "up_proj", x_GTD))
         y_GTD = layer.finish_expert(self._project(index, grafts, "down_proj", hidden_GTF))
+        for expert, group_N in grafts.begun:
+            y_GTD[group_N] = y_GTD[group_N] - self._begun(layer, index, expert, x_GTD[group_N])
         weight_GT, shut_GT = grafts.gates.weigh(x_GTD)
         own_GTD = weight_GT[..., None] * y_GTD
         if grafts.gates.any_takes:
             own_GTD = own_GTD - shut_GT[..., None] * grafts.groups.gather(routed_BSD)
         return grafts.groups.add(routed_BSD, own_GTD)
+
+    def _begun(self, layer: MoELayer, index: int, expert: int, x_NTD: Tensor) -> Tensor:
+        """Run an expert of the base as it is."""
+        tensors = self._experts[index][expert]
+
+        def project(local: str, x: Tensor) -> Tensor:
+            return functional.linear(x, tensors[local], tensors.get(f"{local}_bias"))
+
+        gate_NTF = project("gate_proj", x_NTD) if "gate_proj" in tensors else None
+        hidden_NTF = layer.activate(gate_NTF, project("up_proj", x_NTD))
+        return layer.finish_expert(project("down_proj", hidden_NTF))
 
     def _project(self, index: int, grafts: _Grafts, local: str, x_GTI: Tensor) -> Tensor:
         """Run one projection of every group: the base's expert for all that share it, then LoRA."""
@@ -341,7 +363,13 @@ def _gather_grafts(
     stacked = {}
     if len(by_expert) > 1 and not dense:
         stacked = _stack_experts([experts[member.expert] for member in own])
-    return _Grafts(groups, dense, stacks, started, stacked, _gather_gates(members, device))
+    by_begun: dict[int, list[int]] = {}
+    for group, (graft, place) in enumerate(members):
+        if graft.settings.mix == "difference":
+            by_begun.setdefault(graft.members[place].expert, []).append(group)
+    begun = tuple((expert, torch.tensor(g, device=device)) for expert, g in by_begun.items())
+    gates = _gather_gates(members, device)
+    return _Grafts(groups, dense, stacks, started, stacked, gates, begun)
 
 
 def _stack_experts(

@@ -44,6 +44,7 @@ from orchard.experts.subset_losses import NORM
 from orchard.models.view.moe import MoEView
 from orchard.results import Metrics
 from orchard.strategies.strategy import Plan, Strategy
+from orchard.trees import Tree
 
 _EXPERT = "graft.expert"  # a number, or several
 
@@ -83,15 +84,9 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
 
     @contextmanager
     def prepare(client: Client, task: Task) -> Iterator[Plan]:
-        kept = client.store.load(before_round=task.round_number)
         layers = [layer.name for layer in client.model.view.layers]
-        names = [f"{layer}.{_EXPERT}" for layer in layers]
         # Before the rest is ready: a client that reads experts one at a time holds none then.
-        found: Metrics = {}
-        if kept is not None and names[0] in kept.tensors:
-            experts = tuple(_numbers(kept.tensors[name]) for name in names)
-        else:
-            experts, found = choose_experts(client, settings)
+        experts, chosen, found = known_experts(client, task, settings)
         seed = client.seeds.integer("graft", client.client_id)
         with strategy.prepare(client, task) as plan:
             model, read = client.model, None
@@ -99,10 +94,6 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
                 assert client.submodels is not None, "a submodel comes from a checkpoint"
                 model, read = plan.model, client.submodels.origin_reader()
             with grafted(model, experts, settings.graft, seed=seed, read=read) as grafts:
-                chosen = {
-                    name: torch.tensor(own if len(own) > 1 else own[0])
-                    for name, own in zip(names, experts, strict=True)
-                }
                 yield replace(
                     plan,
                     personal=(*plan.personal, *grafts.names),
@@ -118,6 +109,29 @@ def flex(strategy: Strategy, settings: FlexSettings) -> Strategy:
                 )
 
     return replace(strategy, prepare=prepare)
+
+
+def known_experts(
+    client: Client, task: Task, settings: FlexSettings
+) -> tuple[tuple[tuple[int, ...], ...], Tree, Metrics]:
+    """Return the experts that a client grafts, as it chose them once or chooses them now.
+
+    Returns:
+        For each layer, its experts; the same as tensors that the client keeps; and as metrics, see
+        ``choose_experts``, where they are chosen now.
+    """
+    kept = client.store.load(before_round=task.round_number)
+    names = [f"{layer.name}.{_EXPERT}" for layer in client.model.view.layers]
+    found: Metrics = {}
+    if kept is not None and names[0] in kept.tensors:
+        experts = tuple(_numbers(kept.tensors[name]) for name in names)
+    else:
+        experts, found = choose_experts(client, settings)
+    chosen = {
+        name: torch.tensor(own if len(own) > 1 else own[0])
+        for name, own in zip(names, experts, strict=True)
+    }
+    return experts, chosen, found
 
 
 def choose_experts(

@@ -11,7 +11,7 @@ needs to know nothing else of the method.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,16 +22,39 @@ import torch
 from orchard.client.answers import keep_answers
 from orchard.client.client import Client
 from orchard.client.objectives import Objective, causal_lm
+from orchard.client.scores import keep_scores
 from orchard.client.store import Personal
 from orchard.client.training import HoldStill, TrainingReport, train
 from orchard.communication.messages import Task, Update
-from orchard.evaluation.quality import KeepAnswers, evaluate
+from orchard.data.encoded import Encoded
+from orchard.evaluation.quality import KeepAnswers, KeepScores, evaluate
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.results import Metrics
 from orchard.server.aggregation import mean
 from orchard.server.checkpoint import ServerState
 from orchard.server.optimizers import SGD, ServerOptimizer
+from orchard.server.privacy import SLOT, Protection
 from orchard.trees import Tree
+
+
+@dataclass(frozen=True)
+class OwnPart:
+    """What a client trains apart from what it sends, and keeps: its personal model.
+
+    Attributes:
+        names: What is trained; of names that are shared too, a copy of the client's own.
+        examples: What it trains on; empty = it does not.
+        objective: What it minimizes; the global values of ``names`` are in ``broadcast``.
+        memory: Tensors that are kept beside it without training them.
+        settle: Called after training with the values before it; leaves in the model what is kept,
+            and returns scalars for the client's metrics.
+    """
+
+    names: tuple[str, ...]
+    examples: Sequence[Encoded]
+    objective: Objective = causal_lm
+    memory: Tree = field(default_factory=dict)
+    settle: Callable[[Tree], Metrics] = lambda before: {}
 
 
 @dataclass(frozen=True)
@@ -41,6 +64,9 @@ class Plan:
     Attributes:
         shared: Names that it trains and sends.
         personal: Names that it trains and keeps.
+        from_global: Those of ``personal`` that start at their global values, until the client keeps
+            its own.
+        own: Opens what it trains apart; None = nothing.
         memory: Tensors that it keeps without training them, such as a control variate.
         keep_mean_gradient: Whether training reports its mean gradient of the shared names.
         model: The model to train in the place of the client's, such as a submodel.
@@ -53,6 +79,8 @@ class Plan:
 
     shared: tuple[str, ...]
     personal: tuple[str, ...] = ()
+    from_global: frozenset[str] = frozenset()
+    own: Callable[[], AbstractContextManager[OwnPart]] | None = None
     memory: Tree = field(default_factory=dict)
     keep_mean_gradient: bool = False
     model: AdaptedModel | None = None
@@ -136,6 +164,8 @@ class Strategy:
         aggregate: Reduces a stream of updates to one delta, given the global tree that they
             started from.
         optimizer: Moves the global tree.
+        protection: Bounds what one client changes and adds noise, in the place of ``aggregate``;
+            None = nothing does.
     """
 
     prepare: Prepare = train_everything
@@ -143,6 +173,7 @@ class Strategy:
     weigh: Weigh = by_num_examples
     aggregate: Aggregate = mean_delta
     optimizer: ServerOptimizer = field(default_factory=SGD)
+    protection: Protection | None = None
 
 
 def _place(client: Client, task: Task, plan: Plan) -> None:
@@ -150,7 +181,8 @@ def _place(client: Client, task: Task, plan: Plan) -> None:
     model = plan.model or client.model
     place_global(model, task)
     if kept := client.store.load(before_round=task.round_number):
-        model.load({name: kept.tensors[name] for name in plan.personal})
+        inherited = plan.from_global - kept.tensors.keys()
+        model.load({name: kept.tensors[name] for name in plan.personal if name not in inherited})
 
 
 def place_global(model: AdaptedModel, task: Task) -> None:
@@ -173,13 +205,16 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
     """
     started = time.monotonic()
     with strategy.prepare(client, task) as plan:
+        own, own_metrics = ({}, {}) if plan.drops_out else _train_own(client, task, plan)
+        started = time.monotonic() if own_metrics else started
         _place(client, task, plan)
         prepare_seconds = time.monotonic() - started
-        sent = _DROPPED_OUT if plan.drops_out else _train(strategy, client, task, plan)
+        sent = _DROPPED_OUT if plan.drops_out else _train(strategy, client, task, plan, own)
         metrics = {
             "client/num_examples": client.num_examples,
             "client/prepare_seconds": prepare_seconds,
             **sent.metrics,
+            **own_metrics,
         }
         if task.evaluate_local:
             started = time.monotonic()
@@ -191,7 +226,50 @@ def train_client(strategy: Strategy, client: Client, task: Task) -> Update:
     return Update(client.client_id, task.round_number, sent.delta, sent.weight, metrics)
 
 
-def _train(strategy: Strategy, client: Client, task: Task, plan: Plan) -> Contribution:
+@contextmanager
+def _own_part(client: Client, task: Task, plan: Plan) -> Iterator[OwnPart]:
+    """Open what a client trains apart, on the global values, with what it has kept of it."""
+    assert plan.own is not None
+    assert plan.model is None, "what is trained apart is of the whole model"
+    with plan.own() as own:
+        place_global(client.model, task)
+        if kept := client.store.load(before_round=task.round_number):
+            client.model.load({name: kept.tensors[name] for name in own.names})
+        yield own
+
+
+def _train_own(client: Client, task: Task, plan: Plan) -> tuple[Tree, Metrics]:
+    """Train what a client trains apart, and return what it keeps of it."""
+    if plan.own is None:
+        return {}, {}
+    turn = task.round_number, client.client_id
+    with _own_part(client, task, plan) as own:
+        metrics: Metrics = {}
+        if own.examples:
+            before = client.model.read(own.names)
+            report = train(
+                client.model,
+                own.examples,
+                shared=own.names,
+                personal=(),
+                objective=own.objective,
+                memory={},
+                broadcast=task.shared,
+                settings=client.training,
+                local=task.settings,
+                generator=client.seeds.generator("own batches", *turn),
+                dropout_seed=client.seeds.integer("own dropout", *turn),
+            )
+            metrics = {
+                "client/own_train_loss": report.loss,
+                "client/own_train_seconds": report.seconds,
+                "client/own_num_steps": report.num_steps,
+                **own.settle(before),
+            }
+        return {**client.model.read(own.names), **own.memory}, metrics
+
+
+def _train(strategy: Strategy, client: Client, task: Task, plan: Plan, own: Tree) -> Contribution:
     """Train by a plan, save what the client keeps, and return what it sends."""
     model = plan.model or client.model
     turn = task.round_number, client.client_id
@@ -213,12 +291,13 @@ def _train(strategy: Strategy, client: Client, task: Task, plan: Plan) -> Contri
     )
     trained = Trained(plan, _delta(model, plan, task), report, plan.observe())
     sent = strategy.weigh(client, task, trained)
-    if kept := {**model.read(plan.personal), **sent.memory}:
+    if kept := {**model.read(plan.personal), **sent.memory, **own}:
         client.store.save(Personal(kept), round_number=task.round_number)
     metrics = {
         "client/train_loss": report.loss,
         "client/train_seconds": report.seconds,
         "client/num_tokens": report.num_tokens,
+        "client/num_steps": report.num_steps,
         **plan.measure(),
         **sent.metrics,
     }
@@ -258,7 +337,10 @@ def evaluate_client(
         metrics |= _measure(client, "global", completed)
     if "personal" in models:
         with strategy.prepare(client, task) as plan:
-            if plan.personal or plan.model is not None or not has_global:
+            if plan.own is not None:
+                with _own_part(client, task, plan):
+                    metrics |= _measure(client, "personal", completed)
+            elif plan.personal or plan.model is not None or not has_global:
                 _place(client, task, plan)
                 metrics |= _measure(client, "personal", completed, plan.model)
             else:
@@ -294,10 +376,18 @@ def _measure(
             of=of,
         )
 
-    own = evaluate(model, client.test, client.evaluation, keep=keep("test"))
+    def note(of: str) -> KeepScores | None:
+        if not client.evaluation.keeps_answers:
+            return None
+        return partial(keep_scores, client.store, round_number=round_number, model=kind, of=of)
+
+    settings = client.evaluation
+    own = evaluate(model, client.test, settings, keep=keep("test"), note=note("test"))
     values = {f"{kind}/{name}": value for name, value in own.items()}
     if client.retention:
-        old = evaluate(model, client.retention, client.evaluation, keep=keep("retention"))
+        old = evaluate(
+            model, client.retention, settings, keep=keep("retention"), note=note("retention")
+        )
         values |= {f"{kind}/retention_{name}": value for name, value in old.items()}
     return values
 
@@ -322,11 +412,20 @@ def update_server(strategy: Strategy, state: ServerState, updates: Iterable[Upda
         return update
 
     # Unlike a generator, map holds no update while the next one is made.
-    delta = strategy.aggregate(map(counted, updates), state.shared)
-    if num_updates == 0:
+    number = state.round_number + 1
+    delta: Tree
+    kept: Mapping[str, Tree] = {}
+    if strategy.protection is not None:
+        delta, kept = strategy.protection.aggregate(
+            map(counted, updates), state.shared, state.slots, round_number=number
+        )
+    else:
+        delta = strategy.aggregate(map(counted, updates), state.shared)
+    if num_updates == 0 and strategy.protection is None:
         raise ValueError(
-            f"round {state.round_number + 1} must have at least one update, got none; "
+            f"round {number} must have at least one update, got none; "
             "a round in which nobody answered does not count"
         )
-    shared, slots = strategy.optimizer.step(state.shared, delta, state.slots)
-    return replace(state, round_number=state.round_number + 1, shared=shared, slots=slots)
+    own = {name: tree for name, tree in state.slots.items() if name != SLOT}
+    shared, slots = strategy.optimizer.step(state.shared, delta, own)
+    return replace(state, round_number=number, shared=shared, slots={**slots, **kept})

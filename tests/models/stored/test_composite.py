@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from family_checks import check_names, check_trained, logits_of
-from orchard.models.stored.loading import check_checkpoint, load_base
+from orchard.models.stored.loading import check_checkpoint, load_base, without_progress_bars
 from orchard.models.stored.streaming import checkpoint_reader, streamed_experts
 from orchard.models.stored.submodel import load_skeleton, load_submodel
 from orchard.models.trainable.targets import LoraSettings
 from orchard.models.view.detection import find_auto_class
+from tiny_composites import composite_builder_of
 from tiny_models import EXPERT_WIDTH, EXPERTS, VOCABULARY, WIDTH, randomize
 
 TEXT = {
@@ -105,6 +108,26 @@ def test_the_text_of_a_composite_checkpoint_is_trained(kind: str, tmp_path: Path
     model = load_base(WRITERS[kind](tmp_path), dtype="float32").view.model
     check_names(model)
     check_trained(model, logits_of(model))
+
+
+def test_of_a_model_that_also_speaks_the_part_that_answers_in_text_is_read(tmp_path: Path) -> None:
+    model = composite_builder_of("qwen3_omni_moe_thinker")()
+    with without_progress_bars():
+        model.save_pretrained(tmp_path)
+    own = json.loads((tmp_path / "config.json").read_text())
+    published = {
+        "model_type": "qwen3_omni_moe",
+        "thinker_config": own,
+        "enable_audio_output": False,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    file = tmp_path / "model.safetensors"
+    tensors = {f"thinker.{name}": tensor for name, tensor in load_file(file).items()}
+    save_file(tensors | {"talker.model.codec_embedding.weight": torch.zeros(2, 2)}, file)
+    view = load_base(str(tmp_path), dtype="float32").view
+    assert torch.equal(logits_of(view.model), logits_of(model))
+    some = load_submodel(str(tmp_path), [[0, 3]] * len(view.layers), dtype="float32")
+    assert all(torch.equal(some.read(name), view.read(name)) for name in some.names())
 
 
 def test_a_type_without_a_language_model_is_named_in_one_line() -> None:

@@ -173,11 +173,11 @@ def test_an_unknown_tensor_per_expert_is_refused(
 
     def with_scale(self: Any, config: Any) -> None:
         plain(self, config)
-        self.per_expert_scale = nn.Parameter(torch.ones(config.num_experts))
+        self.per_expert_warmth = nn.Parameter(torch.ones(config.num_experts))
 
     path = save("qwen2_moe", tmp_path)
     monkeypatch.setattr(Qwen2MoeTopKRouter, "__init__", with_scale)
-    with pytest.raises(ValueError, match=r"got per_expert_scale of shape \(8,\) beside its rows"):
+    with pytest.raises(ValueError, match=r"got per_expert_warmth of shape \(8,\) beside its rows"):
         load_submodel(path, SOME, dtype="float32")
 
 

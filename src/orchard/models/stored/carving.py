@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from orchard.models.view.moe import MoELayer, MoEView
-from orchard.models.view.routers import TOP_K_NAMES, find_rows
+from orchard.models.view.routers import ALL_ROWS, TOP_K_NAMES, find_rows
 from orchard.models.view.storage import FusedExperts
 
 # What modules and configurations call E; shared experts are not among those counted.
@@ -80,15 +80,16 @@ def carve_layer(layer: MoELayer, experts: Sequence[int]) -> MoELayer:
     Returns:
         The layer with its new ``top_k`` and ``expert_ids``.
     """
-    num_experts, num_kept = layer.num_experts, len(experts)
+    num_experts, num_kept, num_rows = layer.num_experts, len(experts), layer.num_rows
     if num_kept == num_experts:
         return layer
     rows = find_rows(layer.router, layer.block, num_experts=num_experts)
     for local, (holder, name) in rows.items():
         tensor = cast(Tensor, getattr(holder, name))
-        _replace(holder, name, select_rows(tensor, local, list(experts)))
+        kept = with_other_rows(experts, tensor, local, num_experts)
+        _replace(holder, name, select_rows(tensor, local, kept))
         if isinstance(holder, nn.Linear):
-            holder.out_features = num_kept
+            holder.out_features = len(kept)
     top_k = min(layer.top_k, num_kept)
     for module in {layer.block, layer.experts, *layer.router.modules()}:
         config = vars(module).get("config")
@@ -97,7 +98,25 @@ def carve_layer(layer: MoELayer, experts: Sequence[int]) -> MoELayer:
             module.config = copy.copy(config)
         for target in (module, vars(module).get("config")):
             recount(target, num_experts, num_kept, layer.top_k)
+    if num_rows > num_experts:
+        for module in layer.router.modules():
+            _recount_rows(module, num_rows, num_kept + num_rows - num_experts)
     return replace(layer, top_k=top_k, expert_ids=tuple(experts))
+
+
+def with_other_rows(
+    experts: Sequence[int], tensor: Tensor, local: str, num_experts: int
+) -> list[int]:
+    """Return the rows of kept experts and those that are no expert's.
+
+    Args:
+        experts: The kept ones.
+        tensor: A whole tensor of a router, as ``find_rows`` names it.
+        local: Its name there.
+        num_experts: E before carving.
+    """
+    size = tensor.shape[0 if local == "weight" else tensor.ndim - 1]
+    return [*experts, *range(num_experts, size)]
 
 
 def select_rows(tensor: Tensor, local: str, experts: Sequence[int]) -> Tensor:
@@ -127,7 +146,7 @@ def _check_router(layer: MoELayer) -> None:
 def _check_choice(layer: MoELayer) -> None:
     """Let the carved block route one token on ``meta``, where shapes are all there is."""
     weight = layer.router_tensors()["weight"]
-    x_TD = torch.empty(1, weight.shape[1], dtype=weight.dtype, device="meta")
+    x_TD = torch.empty(1, layer.reads_width, dtype=weight.dtype, device="meta")
     seen: list[Tensor] = []
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -136,7 +155,10 @@ def _check_choice(layer: MoELayer) -> None:
 
     handle = layer.experts.register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        layer.block(x_TD.unsqueeze(0))
+        if layer.is_whole_layer:
+            seen.append(layer.route(x_TD)[0])
+        else:
+            layer.block(x_TD.unsqueeze(0))
     except _RoutedError:
         pass
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -186,6 +208,12 @@ def count_names(block: nn.Module) -> list[str]:
     configs = [vars(m)["config"] for m in modules if vars(m).get("config") is not None]
     found = {name for own in (*modules, *configs) for name in vars(own) if _COUNTS.match(name)}
     return sorted(found)
+
+
+def _recount_rows(module: nn.Module, num_rows: int, num_kept: int) -> None:
+    for name, value in list(vars(module).items()):
+        if type(value) is int and value == num_rows and ALL_ROWS.search(name):
+            setattr(module, name, num_kept)
 
 
 def _uncarvable(layer: MoELayer, got: str) -> ValueError:

@@ -171,7 +171,8 @@ def load_tokenizer(path: str) -> Any:
     """
     source = locate(path)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Code that comes with it is never run, and nobody is asked whether it should be.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a library makes of files that somebody else wrote
         raise ValueError(_no_tokenizer(path)) from error
     # Some tokenizer classes load from nothing, and then know no token.
@@ -235,7 +236,7 @@ def _load(source: str, about: dict[str, Any]) -> tuple[Any, Any]:
     if not folder.is_dir() or Checkpoint(folder).is_indexed:
         own: Any = find_auto_class(config)
         model, found = own.from_pretrained(
-            source, use_safetensors=True, output_loading_info=True, **about
+            source, config=config, use_safetensors=True, output_loading_info=True, **about
         )
         return model, found
     # Without an index, or in another layout: all files count, as where experts are read singly.

@@ -1,9 +1,9 @@
 """A model of a stock family with grafts: personal experts beside the routed ones, and their gates.
 
 This file stands alone: it needs torch and transformers. ``config.grafts`` says what there is:
-``mix`` (additive or convex), ``gate`` (router_row, closed or none) and, for each block, its path,
-the number of its grafts, their hidden width, and whether projections and mixer have biases; and
-which blocks hold fewer experts than the configuration says.
+``mix`` (additive, convex or difference), ``gate`` (router_row, closed or none) and, for each block,
+its path, the number of its grafts, their hidden width, and whether projections and mixer have
+biases; and which blocks hold fewer experts than the configuration says.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ class Graft(nn.Module):
         super().__init__()
         count, self.gate, self.mix = about["count"], about["gate"], about["mix"]
         self.members = nn.ModuleList(GraftedExpert(experts, width, about) for _ in range(count))
+        # What a graft of differences started as, which counts against it.
+        begun = count if self.mix == "difference" else 0
+        self.begun = nn.ModuleList(GraftedExpert(experts, width, about) for _ in range(begun))
         self.mixer = Scores(count, width, about["mixer_bias"]) if count > 1 else None
         has_own = self.gate == "closed" or (self.gate == "router_row" and count == 1)
         self.opening = Scores(1, width, self.gate == "closed") if has_own else None
@@ -91,10 +94,10 @@ class Graft(nn.Module):
         """Return the block's output with the grafts in it."""
         scores = None if self.mixer is None else self.mixer(x)
         if scores is None:
-            y = self.members[0](x)
+            y = self._moved(0, x)
         else:
             weights = scores.softmax(dim=-1)
-            own = [weights[..., j, None] * member(x) for j, member in enumerate(self.members)]
+            own = [weights[..., j, None] * self._moved(j, x) for j in range(len(self.members))]
             y = torch.stack(own).sum(0)
         if self.opening is not None:
             score = self.opening(x)
@@ -108,6 +111,10 @@ class Graft(nn.Module):
             mixed = mixed + ((1 - opened) * routed).to(routed.dtype)
             return mixed
         return mixed + routed
+
+    def _moved(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.members[index](x)
+        return y - self.begun[index](x) if self.begun else y
 
 
 def _shrink(block: Any, about: dict[str, Any]) -> None:
@@ -140,7 +147,8 @@ def _add_graft(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     x = args[0] if args else kwargs["hidden_states"]
     graft: Any = block.graft
     if isinstance(output, tuple):
-        return graft(x, output[0]), *output[1:]
+        routed = output[0]
+        return graft(x, routed.view_as(x)).view_as(routed), *output[1:]
     return graft(x, output)
 
 

@@ -71,6 +71,11 @@ def locate(path: str) -> str:
     return find_on_hub(source, kind="model", option="model.path")
 
 
+def make_config(family: str, **values: Any) -> Any:
+    """Return the configuration of a model type, such as ``qwen2_moe``, with these values."""
+    return AutoConfig.for_model(family, **values)
+
+
 def load_config(path: str) -> Any:
     """Read the configuration behind ``path``.
 
@@ -86,7 +91,9 @@ def load_config(path: str) -> Any:
             return to_qwen2_moe(published)
         if "auto_map" in published and published.get("model_type") not in CONFIG_MAPPING:
             raise _OwnCodeError
-        return AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+        # A model that also speaks (Qwen3-Omni): what answers in text is a model of its own.
+        return getattr(config, "thinker_config", config)
     except _OwnCodeError:
         raise ValueError(
             f"model.path must lead to a model that transformers knows, got {path} with "

@@ -17,7 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from orchard.models.stored.carving import carve_layer, check_carvable, check_kept, select_rows
+from orchard.models.stored.carving import (
+    carve_layer,
+    check_carvable,
+    check_kept,
+    select_rows,
+    with_other_rows,
+)
 from orchard.models.stored.completeness import check_loaded
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
 from orchard.models.stored.finiteness import check_finite
@@ -132,8 +138,9 @@ def _load_dense(
             found.append(carve_layer(layer, kept[index] if kept else layer.expert_ids))
             for name, _ in list(layer.experts.named_parameters(recurse=False)):
                 setattr(layer.experts, name, None)
-            # What is missing must not be initialized.
-            cast(Any, layer.experts)._is_hf_initialized = True
+            # What is missing must not be initialized, which some families do from the block.
+            for module in (layer.experts, layer.block):
+                cast(Any, module)._is_hf_initialized = True
 
     about = {"__init__": build, "__module__": model_class.__module__}
     shrinking: Any = type(model_class.__name__, (model_class,), about)
@@ -173,7 +180,9 @@ def _state(stored: StoredModel, kept: Sequence[Sequence[int]] | None) -> dict[st
             continue
         found = find_rows(layer.router, layer.block, num_experts=layer.num_experts)
         for local, (holder, name) in found.items():
-            rows[names[id(getattr(holder, name))]] = (local, experts)
+            tensor = getattr(holder, name)
+            kept_rows = with_other_rows(experts, tensor, local, layer.num_experts)
+            rows[names[id(tensor)]] = (local, kept_rows)
     state = {}
     for key, name in stored.names.items():
         read = _reader(stored.checkpoint, key)

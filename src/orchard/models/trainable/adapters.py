@@ -262,6 +262,27 @@ class AdaptedModel:
         return list(chosen.values())
 
 
+def trainable_names(view: MoEView, settings: LoraSettings) -> tuple[str, ...]:
+    """Return the names of what an adapted model would train; adapters stay in ``view``'s model.
+
+    Args:
+        view: Of a model that is used for nothing else, which may be on the meta device.
+        settings: Where adapters go, and what is trained itself.
+    """
+    modules, parameters = find_targets(view, settings.targets)
+    full = [name for name, _ in full_slots(view, settings.full, adapted=(*modules, *parameters))]
+    if modules or parameters:
+        inject_lora(
+            view.model,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            modules=modules,
+            parameters=parameters or None,
+        )
+    return (*(name for name, _ in lora_slots(view.model, view)), *full)
+
+
 @torch.no_grad()
 def _ends_with_head(model: Any) -> bool:
     """Say whether a model's logits are its head's output as it is, not scaled or capped.

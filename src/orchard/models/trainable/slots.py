@@ -12,6 +12,7 @@ from torch import nn
 
 from orchard.models.trainable.targets import ALL, EXPERTS, ROUTER, find_targets, is_adapter
 from orchard.models.view.moe import MoELayer, MoEView
+from orchard.models.view.routers import find_rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def _name_inside_block(name: str, view: MoEView) -> str:
     """Name adapters of listed experts and linear routers as those of fused ones are named."""
     for layer in view.layers:
         block = f"{canonical(layer.path)}."
-        if name.startswith(block):
+        if name.startswith(tuple(f"{canonical(path)}." for path in layer.own_paths)):
             inside = name.removeprefix(block)
             kind, _, factor = inside.rpartition(".")
             return f"{layer.name}.{inside if kind.startswith('experts.') else f'router.{factor}'}"
@@ -130,7 +131,7 @@ def full_slots(
                 yield from _router_slots(layer)
     if ALL in targets:
         taken |= {id(p) for layer in view.layers for p in layer.storage.parameters()}
-        taken |= {id(tensor) for layer in view.layers for tensor in layer.router_tensors().values()}
+        taken |= {id(tensor) for layer in view.layers for tensor in _rows(layer).values()}
         rest = [paths[id(p)] for p in view.model.parameters() if id(p) not in taken]
     else:
         modules, _ = find_targets(view, [t for t in targets if t not in (ROUTER, EXPERTS)])
@@ -146,12 +147,22 @@ def _expert_slots(layer: MoELayer) -> Iterator[tuple[str, Slot]]:
 
 
 def _router_slots(layer: MoELayer) -> Iterator[tuple[str, Slot]]:
-    tensors = layer.router_tensors()
-    for local, kind in (("weight", "router"), ("bias", "router_bias")):
+    tensors = _rows(layer)
+    for local, kind in (
+        ("weight", "router"),
+        ("bias", "router_bias"),
+        ("scale", "router_scale"),
+    ):
         parameter = tensors.get(local)
         if isinstance(parameter, nn.Parameter):
             for row, expert in enumerate(layer.expert_ids):
                 yield f"{layer.name}.{kind}.{expert}", Slot(parameter, _row(row))
+
+
+def _rows(layer: MoELayer) -> dict[str, torch.Tensor]:
+    """Return the tensors of a router that have a row for each expert, whole."""
+    found = find_rows(layer.router, layer.block, num_experts=layer.num_experts)
+    return {local: getattr(holder, name) for local, (holder, name) in found.items()}
 
 
 def _row(row: int) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from orchard.models.view.moe import MoELayer, MoEView
+from orchard.models.view.moe import MoEView
 
 ROUTER, EXPERTS, ALL, ATTENTION = "router", "experts", "all", "attention"
 _PLAIN = ("q_proj", "k_proj", "v_proj")
@@ -115,7 +115,7 @@ def _is_projection(model: nn.Module, path: str) -> bool:
 
 def _linear_outside(view: MoEView) -> set[str]:
     """Return the paths of linear layers that are neither in an MoE block nor the output layer."""
-    blocks = tuple(f"{path}." for layer in view.layers for path in _own_paths(layer))
+    blocks = tuple(f"{path}." for layer in view.layers for path in layer.own_paths)
     return {
         path
         for path, module in view.model.named_modules()
@@ -124,7 +124,7 @@ def _linear_outside(view: MoEView) -> set[str]:
 
 
 def _routed_targets(view: MoEView, target: str) -> tuple[list[str], list[str]]:
-    wanted = view.router_parameters() if target == ROUTER else view.routed_parameters()
+    wanted = view.scoring_parameters() if target == ROUTER else view.routed_parameters()
     modules, parameters = [], []
     for path in sorted(wanted):
         owner, _, name = path.rpartition(".")
@@ -132,7 +132,7 @@ def _routed_targets(view: MoEView, target: str) -> tuple[list[str], list[str]]:
         # A linear layer with a forward of its own, such as a router, is adapted by its weight.
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             modules.append(owner)
-        elif name.endswith("bias"):
+        elif view.model.get_parameter(path).ndim == 1 or name.endswith("bias"):
             continue
         else:
             parameters.append(path)
@@ -209,16 +209,3 @@ def inject_lora(
 def is_adapter(path: str) -> bool:
     """Say whether a parameter's path is that of a LoRA factor."""
     return re.search(r"\.lora_[AB]\.", path) is not None
-
-
-def _own_paths(layer: MoELayer) -> list[str]:
-    """Return the paths of what belongs to an MoE layer: its block, as a rule.
-
-    Of a block that has attention too, as where experts stand in the decoder layer itself (Gemma 4),
-    they are the router and the experts.
-    """
-    children = dict(layer.block.named_children())
-    if not any("attention" in type(child).__name__.lower() for child in children.values()):
-        return [layer.path]
-    own = (layer.router, layer.experts, *layer.shared_experts)
-    return [f"{layer.path}.{name}" for name, child in children.items() if child in own]

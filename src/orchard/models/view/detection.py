@@ -10,15 +10,20 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from orchard.models.view.adopting import adopt
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import find_router, find_top_k, probe_top_k
 from orchard.models.view.storage import FusedExperts, ListedExperts, is_fused, is_listed, is_unknown
 
+# What reads images or sound: no token of a text comes there.
+_IS_FOR_OTHERS = re.compile(r"(^|\.)(vision|visual|image|audio)(_\w+)?\.")
+
 
 def view_moe(model: nn.Module) -> MoEView:
-    """Find the MoE layers of a model.
+    """Find the MoE layers of a model that tokens of a text go through.
 
-    PEFT adapters, injected or wrapped around the model, change neither names nor values.
+    PEFT adapters, injected or wrapped around the model, change neither names nor values. Experts
+    behind a call of their own are put behind the common one (``adopting``).
 
     Raises:
         ValueError: There is no MoE layer, or experts are stored in a way this package cannot
@@ -27,11 +32,13 @@ def view_moe(model: nn.Module) -> MoEView:
     found = []
     for path, experts in model.named_modules():
         # PEFT puts its wrapper in the place of a module and keeps that as base_layer.
-        if path.endswith(".base_layer"):
+        if path.endswith(".base_layer") or _IS_FOR_OTHERS.search(path):
             continue
         while isinstance(getattr(experts, "base_layer", None), nn.Module):
             experts = cast(nn.Module, experts.base_layer)
-        if is_unknown(experts):
+        parent, _, own = path.rpartition(".")
+        block = model.get_submodule(parent)
+        if is_unknown(experts) and "shared" not in own and not adopt(block, experts):
             raise ValueError(
                 f"experts at {path} must be fused behind transformers' experts interface or "
                 f"listed as modules, got {type(experts).__name__}; choose another checkpoint"
@@ -39,8 +46,6 @@ def view_moe(model: nn.Module) -> MoEView:
         storage = FusedExperts(experts) if is_fused(experts) else None
         if storage is None and not is_listed(experts):
             continue
-        parent, _, own = path.rpartition(".")
-        block = model.get_submodule(parent)
         layer = _build_layer(path=parent, block=block, own=own, experts=experts, storage=storage)
         if layer is not None:
             found.append(layer)
@@ -88,8 +93,9 @@ def find_auto_class(config: Any) -> Any:
         return transformers.AutoModelForSeq2SeqLM
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
-    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
-        return transformers.AutoModelForImageTextToText
+    # Images and text among them.
+    if type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
+        return transformers.AutoModelForMultimodalLM
     raise ValueError(
         f"model.path must lead to a model of language, got model_type {config.model_type}, for "
         "which transformers has none; choose another checkpoint"

@@ -72,7 +72,7 @@ def read_lone(layer: MoELayer) -> LoneExperts:
     """
     weight_ED = layer.router_tensors()["weight"]
     generator = torch.Generator().manual_seed(0)
-    x_TD = torch.randn(len(_SCORES), weight_ED.shape[1], generator=generator).to(weight_ED)
+    x_TD = torch.randn(len(_SCORES), layer.reads_width, generator=generator).to(weight_ED)
     weights_ET = _lone_weights(layer, x_TD, scores_T=torch.tensor(_SCORES))
     spread_E = weights_ET.amax(1) - weights_ET.amin(1)
     is_constant = bool((spread_E <= 1e-6 * weights_ET.abs().amax(1)).all())
@@ -110,7 +110,7 @@ def _route(
         scores_TX: Theirs, to take in the place of what the router makes of ``x_TD``.
     """
     width = layer.router_tensors()["weight"].shape[1]
-    others = _WithoutOthers(layer.num_experts, width, experts, scores_TX)
+    others = _WithoutOthers(layer.num_experts, layer.num_rows, width, experts, scores_TX)
     enter = layer.router.register_forward_pre_hook(others.begin)
     leave = layer.router.register_forward_hook(others.end, always_call=True)
     try:
@@ -133,7 +133,7 @@ def _choose(layer: MoELayer, x_TD: Tensor, changed: Mapping[str, Tensor]) -> tup
     """Let a block route, and stop it before its experts run."""
     # A copy: a block may add its jitter to what it reads in place.
     x_BSD = x_TD.unsqueeze(0).clone()
-    if not layer.is_fused:
+    if layer.is_whole_layer or not layer.is_fused:
         output = layer.router(x_BSD)
         routing = read_router_output(output, num_experts=layer.num_experts, block=layer.block)
         return routing.choices_TK, routing.weights_TK
@@ -179,10 +179,16 @@ class _WithoutOthers(TorchFunctionMode):
     """While a router runs, the scores of all but some experts are far below any real one."""
 
     def __init__(
-        self, num_experts: int, width: int, experts: Sequence[int], scores_TX: Tensor | None
+        self,
+        num_experts: int,
+        num_rows: int,
+        width: int,
+        experts: Sequence[int],
+        scores_TX: Tensor | None,
     ) -> None:
         super().__init__()
-        self._shapes = ((num_experts, width), (width, num_experts))
+        self._num_experts = num_experts
+        self._shapes = ((num_rows, width), (width, num_rows))
         self._experts, self._scores_TX = list(experts), scores_TX
         self.is_seen = False
 
@@ -204,6 +210,8 @@ class _WithoutOthers(TorchFunctionMode):
             return result
         self.is_seen = True
         alone = torch.full_like(result, -_FAR)
+        # Rows that are no expert's are there however many experts are.
+        alone[..., self._num_experts :] = result[..., self._num_experts :]
         own = result[..., self._experts]
         if self._scores_TX is not None:
             own = self._scores_TX.to(own).expand(own.shape)

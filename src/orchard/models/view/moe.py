@@ -7,13 +7,21 @@ that a family nobody listed works as long as it is built like the others.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from orchard.models.view.routers import Routing, read_router, read_router_output
+from orchard.models.view.routers import (
+    Routing,
+    find_reading_width,
+    find_router_weight,
+    find_rows,
+    read_router,
+    read_router_output,
+)
 from orchard.models.view.storage import ExpertStorage, FusedExperts
 
 
@@ -53,6 +61,41 @@ class MoELayer:
         return self.storage.width
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the router: E, and those of shared experts or of none."""
+        holder = find_router_weight(self.router, self.num_experts)
+        assert holder is not None
+        return len(cast(Tensor, holder.weight))
+
+    @property
+    def reads_width(self) -> int:
+        """The width of what the router reads."""
+        return find_reading_width(self.router, self.num_experts)
+
+    @property
+    def is_whole_layer(self) -> bool:
+        """Whether the block is a decoder layer, with attention in it (Gemma 4)."""
+        children = self.block.children()
+        return any("attention" in type(child).__name__.lower() for child in children)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether experts read something else than the block does: a narrower state, or a part."""
+        return self.is_whole_layer or self.width != self.reads_width
+
+    @property
+    def own_paths(self) -> tuple[str, ...]:
+        """The paths of what belongs to the MoE: the block, or of a whole layer router and experts.
+
+        Shared experts are among them.
+        """
+        if not self.is_whole_layer:
+            return (self.path,)
+        own = (self.router, self.experts, *self.shared_experts)
+        named = self.block.named_children()
+        return tuple(f"{self.path}.{name}" for name, child in named if child in own)
+
+    @property
     def expert_width(self) -> int:
         """F, the hidden width of one routed expert."""
         return self.storage.expert_width
@@ -86,7 +129,8 @@ class MoELayer:
 
         Returns:
             ``weight`` (E, D) and, where there are, ``bias`` (E,), which is added to the logits,
-            and ``correction_bias`` (E,), which only steers the choice (DeepSeek-V3).
+            ``scale`` (E,), which multiplies the weights of chosen experts (Gemma 4), and
+            ``correction_bias`` (E,), which only steers the choice (DeepSeek-V3).
         """
         return read_router(self.router, self.block, num_experts=self.num_experts)
 
@@ -136,7 +180,7 @@ class MoELayer:
         Returns:
             Choices (T, K), with E for none, and weights (T, K).
         """
-        if self.is_fused:
+        if self.is_fused and not self.is_whole_layer:
             choices_TK, weights_TK, _ = self._run_block(x_TD)
             return choices_TK, weights_TK
         routing = self._route_listed(x_TD)
@@ -146,12 +190,13 @@ class MoELayer:
         """Return the weighted sum of the chosen routed experts, without shared experts.
 
         Args:
-            x_TD: What the block reads, as one sequence (T, D); a capacity counts its tokens.
+            x_TD: What the block reads, as one sequence (T, D); a capacity counts its tokens. Of a
+                whole layer, what both router and experts are to read.
 
         Returns:
             (T, D), differentiable in ``x_TD``.
         """
-        if self.is_fused:
+        if self.is_fused and not self.is_whole_layer:
             return self._run_block(x_TD)[2]
         routing = self._route_listed(x_TD)
         y_TD = torch.zeros_like(x_TD)
@@ -194,6 +239,24 @@ class MoELayer:
             )
 
 
+def check_beside(layers: Iterable[MoELayer], *, doing: str) -> None:
+    """Refuse grafts that stand among the experts and not beside their block.
+
+    Args:
+        layers: Those with grafts.
+        doing: What cannot be done.
+
+    Raises:
+        ValueError: There is one.
+    """
+    for layer in layers:
+        if layer.is_inside:
+            raise ValueError(
+                f"grafts must stand beside their block to be {doing}, got {layer.name}, whose "
+                "experts read another state than the block; ask the model with orchard generate"
+            )
+
+
 class MoEView:
     """Every expert and router row of a model, by name; see ``view_moe``."""
 
@@ -222,7 +285,8 @@ class MoEView:
         """Return the name of every expert tensor and every router row, layer by layer.
 
         ``layers.3.experts.17.down_proj``, ``layers.3.router.17`` (a row of the weight, (D,)),
-        ``layers.3.router_bias.17`` and ``layers.3.router_correction_bias.17`` ((1,)). The number of
+        ``layers.3.router_bias.17``, ``layers.3.router_scale.17`` and
+        ``layers.3.router_correction_bias.17`` ((1,)). The number of
         an expert is its id in the checkpoint, ``MoELayer.expert_ids``.
         """
         return tuple(self._index)
@@ -270,6 +334,17 @@ class MoEView:
     def router_parameters(self) -> frozenset[str]:
         """Return the names, as in ``model.named_parameters()``, of all parameters in routers."""
         return self._names_of([p for layer in self.layers for p in layer.router.parameters()])
+
+    def scoring_parameters(self) -> frozenset[str]:
+        """Return the names of the parameters in routers that have a row for each expert."""
+        rows = [
+            getattr(holder, name)
+            for layer in self.layers
+            for holder, name in find_rows(
+                layer.router, layer.block, num_experts=layer.num_experts
+            ).values()
+        ]
+        return self._names_of([tensor for tensor in rows if isinstance(tensor, nn.Parameter)])
 
     def _names_of(self, parameters: list[nn.Parameter]) -> frozenset[str]:
         ids = {id(parameter) for parameter in parameters}

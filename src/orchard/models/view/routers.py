@@ -7,6 +7,7 @@ dispatch mask instead of choices (Switch Transformers), or logits alone (a plain
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,7 +17,10 @@ from torch import Tensor, nn
 from orchard.models.view.storage import is_fused, is_listed
 
 # What modules call K.
-TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "moe_topk")
+TOP_K_NAMES = ("top_k", "num_experts_per_tok", "topk", "moe_topk", "top_k_experts")
+# Under which names a router counts its rows where it has more than experts: those of shared experts
+# (Inkling), of skipping them all (Zaya), of experts that do nothing (LongCat). They come last.
+ALL_ROWS = re.compile(r"(experts|classes)$")
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,8 @@ def read_router(router: nn.Module, block: nn.Module, *, num_experts: int) -> dic
     tensors = {}
     for local, (holder, name) in find_rows(router, block, num_experts=num_experts).items():
         tensor = cast(Tensor, getattr(holder, name))
-        tensors[local] = tensor if local == "weight" else tensor.view(num_experts)
+        rows = tensor if local == "weight" else tensor.view(-1)
+        tensors[local] = rows if len(rows) == num_experts else rows[:num_experts]
     return tensors
 
 
@@ -113,20 +118,25 @@ def find_rows(
     """Find where a router keeps what it has one row per expert of.
 
     Returns:
-        ``weight`` and, where there are, ``bias`` and ``correction_bias``: the module that holds
-        the tensor, and the attribute.
+        ``weight`` and, where there are, ``bias``, ``scale`` (what a chosen expert's weight is
+        multiplied with, Gemma 4) and ``correction_bias``: the module that holds the tensor, and
+        the attribute. Rows beside those of experts come after them.
     """
     holder = find_router_weight(router, num_experts)
     assert holder is not None
     found = {"weight": (holder, "weight")}
+    num_rows = len(cast(Tensor, holder.weight))
     bias = getattr(holder, "bias", None)
-    if isinstance(bias, Tensor) and bias.shape == (num_experts,):
+    if isinstance(bias, Tensor) and bias.shape == (num_rows,):
         found["bias"] = (holder, "bias")
+    if _num_values(router, "per_expert_scale") == num_experts:
+        found["scale"] = (router, "per_expert_scale")
     # Some blocks keep the correction themselves and pass it to their router (AFMoE).
     for module in (*router.modules(), block):
         named = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for name, tensor in named:
-            is_row = tensor.numel() == num_experts and tensor.shape[-1] == num_experts
+            is_row = tensor.shape[-1:] == (tensor.numel(),)
+            is_row = is_row and tensor.numel() in (num_experts, num_rows)
             if is_row and "bias" in name and tensor is not bias:
                 found["correction_bias"] = (module, name)
                 return found
@@ -148,20 +158,49 @@ def find_router(siblings: dict[str, nn.Module], num_experts: int) -> nn.Module |
 
 
 def find_router_weight(router: nn.Module, num_experts: int) -> nn.Module | None:
-    """Return the module in ``router`` whose weight has one row per expert."""
-    for module in router.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == num_experts:
+    """Return the module in ``router`` whose weight has one row per expert, and perhaps others."""
+    # Factors of adapters in it have as many rows as their rank says, which may be any number.
+    named = [(name, m) for name, m in router.named_modules() if ".lora_" not in f".{name}"]
+    modules: list[nn.Module] = [m for _, m in named if _is_matrix(getattr(m, "weight", None))]
+    for module in modules:
+        if len(cast(Tensor, module.weight)) == num_experts:
+            return module
+    counted = [(name, value) for _, m in named for name, value in vars(m).items()]
+    more = {
+        value
+        for name, value in counted
+        if type(value) is int and value > num_experts and ALL_ROWS.search(name)
+    }
+    for module in modules:
+        if len(cast(Tensor, module.weight)) in more:
             return module
     return None
+
+
+def find_reading_width(router: nn.Module, num_experts: int) -> int:
+    """Return the width of what a router reads: that of its first layer, where it has several."""
+    own = [p for name, p in router.named_parameters() if ".lora_" not in f".{name}"]
+    holder = find_router_weight(router, num_experts)
+    assert holder is not None
+    first = next((p for p in own if p.ndim == 2), cast(Tensor, holder.weight))
+    return int(first.shape[1])
+
+
+def _is_matrix(weight: object) -> bool:
+    return isinstance(weight, Tensor) and weight.ndim == 2
+
+
+def _num_values(module: nn.Module, name: str) -> int:
+    tensor = getattr(module, name, None)
+    return tensor.numel() if isinstance(tensor, Tensor) else 0
 
 
 def probe_top_k(router: nn.Module, block: nn.Module, num_experts: int) -> int:
     """Route one token of zeros through a copy of a router that states no number (Switch)."""
     holder = find_router_weight(router, num_experts)
     assert holder is not None
-    weight = cast(Tensor, holder.weight)
+    weight, width = cast(Tensor, holder.weight), find_reading_width(router, num_experts)
     with torch.no_grad():
-        output = copy.deepcopy(router).eval()(weight.new_zeros(1, 1, weight.shape[1]))
+        output = copy.deepcopy(router).eval()(weight.new_zeros(1, 1, width))
     routing = read_router_output(output, num_experts=num_experts, block=block)
     return routing.choices_TK.shape[-1]

@@ -168,6 +168,7 @@ class _Observer:
         self.keep_probabilities = keep_probabilities
         self.keep_graph = keep_graph
         self.is_decoder = False
+        self.num_rows = layer.num_rows
         self.logits_TE: Tensor | None = None
 
     def attach(self, *, is_decoder: bool) -> list[torch.utils.hooks.RemovableHandle]:
@@ -185,7 +186,10 @@ class _Observer:
             return
         if self.layer.is_fused:
             parts = output if isinstance(output, tuple | list) else (output,)
-            self.logits_TE = find_logits(parts, self.layer.num_experts)
+            logits = find_logits(parts, self.layer.num_experts)
+            if logits is None and self.num_rows > self.layer.num_experts:
+                logits = find_logits(parts, self.num_rows)
+            self.logits_TE = None if logits is None else logits[:, : self.layer.num_experts]
             return
         routing = read_router_output(
             output, num_experts=self.layer.num_experts, block=self.layer.block
@@ -219,6 +223,9 @@ class _Observer:
         # Copies: a block may go on to change its routing in place.
         choices_TK = choices_TK.detach().clone()
         weights_TK = weights_TK.detach().clone()
+        if self.num_rows > self.layer.num_experts:
+            # A token that skips the experts (Zaya) is given to the first of them with weight 0.
+            choices_TK[weights_TK == 0] = self.layer.num_experts
         self.entries.append((probabilities_TE, choices_TK, weights_TK, self.mask(choices_TK)))
 
     def mask(self, choices_TK: Tensor) -> Tensor:

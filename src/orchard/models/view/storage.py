@@ -7,6 +7,7 @@ recognized by what they hold, never by the name of a model.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypeAlias, cast
 
@@ -76,7 +77,7 @@ class FusedExperts:
         self.has_gate = bool(getattr(module, "has_gate", True))
         self.has_bias = bool(getattr(module, "has_bias", False))
         self.has_post_norm = bool(getattr(module, "has_post_expert_norm", False))
-        self.is_transposed = bool(getattr(module, "is_transposed", False))
+        self.is_transposed = bool(getattr(module, "is_transposed", _lies_transposed(module)))
         self.is_concatenated = bool(getattr(module, "is_concatenated", True))
         self.num_experts = self._parameter("down_proj").shape[0]
         self.width, self.expert_width = self._slice("down_proj", 0).shape
@@ -301,13 +302,32 @@ class ListedExperts:
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Say whether ``module`` holds experts behind transformers' experts interface."""
+    """Say whether ``module`` holds experts behind transformers' experts interface.
+
+    A few families (Step 3) have its parameters, its call and its gate, and no flags.
+    """
     first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
-    return (
-        hasattr(module, "is_transposed")
-        and hasattr(module, "_apply_gate")
+    if not (
+        hasattr(module, "_apply_gate")
         and all(_num_dims(module, name) == 3 for name in (first, "down_proj"))
-    )
+    ):
+        return False
+    is_plain = len(list(module.parameters())) == 2
+    return hasattr(module, "is_transposed") or (is_plain and _takes_choices(module))
+
+
+def _takes_choices(module: nn.Module) -> bool:
+    """Say whether a module is called with states, choices and weights."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:4]
+    return names == ["hidden_states", "top_k_index", "top_k_weights"]
+
+
+def _lies_transposed(module: nn.Module) -> bool:
+    """Say whether 3-D parameters are (E, in, out), told by which widths agree."""
+    first, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if not isinstance(first, Tensor) or not isinstance(down, Tensor):
+        return False
+    return first.shape[1] == down.shape[2] != first.shape[2]
 
 
 def is_listed(module: nn.Module) -> bool:

@@ -1,0 +1,97 @@
+"""Small random bases of the families that exports are tried with, and the runs on them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+import transformers
+
+from orchard.models.stored.sources import resolve
+
+EXPERTS, WIDTH, EXPERT_WIDTH = 8, 32, 24
+_LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "n_routed_experts": EXPERTS,
+    "intermediate_size": 48,
+    "moe_intermediate_size": EXPERT_WIDTH,
+    "first_k_dense_replace": 1,
+    "num_hidden_layers": 3,
+}
+_LOCAL = {"num_local_experts": EXPERTS, "intermediate_size": EXPERT_WIDTH}
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "qwen2_moe": (
+            "Qwen2MoeConfig",
+            {
+                "num_experts": EXPERTS,
+                "moe_intermediate_size": EXPERT_WIDTH,
+                "shared_expert_intermediate_size": 40,
+                "intermediate_size": 48,
+            },
+        ),
+        "qwen3_moe": (
+            "Qwen3MoeConfig",
+            {
+                "num_experts": EXPERTS,
+                "moe_intermediate_size": EXPERT_WIDTH,
+                "head_dim": 16,
+                "norm_topk_prob": True,
+                "intermediate_size": 48,
+            },
+        ),
+        "olmoe": ("OlmoeConfig", {"num_experts": EXPERTS, "intermediate_size": EXPERT_WIDTH}),
+        "mixtral": ("MixtralConfig", _LOCAL),
+        "deepseek_v2": ("DeepseekV2Config", {**_LATENT, "n_shared_experts": 2}),
+        "deepseek_v3": (
+            "DeepseekV3Config",
+            {**_LATENT, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+        ),
+        "gpt_oss": ("GptOssConfig", {**_LOCAL, "head_dim": 16, "sliding_window": 32}),
+        "granitemoe": ("GraniteMoeConfig", _LOCAL),
+    }
+)
+"""Family to the name of its configuration and what is not as in every other."""
+LATENT = ("deepseek_v2", "deepseek_v3")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+def write_base(family: str, folder: Path) -> str:
+    """Write a random base of a family, with the packaged model's tokenizer."""
+    packaged = Path(resolve("orchard:tiny"))
+    name, fields = FAMILIES[family]
+    known = transformers.AutoConfig.from_pretrained(packaged)
+    config = getattr(transformers, name)(
+        **{
+            "vocab_size": known.vocab_size,
+            "hidden_size": WIDTH,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "num_experts_per_tok": 2,
+            "bos_token_id": known.bos_token_id,
+            "eos_token_id": known.eos_token_id,
+            "pad_token_id": known.pad_token_id,
+            **fields,
+        }
+    )
+    auto: Any = transformers.AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.1 * noise) if parameter.ndim == 1 else parameter.copy_(0.2 * noise)
+    model.save_pretrained(folder)
+    for file in _TOKENIZER:
+        shutil.copyfile(packaged / file, folder / file)
+    return str(folder)

@@ -1,0 +1,116 @@
+"""Orchard: a difference graft beside FedAvg, trusted as far as unseen rows say.
+
+Ours. In words:
+
+1. Clients train and send the shared adapters as in FedAvg, with no graft in the model: the global
+   model is FedAvg's, bit for bit.
+2. Apart from it, in every round, each client trains a difference graft (``experts/grafting.py``) on
+   top of the global values that it was sent, on three quarters of its rows.
+3. The other rows judge: of the whole move of that training, a half, a quarter, none of it, and no
+   graft at all, the client keeps what gives them the smallest loss. A move that would overfit is
+   not taken, and a client whose graft does not help has the shared model.
+4. Grafts and gates never leave the client.
+
+The judging rows are never trained on by the graft; the shared adapters see all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from orchard.client.client import Client
+from orchard.communication.messages import Task
+from orchard.data.encoded import Encoded
+from orchard.evaluation.loss import mean_loss
+from orchard.experts.grafting import grafted
+from orchard.models.trainable.adapters import AdaptedModel
+from orchard.results import Metrics
+from orchard.strategies.flex import FlexSettings, known_experts
+from orchard.strategies.strategy import OwnPart, Plan, Strategy
+from orchard.trees import Tree
+
+SHARES = (0.0, 0.25, 0.5, 1.0)  # of a round's move, that are tried
+_LEAST = 2  # rows: one to train on, one to judge by
+
+
+def orchard(strategy: Strategy, settings: FlexSettings, *, holdout: float) -> Strategy:
+    """Give every client of ``strategy`` a graft that is judged by rows it has not seen.
+
+    Args:
+        strategy: What the shared part is.
+        settings: Of the grafts.
+        holdout: Share of a client's rows that judge.
+    """
+
+    @contextmanager
+    def prepare(client: Client, task: Task) -> Iterator[Plan]:
+        with strategy.prepare(client, task) as plan:
+
+            @contextmanager
+            def own() -> Iterator[OwnPart]:
+                experts, chosen, found = known_experts(client, task, settings)
+                seed = client.seeds.integer("graft", client.client_id)
+                fit, judges = divide(client, holdout)
+                with grafted(client.model, experts, settings.graft, seed=seed) as grafts:
+                    settle = _judge(
+                        client.model, grafts.names, judges, batch_size=client.evaluation.batch_size
+                    )
+                    yield OwnPart(
+                        grafts.names,
+                        fit,
+                        memory=chosen,
+                        settle=lambda before: {**found, **settle(before)},
+                    )
+
+            yield replace(plan, own=own)
+
+    return replace(strategy, prepare=prepare)
+
+
+def divide(client: Client, holdout: float) -> tuple[list[Encoded], list[Encoded]]:
+    """Return the rows that a client's graft trains on, and those that judge it.
+
+    A client with one row has no graft to train.
+    """
+    number = len(client.train)
+    if number < _LEAST:
+        return [], list(client.train)
+    num_judges = min(number - 1, max(1, round(holdout * number)))
+    order = client.seeds.generator("judging rows", client.client_id).permutation(number)
+    judging = {int(index) for index in order[:num_judges]}
+    rows = list(enumerate(client.train))
+    return [row for i, row in rows if i not in judging], [row for i, row in rows if i in judging]
+
+
+def _judge(
+    model: AdaptedModel, names: Sequence[str], judges: Sequence[Encoded], *, batch_size: int
+) -> Callable[[Tree], Metrics]:
+    """Return what leaves in a model the candidate with the smallest loss; of equals, the least.
+
+    Called with the values before training. The graft as it was attached is the base.
+    """
+    begun = model.read(names)
+
+    def settle(before: Tree) -> Metrics:
+        after = model.read(names)
+        candidates = [(0.0, begun)] + [
+            (share, {n: torch.lerp(before[n], after[n], share) for n in names}) for share in SHARES
+        ]
+        losses = []
+        for _, values in candidates:
+            model.load(values)
+            losses.append(mean_loss(model, judges, batch_size=batch_size))
+        best = losses.index(min(losses))
+        model.load(candidates[best][1])
+        return {
+            "client/own_share": candidates[best][0],
+            "client/own_is_trusted": float(best > 0 and losses[best] < losses[0]),
+            "client/own_judged_loss": losses[best],
+            "client/shared_judged_loss": losses[0],
+        }
+
+    return settle
