@@ -96,5 +96,6 @@ def digest(tree: Tree) -> str:
     for name in sorted(tree):
         tensor = tree[name].detach().cpu().contiguous()
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        # Without a copy: a tensor may be larger than what memory is left.
+        sha.update(tensor.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

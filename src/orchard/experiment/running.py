@@ -27,10 +27,11 @@ from orchard.experiment.run_folder import (
     recipe_digest,
     recorded_as,
 )
-from orchard.experiment.settings import learning_rate, lora_settings
+from orchard.experiment.settings import learning_rate, lora_settings, placement_of
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
-from orchard.models.stored.loading import load_base, threads
+from orchard.models.stored.loading import threads
+from orchard.models.stored.placing import open_base
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
@@ -50,7 +51,12 @@ def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
         ValueError: Adapters do not fit.
     """
     options = recipe.model
-    base = load_base(options.path, dtype=options.dtype, device=options.device)
+    base = open_base(
+        options.path,
+        dtype=options.dtype,
+        device=options.device,
+        placement=placement_of(recipe),
+    )
     return AdaptedModel(
         base.view,
         lora_settings(recipe),

@@ -6,6 +6,7 @@ from typing import Any
 
 from orchard.experts.grafting import GraftSettings
 from orchard.experts.importance import ImportanceSettings
+from orchard.models.stored.placing import Placement, check_placement
 from orchard.models.trainable.targets import LoraSettings
 from orchard.models.view.moe import MoEView
 from orchard.recipe.options import Recipe
@@ -41,6 +42,18 @@ def graft_settings(recipe: Recipe) -> GraftSettings:
         gate=s.graft_gate,
         mix=s.graft_mix,
     )
+
+
+def placement_of(recipe: Recipe) -> Placement:
+    """Return where the frozen experts of a recipe's base are.
+
+    Raises:
+        ValueError: They cannot be there.
+    """
+    options = recipe.model
+    placement = Placement(options.placement, options.expert_cache)
+    check_placement(placement, lora_settings(recipe), device=options.device)
+    return placement
 
 
 def subset_settings(recipe: Recipe) -> SubsetSettings:

@@ -71,6 +71,7 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             or ("scaffold" in methods and recipe.communication.dtype == "bfloat16"),
             "communication.dtype = int8 or communication.top_k above 0",
         ),
+        "model.expert_cache": (recipe.model.placement == "mapped", "model.placement = mapped"),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
         **_needs_of_budgets(recipe, methods),
     }
