@@ -51,7 +51,7 @@ def placement_of(recipe: Recipe) -> Placement:
         ValueError: They cannot be there.
     """
     options = recipe.model
-    placement = Placement(options.placement, options.expert_cache)
+    placement = Placement(options.placement, options.expert_cache, options.frozen_precision)
     check_placement(placement, lora_settings(recipe), device=options.device)
     return placement
 

@@ -23,7 +23,13 @@ class ModelOptions:
     expert_cache: str = option(
         "",
         "With placement = mapped: the folder of the experts as they are mapped, made once; empty = "
-        "in the checkpoint's folder.",
+        "in the checkpoint's folder; none = they are read where the checkpoint has them.",
+    )
+    frozen_precision: str = option(
+        "bf16",
+        "What frozen experts are kept in: bf16 = the base's dtype; int8 = a scale for each row; "
+        "nf4 = 4 bits with a scale for 64 values. What is trained, and grafts, stay exact.",
+        choices=("bf16", "int8", "nf4"),
     )
     num_threads: int = option(
         0,

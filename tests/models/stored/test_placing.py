@@ -39,6 +39,10 @@ def cache_of(folder: Path) -> Path:
     return file
 
 
+def opened(folder: Path, **placement: str) -> Base:
+    return open_base(str(folder), dtype="bfloat16", placement=Placement(**placement))
+
+
 def mapped(folder: Path, *, dtype: str = "bfloat16", cache: str = "") -> Base:
     return open_base(str(folder), dtype=dtype, placement=Placement("mapped", cache))
 
@@ -47,7 +51,9 @@ def mapped(folder: Path, *, dtype: str = "bfloat16", cache: str = "") -> Base:
     ("method", "overrides"),
     [
         ("fedavg", ()),
+        ("fedavg", ("model.expert_cache=none",)),
         ("flex", ()),
+        ("flex", ("model.expert_cache=none",)),
         ("hfedmoe", ("selection.mode=mask",)),
         pytest.param(
             *("hfedmoe", ("selection.mode=carve", "selection.cadence=round")),
@@ -59,8 +65,10 @@ def test_a_round_on_mapped_experts_is_the_round_in_memory(
     method: str, overrides: tuple[str, ...], tmp_path: Path
 ) -> None:
     ends = []
-    for placement in ((), (MAPPED, f"model.expert_cache={tmp_path / 'cache'}")):
-        recipe = quick_recipe(method, *overrides, *placement)
+    where = (MAPPED, f"model.expert_cache={tmp_path / 'cache'}")
+    options = [o for o in overrides if not o.startswith("model.expert_cache")]
+    for placement in (options, (*where, *overrides)):
+        recipe = quick_recipe(method, *placement)
         strategy, clients, model, _ = build(recipe, tmp_path / str(len(ends)))
         state = start_server(strategy, model.fresh)
         task = Task(1, state.shared, LocalSettings(2, 0, 1e-3))
@@ -80,6 +88,7 @@ def test_a_round_on_mapped_experts_is_the_round_in_memory(
 def test_mapped_experts_have_the_digest_of_those_in_memory(dtype: str, checkpoint: Path) -> None:
     base = mapped(checkpoint, dtype=dtype)
     assert base.digest == load_base(str(checkpoint), dtype=dtype).digest
+    assert base.digest == mapped(checkpoint, dtype=dtype, cache="none").digest
     assert not any(p.requires_grad for p in base.view.model.parameters())
 
 

@@ -27,12 +27,14 @@ from torch import Tensor
 
 from orchard.models.stored.conversion import StoredExperts, StoredModel
 from orchard.models.stored.finiteness import check_finite
+from orchard.models.stored.precision import encode, parts_of
 from orchard.models.stored.tensors import StoredTensor
 
 FOLDER = ".orchard"
 _PAGE = 4096
 _FORMAT = "orchard-experts-1"
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8"}
+_GAP = "__gap."
 _OPTION = "model.expert_cache"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -43,15 +45,20 @@ class ExpertCache:
 
     Attributes:
         file: Where they are.
-        tensors: The model's name of each fused parameter to its place.
+        parts: The model's name of each fused parameter to the places of its parts, see
+            ``parts_of``; of all experts, which come first.
     """
 
     file: Path
-    tensors: Mapping[str, StoredTensor]
+    parts: Mapping[str, Mapping[str, StoredTensor]]
 
 
 def open_cache(
-    stored: StoredModel, dtypes: Mapping[str, torch.dtype], *, folder: str = ""
+    stored: StoredModel,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    precision: str = "bf16",
+    folder: str = "",
 ) -> ExpertCache:
     """Return the cache of a checkpoint's experts; make it where there is none.
 
@@ -61,6 +68,7 @@ def open_cache(
     Args:
         stored: The checkpoint.
         dtypes: Fused parameters to the dtype that the model has them in.
+        precision: What they are kept in, of ``PRECISIONS``.
         folder: Where; "" = beside the checkpoint.
 
     Raises:
@@ -68,16 +76,22 @@ def open_cache(
             or of another checkpoint; or an expert is not finite.
     """
     place = Path(folder).expanduser() if folder else Path(stored.source) / FOLDER
-    names = "-".join(sorted({_DTYPES[dtype].lower() for dtype in dtypes.values()}))
-    file = place / f"experts-{names}.cache"
-    layout = _lay_out(stored, dtypes)
+    names = sorted({_DTYPES[dtype].lower() for dtype in dtypes.values()})
+    names += [precision] if precision != "bf16" else []
+    file = place / f"experts-{'-'.join(names)}.cache"
+    layout = _lay_out(stored, dtypes, precision)
     digest = checkpoint_digest(stored)
     if not file.exists():
         with _writing(place), _locked(place):
             if not file.exists():
                 _check_space(place, layout, path=stored.source)
-                _write(file, stored, layout, digest=digest)
-    return ExpertCache(file, _read(file, layout, digest=digest, path=stored.source))
+                _write(file, stored, dtypes, precision, layout, digest=digest)
+    places = _read(file, layout, digest=digest, path=stored.source)
+    parts = {
+        name: {part: places[_key(name, part)] for part in _parts(experts, dtypes[name], precision)}
+        for name, experts in stored.experts.items()
+    }
+    return ExpertCache(file, parts)
 
 
 def checkpoint_digest(stored: StoredModel) -> str:
@@ -91,18 +105,31 @@ def checkpoint_digest(stored: StoredModel) -> str:
     return sha.hexdigest()
 
 
-def _lay_out(stored: StoredModel, dtypes: Mapping[str, torch.dtype]) -> dict[str, dict[str, Any]]:
-    """Return a header's entries: every parameter at a page, what is between them a tensor, too."""
+def _parts(
+    experts: StoredExperts, dtype: torch.dtype, precision: str
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return parts_of(precision, experts.shape[1:], dtype)
+
+
+def _key(name: str, part: str) -> str:
+    return f"{name}.{part}" if part else name
+
+
+def _lay_out(
+    stored: StoredModel, dtypes: Mapping[str, torch.dtype], precision: str
+) -> dict[str, dict[str, Any]]:
+    """Return a header's entries: every part at a page, what is between them a tensor, too."""
     layout: dict[str, dict[str, Any]] = {}
     end = 0
     for name, experts in stored.experts.items():
-        if gap := -end % _PAGE:
-            layout[f"__gap.{len(layout)}"] = _entry("U8", (gap,), end, end + gap)
-            end += gap
-        dtype = dtypes[name]
-        num_bytes = dtype.itemsize * torch.Size(experts.shape).numel()
-        layout[name] = _entry(_DTYPES[dtype], experts.shape, end, end + num_bytes)
-        end += num_bytes
+        for part, (shape, dtype) in _parts(experts, dtypes[name], precision).items():
+            if gap := -end % _PAGE:
+                layout[f"{_GAP}{len(layout)}"] = _entry("U8", (gap,), end, end + gap)
+                end += gap
+            whole = (experts.shape[0], *shape)
+            num_bytes = dtype.itemsize * torch.Size(whole).numel()
+            layout[_key(name, part)] = _entry(_DTYPES[dtype], whole, end, end + num_bytes)
+            end += num_bytes
     return layout
 
 
@@ -160,19 +187,29 @@ def _locked(place: Path) -> Iterator[None]:
         yield
 
 
-def _write(file: Path, stored: StoredModel, layout: Mapping[str, Any], *, digest: str) -> None:
+def _write(
+    file: Path,
+    stored: StoredModel,
+    dtypes: Mapping[str, torch.dtype],
+    precision: str,
+    layout: Mapping[str, Any],
+    *,
+    digest: str,
+) -> None:
     partial = file.with_suffix(f".{os.getpid()}.partial")
     try:
         with partial.open("wb") as stream:
             stream.write(_header(layout, digest))
             begin = stream.tell()
-            for name, entry in layout.items():
-                start, end = entry["data_offsets"]
-                assert stream.tell() == begin + start
-                if name in stored.experts:
-                    _write_experts(stream, stored, stored.experts[name], entry["dtype"])
-                else:
-                    stream.write(bytes(end - start))
+            stream.truncate(begin + _size(layout))
+            for name, experts in stored.experts.items():
+                for expert in range(experts.shape[0]):
+                    values = read_slice(stored, experts, expert, dtypes[name])
+                    for part, tensor in encode(precision, values).items():
+                        num_bytes = tensor.numel() * tensor.itemsize
+                        start = layout[_key(name, part)]["data_offsets"][0]
+                        stream.seek(begin + start + expert * num_bytes)
+                        stream.write(bytes_of(tensor))
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(partial, file)
@@ -187,12 +224,17 @@ def _write(file: Path, stored: StoredModel, layout: Mapping[str, Any], *, digest
         partial.unlink(missing_ok=True)
 
 
-def _write_experts(stream: Any, stored: StoredModel, experts: StoredExperts, dtype: str) -> None:
-    own = next(key for key, value in _DTYPES.items() if value == dtype)
-    for expert in range(experts.shape[0]):
-        tensor = experts.read(stored.checkpoint, expert).to(own).contiguous()
-        check_finite([(experts.name, tensor)], path=stored.source)
-        stream.write(bytes_of(tensor))
+def read_slice(
+    stored: StoredModel, experts: StoredExperts, expert: int, dtype: torch.dtype
+) -> Tensor:
+    """Read one expert's slice into memory of its own, in the model's layout and dtype.
+
+    Raises:
+        ValueError: It is not finite.
+    """
+    values = experts.read(stored.checkpoint, expert).to(dtype).contiguous()
+    check_finite([(experts.name, values)], path=stored.source)
+    return values
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
@@ -236,7 +278,7 @@ def _read(
             file, begin + own["data_offsets"][0], dtypes[own["dtype"]], tuple(own["shape"])
         )
         for name, own in layout.items()
-        if own["dtype"] in dtypes
+        if not name.startswith(_GAP)
     }
 
 
