@@ -27,7 +27,7 @@ from orchard.experiment.holdings import (
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.protecting import check_privacy
-from orchard.experiment.settings import lora_settings
+from orchard.experiment.settings import lora_settings, placement_of
 from orchard.experiment.wiring import check_communication
 from orchard.models.stored.loading import (
     check_checkpoint,
@@ -131,6 +131,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
             whose="the examples of evaluation.retention_path",
         )
     check_device(recipe.model.device)
+    placement_of(recipe)  # what cannot be placed there is refused
     checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
     _check_names(recipe)
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)

@@ -35,10 +35,11 @@ from orchard.experiment.run_folder import (
     recipe_digest,
     recorded_as,
 )
-from orchard.experiment.settings import learning_rate, lora_settings
+from orchard.experiment.settings import learning_rate, lora_settings, placement_of
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
-from orchard.models.stored.loading import load_base, threads
+from orchard.models.stored.loading import threads
+from orchard.models.stored.placing import open_base
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.method_options import method_names
 from orchard.recipe.options import Recipe
@@ -59,7 +60,12 @@ def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
         ValueError: Adapters do not fit.
     """
     options = recipe.model
-    base = load_base(options.path, dtype=options.dtype, device=options.device)
+    base = open_base(
+        options.path,
+        dtype=options.dtype,
+        device=options.device,
+        placement=placement_of(recipe),
+    )
     return AdaptedModel(
         base.view,
         lora_settings(recipe),

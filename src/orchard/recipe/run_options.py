@@ -14,6 +14,23 @@ class ModelOptions:
     path: str = option("", "Folder, Hugging Face name, or orchard:tiny (ships with the package).")
     dtype: str = option("bfloat16", "Of the base.", choices=("bfloat16", "float32"))
     device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
+    placement: str = option(
+        "memory",
+        "Where frozen experts are: in memory, or mapped read-only from disk, of which the system "
+        "keeps in memory what it has room for, once for all processes. Results are the same.",
+        choices=("memory", "mapped"),
+    )
+    expert_cache: str = option(
+        "",
+        "With placement = mapped: the folder of the experts as they are mapped, made once; empty = "
+        "in the checkpoint's folder; none = they are read where the checkpoint has them.",
+    )
+    frozen_precision: str = option(
+        "bf16",
+        "What frozen experts are kept in: bf16 = the base's dtype; int8 = a scale for each row; "
+        "nf4 = 4 bits with a scale for 64 values. What is trained, and grafts, stay exact.",
+        choices=("bf16", "int8", "nf4"),
+    )
     num_threads: int = option(
         0,
         "Threads on a CPU; 0 = torch decides. Sums over another number of threads round "
