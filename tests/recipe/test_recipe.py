@@ -318,8 +318,8 @@ def test_toml_has_every_option_of_the_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "need"),
     [
-        ("strategy.graft_rank=4", "flex in strategy.name"),
-        ("strategy.calibration=own", "flex in strategy.name"),
+        ("strategy.graft_rank=4", "flex or orchard in strategy.name"),
+        ("strategy.calibration=own", "flex or orchard in strategy.name"),
         ("strategy.prox_mu=0.1", "fedprox in strategy.name"),
         ("server.beta1=0.5", "fedadam or fedyogi"),
         ("server.momentum=0.5", "fedavgm"),

@@ -16,7 +16,7 @@ from orchard.experiment.methods import own_names
 from orchard.experiment.own_methods import Transform, own_digests, passed_digest, passed_name
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import format_value, known_options, option_value, read_recipe, to_toml
-from orchard.recipe.run_options import DeploymentOptions
+from orchard.recipe.run_options import DeploymentOptions, PrivacyOptions
 from orchard.results import environment, write_atomically, write_json
 from orchard.strategies.strategy import Strategy
 
@@ -25,16 +25,20 @@ _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,63}")
 
 _LATER: Mapping[str, Any] = MappingProxyType(
     {
-        "keep_rounds": 0,
-        "best": "",
-        "shared": "",
-        "kept": "",
-        "kept_steps": 0,
-        "finetune_rounds": 1,
-        "ditto_lambda": 0.1,
-        "holdout": 0.25,
-        "max_train": 0,
-        "validation_size": 0.0,
+        "model.placement": "memory",
+        "model.expert_cache": "",
+        "model.frozen_precision": "bf16",
+        "data.max_train": 0,
+        "data.validation_size": 0.0,
+        "strategy.graft_mix": "additive",
+        "strategy.shared": "",
+        "strategy.kept": "",
+        "strategy.kept_steps": 0,
+        "strategy.finetune_rounds": 1,
+        "strategy.ditto_lambda": 0.1,
+        "strategy.holdout": 0.25,
+        "server.keep_rounds": 0,
+        "evaluation.best": "",
     }
 )
 
@@ -151,8 +155,16 @@ def folder_name(client_id: str) -> str:
 def recipe_digest(recipe: Recipe) -> str:
     """Return what two runs must have in common for one to continue the other."""
     recipe = replace(recipe, deployment=DeploymentOptions())
-    # Options that came later do not make runs others that leave them as they are.
-    at_default = {f"{key} = {format_value(value)}\n" for key, value in _LATER.items()}
-    lines = to_toml(recipe).splitlines(keepends=True)
-    text = "".join(line for line in lines if line not in at_default)
+    # What came later does not make runs others that leave it as it is.
+    section, kept = "", []
+    for line in to_toml(recipe).splitlines(keepends=True):
+        if line.startswith("["):
+            section = line.strip("[]\n")
+        if section == "privacy" and recipe.privacy == PrivacyOptions():
+            continue
+        key = f"{section}.{line.partition(' = ')[0]}"
+        if key in _LATER and line.endswith(f" = {format_value(_LATER[key])}\n"):
+            continue
+        kept.append(line)
+    text = "".join(kept)
     return hashlib.sha256(text.encode()).hexdigest()
