@@ -13,7 +13,7 @@ import transformers
 
 from orchard.models.stored.sources import resolve
 
-EXPERTS, WIDTH, EXPERT_WIDTH = 8, 32, 24
+EXPERTS, WIDTH, EXPERT_WIDTH = 8, 64, 48
 _LATENT = {
     "kv_lora_rank": 16,
     "q_lora_rank": 16,
@@ -21,7 +21,7 @@ _LATENT = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
     "n_routed_experts": EXPERTS,
-    "intermediate_size": 48,
+    "intermediate_size": 96,
     "moe_intermediate_size": EXPERT_WIDTH,
     "first_k_dense_replace": 1,
     "num_hidden_layers": 3,
@@ -34,8 +34,8 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             {
                 "num_experts": EXPERTS,
                 "moe_intermediate_size": EXPERT_WIDTH,
-                "shared_expert_intermediate_size": 40,
-                "intermediate_size": 48,
+                "shared_expert_intermediate_size": 80,
+                "intermediate_size": 96,
             },
         ),
         "qwen3_moe": (
@@ -43,9 +43,9 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             {
                 "num_experts": EXPERTS,
                 "moe_intermediate_size": EXPERT_WIDTH,
-                "head_dim": 16,
+                "head_dim": 32,
                 "norm_topk_prob": True,
-                "intermediate_size": 48,
+                "intermediate_size": 96,
             },
         ),
         "olmoe": ("OlmoeConfig", {"num_experts": EXPERTS, "intermediate_size": EXPERT_WIDTH}),
@@ -55,7 +55,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
             "DeepseekV3Config",
             {**_LATENT, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
         ),
-        "gpt_oss": ("GptOssConfig", {**_LOCAL, "head_dim": 16, "sliding_window": 32}),
+        "gpt_oss": ("GptOssConfig", {**_LOCAL, "head_dim": 32, "sliding_window": 32}),
         "granitemoe": ("GraniteMoeConfig", _LOCAL),
     }
 )

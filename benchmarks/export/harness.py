@@ -112,7 +112,7 @@ def ask_harness(python: Path, model: str, arguments: str, work: Path) -> tuple[f
     command = [
         *(str(python), "-m", "lm_eval", "run", "--model", model, "--model_args", arguments),
         *("--tasks", TASK, "--include_path", str(work / "task"), "--batch_size", "1"),
-        *("--output_path", str(out), "--trust_remote_code"),
+        *("--output_path", str(out), "--device", "cpu"),
     ]
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(work / "cache"), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env={**os.environ, **quiet}, cwd=work)
@@ -164,7 +164,7 @@ def measure(run: Path, test: Path, work: Path, *, python: Path) -> list[Record]:
         printed = orchard("evaluate", str(run), *which, "--data", str(test), "--json")
         own = json.loads(printed)["global" if name == "global" else "personal"]["accuracy"]
         direct = json.loads(orchard("evaluate", str(out), "--data", str(test), "--json"))
-        arguments = f"pretrained={out},dtype=float32,device=cpu,trust_remote_code=True"
+        arguments = f"pretrained={out},dtype=float32,trust_remote_code=True"
         folder, num_examples = ask_harness(python, "hf", arguments, work)
         with served(run, log=work / "server.log") as address:
             arguments = (

@@ -41,6 +41,45 @@ class Widened(Mapping[str, torch.Tensor]):
         return len(self.stored)
 
 
+@dataclass(frozen=True, eq=False)
+class SlicedTensor:
+    """A tensor that is elsewhere, and read one slice of its first dimension at a time.
+
+    It is indexed as a tensor is, and what it returns is memory of its own or a view of a file.
+
+    Attributes:
+        shape: Of all.
+        dtype: Of what is read.
+        device: Of what is read.
+        read: From an index to the slice.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    read: Callable[[int], torch.Tensor]
+    requires_grad: bool = False
+
+    def __len__(self) -> int:
+        """Return how many slices there are."""
+        return self.shape[0]
+
+    def __getitem__(self, index: int | torch.Tensor) -> torch.Tensor:
+        """Read one slice."""
+        return self.read(int(index))
+
+    @property
+    def mT(self) -> SlicedTensor:
+        """Each slice transposed, as a view of it."""
+        shape = torch.Size((*self.shape[:-2], self.shape[-1], self.shape[-2]))
+        read = self.read
+        return SlicedTensor(shape, self.dtype, self.device, lambda index: read(index).mT)
+
+    def unbind(self) -> SlicedTensor:
+        """Return what gives a slice for an index: itself."""
+        return self
+
+
 def map_tree(
     function: Callable[[torch.Tensor], torch.Tensor], tree: Tree
 ) -> dict[str, torch.Tensor]:
@@ -86,7 +125,7 @@ def equal(left: Tree, right: Tree) -> bool:
     return digest(left) == digest(right)
 
 
-def digest(tree: Tree) -> str:
+def digest(tree: Mapping[str, torch.Tensor | SlicedTensor]) -> str:
     """Return the SHA-256 of names, dtypes, shapes and bits, as 64 hexadecimal digits.
 
     Independent of the order of names and of the device. A tensor is read as bytes, so two trees
@@ -94,7 +133,13 @@ def digest(tree: Tree) -> str:
     """
     sha = hashlib.sha256()
     for name in sorted(tree):
-        tensor = tree[name].detach().cpu().contiguous()
+        tensor = tree[name]
         sha.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        sha.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        parts = (
+            map(tensor.read, range(len(tensor))) if isinstance(tensor, SlicedTensor) else [tensor]
+        )
+        for part in parts:
+            own = part.detach().cpu().contiguous()
+            # Without a copy: a tensor may be larger than what memory is left.
+            sha.update(own.flatten().view(torch.uint8).numpy().data)
     return sha.hexdigest()

@@ -12,7 +12,7 @@ from federations import has_budget, quick_recipe, run_quickly
 from orchard.engine.simulator import sample_clients
 from orchard.experiment.methods import METHODS
 from orchard.experiment.preparation import prepare_experiment
-from orchard.experiment.protecting import build_protection, private_rounds
+from orchard.experiment.protecting import build_protection, example_privacy, private_rounds
 from orchard.experiment.running import build_schedule
 from orchard.recipe.options import Recipe
 from orchard.seeding import Seeds
@@ -20,29 +20,28 @@ from orchard.server.accounting import spent
 
 PRIVATE = (
     "server.weighting=uniform",
-    "privacy.unit=client",
     "privacy.epsilon=8",
     "privacy.delta=1e-3",
     "privacy.random=seed",
 )
-SOUND = (
-    *("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox", "flex"),
-    *("ditto", "orchard"),
-)
-    "fedavg",
-    "fedavgm",
-    "fedadagrad",
-    "fedadam",
-    "fedyogi",
-    "fedprox",
-    "flex",
-    "ditto",
-    "orchard",
-)
+SOUND = {
+    "client": (
+        *("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedprox", "flex"),
+        *("ditto", "orchard"),
+    ),
+    "example": (
+        *("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "flex", "local", "finetune"),
+    ),
+}
+JOINED = ("flex+fedadam", "flex+hfedmoe", "fedprox+scaffold", "flex+local")
 
 
-def private(method: str, *overrides: str) -> Recipe:
-    return quick_recipe(method, *PRIVATE, *overrides)
+def private(method: str, *overrides: str, unit: str = "client") -> Recipe:
+    return quick_recipe(method, *PRIVATE, f"privacy.unit={unit}", *overrides)
+
+
+def sizes(number: int = 4) -> dict[str, int]:
+    return {f"client-{index}": 40 for index in range(number)}
 
 
 def epsilons(folder: Path) -> list[float]:
@@ -50,21 +49,32 @@ def epsilons(folder: Path) -> list[float]:
     return [line["round/epsilon"] for line in lines if line["kind"] == "round"]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "flex+fedadam", "flex+hfedmoe", "fedprox+scaffold"])
-def test_a_method_is_protected_or_refused_before_a_model_is_loaded(method: str) -> None:
-    parts = method.split("+")
-    if {*parts} <= {*SOUND}:
-        recipe = private(method)
+@pytest.mark.parametrize("unit", SOUND)
+@pytest.mark.parametrize("method", [*METHODS, *JOINED])
+def test_a_method_is_protected_or_refused_before_a_model_is_loaded(method: str, unit: str) -> None:
+    needs = ["strategy.graft_choice=random"] if unit == "example" and "flex" in method else []
+    if {*method.split("+")} <= {*SOUND[unit]}:
+        recipe = private(method, *needs, unit=unit)
         prepare_experiment(recipe)
-        assert build_protection(recipe, num_clients=4) is not None
+        assert (build_protection(recipe, sizes()) is not None) == (unit == "client")
+        assert (example_privacy(recipe, sizes()) is not None) == (unit == "example")
         return
     with pytest.raises(ValueError, match=r"^strategy.name must not hold .* with privacy.unit"):
-        prepare_experiment(private(method))
+        prepare_experiment(private(method, *needs, unit=unit))
 
 
 def test_the_sound_and_the_refused_are_all_there_is() -> None:
-    refused = {name for name in METHODS if name not in SOUND}
-    assert refused == {"scaffold", "local", "finetune", *filter(has_budget, METHODS)}
+    budgets = {*filter(has_budget, METHODS)}
+    refused = {unit: {*METHODS} - {*sound} for unit, sound in SOUND.items()}
+    assert refused == {
+        "client": budgets | {"scaffold", "local", "finetune"},
+        "example": budgets | {"scaffold", "fedprox", "ditto", "orchard"},
+    }
+
+
+def test_an_expert_that_is_chosen_by_examples_is_refused_where_they_are_protected() -> None:
+    with pytest.raises(ValueError, match=r"^strategy.graft_choice must be random"):
+        prepare_experiment(private("flex", unit="example"))
 
 
 @pytest.mark.parametrize(
@@ -118,7 +128,7 @@ def _resumed(folder: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> A
 
 def test_a_run_ends_when_its_budget_is_spent(tmp_path: Path) -> None:
     recipe = private("fedavg", "privacy.noise=1.2", "privacy.epsilon=9", "server.rounds=50")
-    number = private_rounds(recipe, num_clients=4)
+    number = private_rounds(recipe, sizes())
     assert 0 < number < 50
     result = run_quickly(tmp_path, recipe)
     assert result["num_rounds"] == number
@@ -140,3 +150,14 @@ def test_each_client_is_in_a_cohort_by_itself(random: str) -> None:
         assert 140 < sum(client in cohort for cohort in cohorts) < 260
     again = [sample_clients(clients, schedule, Seeds(1), number) for number in range(400)]
     assert (cohorts == again) == (random == "seed")
+
+
+def test_the_examples_of_every_client_keep_the_budget_and_a_run_resumes_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = private("flex", "strategy.graft_choice=random", "privacy.epsilon=3", unit="example")
+    whole = run_quickly(tmp_path / "whole", recipe)["privacy"]
+    assert whole["epsilon"] == max(whole["epsilon_per_client"].values()) <= 3.0
+    assert epsilons(tmp_path / "whole")[-1] == whole["epsilon"]
+    digest = json.loads((tmp_path / "whole" / "result.json").read_text())["shared_digest"]
+    assert _resumed(tmp_path / "cut", recipe, monkeypatch) == digest

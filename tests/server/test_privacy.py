@@ -21,7 +21,7 @@ SOURCES = [seeded_noise(Seeds(3)), system_noise]
 
 def protection(draw: Noise = system_noise, **given: float) -> Protection:
     chosen = {"noise": 0.0, "clip": 2.0, "expected": 4.0, "quantile": 0.0, **given}
-    return Protection(**chosen, draw=draw, spent=lambda rounds: float(rounds))  # type: ignore[arg-type]
+    return Protection(**chosen, draw=draw)
 
 
 def update(delta: dict[str, torch.Tensor], client: str = "x") -> Update:

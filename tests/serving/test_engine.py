@@ -147,6 +147,6 @@ def test_who_no_longer_reads_frees_its_row_and_a_full_queue_takes_nothing() -> N
     assert (len(rows[0].tokens), len(rows[1].tokens)) == (1, 1)
     registry = Registry(base.view, base.digest, {"base": Source()})
     worker = Worker(engine, registry, max_queue=1)
-    job = Job("base", lambda registry: rows[1], lambda what: None)
+    job = Job("base", lambda values: rows[1], lambda what: None)
     assert worker.submit([job])
     assert not worker.submit([job])

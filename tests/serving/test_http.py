@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +10,10 @@ import openai
 import pytest
 
 from orchard.serving.protocol import MAX_BODY_BYTES
-from orchard.serving.running import make_server
+from orchard.serving.registry import Source
+from orchard.serving.running import make_server, read_keys
 from tests.federations import quick_recipe, run_quickly
+from tests.served_runs import serving
 
 ALL, ONE = "k" * 16, "o" * 16
 
@@ -26,24 +25,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, lis
     run_quickly(folder / "run", recipe)
     names = sorted(path.name for path in (folder / "run" / "clients").iterdir())
     (folder / "keys").write_text(f"# two keys\n{ALL}\n{ONE} base {names[0]}\n")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = make_server(
-        [folder / "run"],
-        host="127.0.0.1",
-        port=port,
-        key_file=folder / "keys",
-        max_models=2,
-        is_insecure=False,
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{port}", names
-    server.should_exit = True
-    thread.join()
+    (folder / "keys").chmod(0o600)
+    with serving([folder / "run"], key_file=folder / "keys") as url:
+        yield url, names
 
 
 def test_the_official_client_gets_the_same_answer_streamed_and_not(
@@ -122,7 +106,7 @@ def test_a_full_queue_is_refused_and_a_failure_tells_a_stranger_nothing(
     assert full.status_code == 429
     assert full.json()["error"]["type"] == "rate_limit_error"
 
-    def fail(self: object, name: str) -> None:
+    def fail(self: object, name: str, *, keep: object) -> None:
         raise ValueError("inner/path must be whole")
 
     with monkeypatch.context() as patch:
@@ -144,6 +128,12 @@ def test_a_full_queue_is_refused_and_a_failure_tells_a_stranger_nothing(
         ({"n": 0}, 400, "n must be"),
         ({"prompt": [10**6]}, 400, "tokens must be in"),
         ({"prompt": 7}, 400, "the body must be JSON"),
+        ({"n": 1000}, 400, "n must be"),
+        ({"prompt": ["a"] * 64, "n": 8}, 400, "n times the number of prompts"),
+        ({"logprobs": 21}, 400, "logprobs must be in 0..20"),
+        ({"logit_bias": {"5": 1}}, 400, "logit_bias must be left out"),
+        ({"frequency_penalty": 0.5}, 400, "frequency_penalty must be left out"),
+        ({"tempreature": 1}, 400, "unknown field `tempreature`"),
     ],
 )
 def test_bad_requests_get_a_status_and_a_reason(
@@ -171,6 +161,86 @@ def test_keys_bound_what_is_seen_and_bodies_are_bounded(address: tuple[str, list
     broken = httpx.post(f"{url}/v1/completions", content=b"{", headers=head)
     assert broken.status_code == 400
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"\xff",
+        b'{"model": "base", "prompt": "a", "temperature": NaN}',
+        b'{"model": "base", "prompt": "a", "temperature": 1e999}',
+        b'{"model": "base", "prompt": "a", "seed": 1e30}',
+        b'{"model": "base", "prompt": "a", "prompt": "b"}',
+        b'{"model": "base", "prompt": "\\ud800"}',
+        b'{"model": "\\ud800", "prompt": "a"}',
+        b'{"model": "base", "prompt": ' + b"[" * 60_000 + b"]" * 60_000 + b"}",
+        b'{"model": "base", "prompt": "a", "user": ' + b"[" * 60_000 + b"]" * 60_000 + b"}",
+        b'{"model": "base", "prompt": "a", "other": ' + b'{"a":' * 60_000 + b"1" + b"}" * 60_001,
+    ],
+    ids=range(12),
+)
+def test_a_body_that_is_none_gets_a_reason(address: tuple[str, list[str]], content: bytes) -> None:
+    head = {"authorization": f"Bearer {ALL}"}
+    answer = httpx.post(f"{address[0]}/v1/completions", content=content, headers=head)
+    assert answer.status_code == 400
+    assert "the body must be JSON" in answer.json()["error"]["message"]
+
+
+def test_a_body_of_100_mb_gets_a_reason(address: tuple[str, list[str]]) -> None:
+    url, _ = address
+    part = b" " * 2**20
+    for key, status in ((ALL, 413), ("w" * 16, 401)):
+        head = {"authorization": f"Bearer {key}"}
+        parts = (part for _ in range(100))
+        answer = httpx.post(f"{url}/v1/completions", content=parts, headers=head)
+        assert answer.status_code == status
+        assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    missing = httpx.post(f"{url}/v1/other", json={})
+    assert (missing.status_code, "error" in missing.json()) == (404, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"top_logprobs": 3}, "top_logprobs must come with logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs must be in 0..20"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs must be in 0..20"),
+        ({"messages": []}, "messages must end with one of the user"),
+        ({"messages": [{"role": "judge", "content": "a"}]}, "messages must end with"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "parts of the type text",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools must be left out"),
+    ],
+)
+def test_bad_chats_get_a_reason(
+    address: tuple[str, list[str]], changes: dict[str, object], says: str
+) -> None:
+    body = {"model": "base", "messages": [{"role": "user", "content": "a"}], **changes}
+    head = {"authorization": f"Bearer {ALL}"}
+    answer = httpx.post(f"{address[0]}/v1/chat/completions", json=body, headers=head)
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
+
+
+def test_a_key_file_is_its_owners_alone_and_names_what_is_served(
+    address: tuple[str, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{ALL} bose\n")
+    keys.chmod(0o640)
+    with pytest.raises(ValueError, match=r"must be readable by its owner alone, got mode 640"):
+        read_keys(keys)
+    keys.chmod(0o600)
+    assert read_keys(keys) == {ALL: frozenset({"bose"})}
+    monkeypatch.setattr("orchard.serving.running.find_sources", lambda folders: {"base": Source()})
+    with pytest.raises(ValueError, match="must name models that are served, got bose"):
+        make_server(
+            [tmp_path], host="127.0.0.1", port=1, key_file=keys, max_models=1, is_insecure=False
+        )
 
 
 def test_another_address_needs_a_key(tmp_path: Path) -> None:

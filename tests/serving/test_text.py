@@ -18,7 +18,7 @@ def test_text_that_grows_is_the_text_decoded_at_once() -> None:
         ids = [*tokenizer(said)["input_ids"], 0]
         growing, before = GrowingText(tokenizer, frozenset({0})), ""
         for end in range(1, len(ids) + 1):
-            text = growing.grow(ids[:end], is_last=end == len(ids))
+            text = growing.grow(ids[end - 1 : end], is_last=end == len(ids))
             assert text.startswith(before)
             before = text
         kept = [index for index in ids if index != 0]

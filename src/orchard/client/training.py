@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -26,6 +26,21 @@ HoldStill: TypeAlias = Callable[[Sequence[Sequence[Encoded]]], Collection[str]]
 
 
 @dataclass(frozen=True)
+class ExamplePrivacy:
+    """What is done to the gradients of a step, see ``client.private_training``.
+
+    Attributes:
+        noise: Standard deviation over ``clip``.
+        clip: L2 norm of one example's gradient, over all trained names.
+        random: ``system`` or ``seed``, where noise and batches come from.
+    """
+
+    noise: float
+    clip: float
+    random: str
+
+
+@dataclass(frozen=True)
 class TrainingSettings:
     """How every client trains, in every round.
 
@@ -40,6 +55,7 @@ class TrainingSettings:
             ``models.kernels.packing``); else padded to the longest row.
         pass_tokens: On a CPU, a packed micro-batch with more tokens is read in several passes,
             which needs less memory; 0 = never.
+        privacy: What protects each example; None = nothing does.
     """
 
     batch_size: int
@@ -50,6 +66,7 @@ class TrainingSettings:
     router_aux_coefficient: float
     packed: bool = True
     pass_tokens: int = 512
+    privacy: ExamplePrivacy | None = None
 
 
 @dataclass(frozen=True)
@@ -135,6 +152,28 @@ def num_steps_before_last_epoch(
     return max(0, num_steps - per_epoch)
 
 
+def make_optimizer(
+    leaves: Mapping[str, torch.nn.Parameter], settings: TrainingSettings, local: LocalSettings
+) -> torch.optim.Optimizer:
+    """Return a round's optimizer, without any state."""
+    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
+    return kind(leaves.values(), lr=local.learning_rate, weight_decay=settings.weight_decay)
+
+
+def check_finite(leaves: Mapping[str, torch.nn.Parameter], num_steps: int) -> None:
+    """Refuse what training ends in: a last step has no loss after it that would show it.
+
+    Raises:
+        FloatingPointError: A value is NaN or infinite.
+    """
+    for name, leaf in leaves.items():
+        if not bool(leaf.isfinite().all()):
+            raise FloatingPointError(
+                f"trained values must be finite, got NaN or infinity in {name} after step "
+                f"{num_steps}; lower client.lr"
+            )
+
+
 def train(
     model: AdaptedModel,
     examples: Sequence[Encoded],
@@ -182,14 +221,7 @@ def train(
     leaves = model.leaves((*shared, *personal))
     # The plain task loss looks at no anchor; a copy of a whole model would be for nothing.
     anchor = {} if objective is causal_lm else clone(model.parameters(shared))
-    if settings.optimizer == "adamw":
-        optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-            leaves.values(), lr=local.learning_rate, weight_decay=settings.weight_decay
-        )
-    else:
-        optimizer = torch.optim.SGD(
-            leaves.values(), lr=local.learning_rate, weight_decay=settings.weight_decay
-        )
+    optimizer = make_optimizer(leaves, settings, local)
     losses: list[float] = []
     moved: set[str] = set()
     gradient_sum = zeros_like(model.parameters(shared)) if keep_mean_gradient else {}
@@ -250,13 +282,7 @@ def train(
                 optimizer.zero_grad()
                 model.drop_gradients()
                 losses.append(step_loss)
-        # A last step has no loss after it that would show what it did.
-        for name, leaf in leaves.items():
-            if not bool(leaf.isfinite().all()):
-                raise FloatingPointError(
-                    f"trained values must be finite, got NaN or infinity in {name} after step "
-                    f"{len(losses)}; lower client.lr"
-                )
+        check_finite(leaves, len(losses))
     finally:
         model.drop_gradients()
         model.model.eval()

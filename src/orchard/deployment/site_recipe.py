@@ -112,7 +112,7 @@ def own_recipe(consent: Consent, recipe: Recipe, terms: Terms, *, num_clients: i
     own = terms.apply(recipe, data=consent.data)
     own = replace(
         own,
-        model=replace(own.model, path=model),
+        model=replace(own.model, path=model, expert_cache=""),
         strategy=replace(
             own.strategy,
             calibration_path=_own_file(

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from array import array
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -125,6 +125,7 @@ def simulate(
     about: Mapping[str, Any],
     reporter: Reporter,
     title: str,
+    cost: Callable[[int], float] | None = None,
 ) -> ServerState:
     """Run all rounds that are not yet checkpointed in ``folder``, and the last evaluation.
 
@@ -139,6 +140,7 @@ def simulate(
         about: What must be the same to resume.
         reporter: Shows progress.
         title: How the run is called there.
+        cost: From a number of rounds to the epsilon that they cost; None = nothing is private.
 
     Returns:
         The state after the last round.
@@ -181,8 +183,8 @@ def simulate(
             covered = coverage.summary()
             since_sent = covered.get("rounds_since_sent", {})
             summary = tally.summary(channel, seconds=now - mark) | covered
-            if strategy.protection is not None:
-                summary["round/epsilon"] = strategy.protection.spent(round_number)
+            if cost is not None:
+                summary["round/epsilon"] = cost(round_number)
             mark = now
             log.append({"kind": "round", "round": round_number, **summary})
             save_checkpoint(checkpoints, state, about=about, keep=schedule.keep_rounds)

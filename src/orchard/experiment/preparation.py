@@ -27,7 +27,7 @@ from orchard.experiment.holdings import (
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.protecting import check_privacy
-from orchard.experiment.settings import lora_settings
+from orchard.experiment.settings import lora_settings, placement_of
 from orchard.experiment.wiring import check_communication
 from orchard.models.stored.loading import (
     check_checkpoint,
@@ -112,7 +112,8 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     num_clients = seat.num_clients if seat else len(federation.train)
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
-    check_privacy(recipe, num_clients=num_clients)
+    if seat is None:
+        check_privacy(recipe, {name: len(rows) for name, rows in federation.train.items()})
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "
@@ -130,6 +131,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
             whose="the examples of evaluation.retention_path",
         )
     check_device(recipe.model.device)
+    placement_of(recipe)  # what cannot be placed there is refused
     checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
     _check_names(recipe)
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)

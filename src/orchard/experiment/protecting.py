@@ -1,26 +1,40 @@
-"""A privacy section becomes what is done to updates, or is refused where it would not hold."""
+"""A privacy section becomes what is done to updates or gradients, or is refused as unsound."""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Mapping
 
+from orchard.client.private_training import num_private_steps, sampling_rate
+from orchard.client.training import ExamplePrivacy
+from orchard.communication.messages import LocalSettings
 from orchard.experiment.methods import check_strategy, find_method, own_names
 from orchard.recipe.options import Recipe
 from orchard.seeding import Seeds
 from orchard.server.accounting import affordable_rounds, noise_for, spent
 from orchard.server.privacy import Protection, seeded_noise, system_noise
 
-# Parts of a method that send a fixed set of names and leave their sum to the server.
-_SOUND = ("server", "objective", "experts", "private")
-_WHY = {
-    "budget": "which experts a client sends depends on its data, and says so",
-    "control": "control variates are sums over clients beside the one that is protected",
-    "last rounds": "its last rounds send nothing, and would have noise added all the same",
-    "sharing": "nothing is sent that could be protected",
+_CHOOSES = "which experts a client trains depends on its data, and shows in what it sends"
+# Unit, then part of a method, or its name, to why they do not go together.
+_UNSOUND: Mapping[str, Mapping[str, str]] = {
+    "client": {
+        "budget": _CHOOSES,
+        "control": "control variates are sums over clients beside the one that is protected",
+        "finetune": "its last rounds send nothing, and would have noise added all the same",
+        "sharing": "nothing is sent that could be protected",
+    },
+    "example": {
+        "budget": _CHOOSES,
+        "control": "control variates are mean gradients without noise",
+        "objective": "what it adds to the loss is not clipped for each example",
+        "ditto": "its second training is not protected",
+        "orchard": "rows that judge a graft are not protected",
+    },
 }
+Sizes = Mapping[str, int]
+"""Client id to its training examples, whose number is no secret."""
 
 
-def check_privacy(recipe: Recipe, *, num_clients: int) -> None:
+def check_privacy(recipe: Recipe, sizes: Sizes) -> None:
     """Refuse a protection that would not hold, or whose cost is not stated.
 
     Raises:
@@ -29,113 +43,181 @@ def check_privacy(recipe: Recipe, *, num_clients: int) -> None:
     options = recipe.privacy
     if not options.unit:
         return
-    for name in check_strategy(recipe.strategy.name):
-        if name in own_names(recipe.strategy.name):
-            raise ValueError(
-                f"strategy.name must be of Orchard's own methods with privacy.unit, got {name}; "
-                "what another sends is not known to be bounded"
-            )
-        part = "last rounds" if name == "finetune" else find_method(name).part
-        if part not in _SOUND:
-            raise ValueError(
-                f"strategy.name must not hold {name} with privacy.unit = {options.unit}, got "
-                f"{recipe.strategy.name}; {_WHY[part]}"
-            )
-    if recipe.server.aggregation != "mean":
+    _check_method(recipe)
+    if options.unit == "client":
+        _check_server(recipe)
+    elif recipe.client.router_aux_coefficient:
         raise ValueError(
-            "server.aggregation must be mean with privacy.unit, got "
-            f"{recipe.server.aggregation}; the noise is measured for a sum"
-        )
-    if recipe.server.weighting != "uniform":
-        raise ValueError(
-            "server.weighting must be uniform with privacy.unit, got "
-            f"{recipe.server.weighting}; how many examples a client has would count for its bound"
+            "client.router_aux_coefficient must be 0 with privacy.unit = example, got "
+            f"{recipe.client.router_aux_coefficient:g}; it looks at all examples of a batch at once"
         )
     if not options.epsilon and not options.noise:
         raise ValueError(
             "privacy.epsilon or privacy.noise must be given with privacy.unit, got neither; "
             "for example privacy.epsilon=8"
         )
-    if options.delta * num_clients >= 1:
+    number = len(sizes) if options.unit == "client" else max(sizes.values())
+    if options.delta * number >= 1:
+        whose = "the number of clients" if options.unit == "client" else "a client's examples"
         raise ValueError(
-            f"privacy.delta must be below 1 / {num_clients}, the number of clients, got "
-            f"{options.delta:g}; a larger one lets one client be shown whole"
+            f"privacy.delta must be below 1 / {number}, {whose}, got {options.delta:g}; a larger "
+            f"one lets one {options.unit} be shown whole"
         )
-    protection = build_protection(recipe, num_clients=num_clients)
-    if protection is not None:
+    if protection := build_protection(recipe, sizes):
         _ = protection.sum_noise  # refuses a quantile that costs too much
-    if private_rounds(recipe, num_clients=num_clients) == 0:
+    if private_rounds(recipe, sizes) == 0:
         raise ValueError(
             f"privacy.epsilon must pay for one round at least, got {options.epsilon:g} with noise "
-            f"of {options.noise:g}; one costs "
-            f"{_spent(recipe, noise=options.noise, num_clients=num_clients, rounds=1):.3g}"
+            f"of {options.noise:g}; one costs {Costs(recipe, sizes).after(1):.3g}"
         )
 
 
-def build_protection(recipe: Recipe, *, num_clients: int) -> Protection | None:
-    """Return what is done to updates; None where nothing is."""
+def _check_method(recipe: Recipe) -> None:
+    unit, named = recipe.privacy.unit, recipe.strategy.name
+    for name in check_strategy(named):
+        if name in own_names(named):
+            raise ValueError(
+                f"strategy.name must be of Orchard's own methods with privacy.unit, got {name}; "
+                "what another sends is not known to be bounded"
+            )
+        why = _UNSOUND[unit].get(name) or _UNSOUND[unit].get(find_method(name).part)
+        if why:
+            raise ValueError(
+                f"strategy.name must not hold {name} with privacy.unit = {unit}, got {named}; {why}"
+            )
+        if name == "flex" and unit == "example" and recipe.strategy.graft_choice != "random":
+            raise ValueError(
+                "strategy.graft_choice must be random with privacy.unit = example, got "
+                f"{recipe.strategy.graft_choice}; which expert fits best is read from the examples "
+                "without noise"
+            )
+
+
+def _check_server(recipe: Recipe) -> None:
+    for key, wanted, given, why in (
+        ("aggregation", "mean", recipe.server.aggregation, "the noise is measured for a sum"),
+        (
+            "weighting",
+            "uniform",
+            recipe.server.weighting,
+            "how many examples a client has would count for its bound",
+        ),
+    ):
+        if given != wanted:
+            raise ValueError(
+                f"server.{key} must be {wanted} with privacy.unit = client, got {given}; {why}"
+            )
+
+
+class Costs:
+    """What rounds of a recipe cost, and the noise for it.
+
+    Of examples it is that of the client for which it is highest: who has fewest is in a batch most
+    often. Each client is taken to train in every round.
+    """
+
+    def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
+        """Find the noise, where ``privacy.epsilon`` asks for some.
+
+        Raises:
+            ValueError: No noise keeps the budget.
+        """
+        self._options = options = recipe.privacy
+        # Rate and number of queries in a round, each kind once.
+        self._queries = {client: _queries(recipe, sizes, client) for client in sizes}
+        self.noise = options.noise or max(
+            noise_for(
+                epsilon=options.epsilon,
+                sampling_rate=rate,
+                rounds=recipe.server.rounds * number,
+                delta=options.delta,
+            )
+            for rate, number in set(self._queries.values())
+        )
+
+    def of(self, client: str, rounds: int) -> float:
+        """Return the epsilon of one client's examples, or of one client, after some rounds."""
+        rate, number = self._queries[client]
+        return spent(
+            noise=self.noise, sampling_rate=rate, rounds=rounds * number, delta=self._options.delta
+        )
+
+    def after(self, rounds: int) -> float:
+        """Return the highest epsilon of any client after some rounds."""
+        firsts = {query: client for client, query in self._queries.items()}
+        return max(self.of(client, rounds) for client in firsts.values())
+
+    def affordable(self, rounds: int) -> int:
+        """Return how many of ``rounds`` the budget pays for, for every client."""
+        return min(
+            affordable_rounds(
+                epsilon=self._options.epsilon,
+                noise=self.noise,
+                sampling_rate=rate,
+                rounds=rounds * number,
+                delta=self._options.delta,
+            )
+            // number
+            for rate, number in set(self._queries.values())
+        )
+
+
+def _queries(recipe: Recipe, sizes: Sizes, client: str) -> tuple[float, int]:
+    """Return the sampling rate of what a round asks of a client's data, and how often it asks."""
+    if recipe.privacy.unit == "client":
+        return (recipe.server.clients_per_round or len(sizes)) / len(sizes), 1
+    expected = recipe.client.batch_size * recipe.client.grad_accumulation
+    local = LocalSettings(recipe.client.steps, recipe.client.epochs, 0.0)
+    number = num_private_steps(sizes[client], expected=expected, local=local)
+    return sampling_rate(sizes[client], expected), number
+
+
+def build_protection(recipe: Recipe, sizes: Sizes) -> Protection | None:
+    """Return what the server does to updates; None where it does nothing."""
     options = recipe.privacy
-    if not options.unit:
+    if options.unit != "client":
         return None
-    noise = _noise(recipe, num_clients=num_clients)
+    size = recipe.server.clients_per_round or len(sizes)
     return Protection(
-        noise=noise,
+        noise=Costs(recipe, sizes).noise,
         clip=options.clip,
-        expected=_rate(recipe, num_clients) * num_clients,
+        expected=float(size),
         quantile=options.clip_quantile,
         draw=system_noise if options.random == "system" else seeded_noise(Seeds(recipe.seed)),
-        spent=lambda rounds: _spent(recipe, noise=noise, num_clients=num_clients, rounds=rounds),
     )
 
 
-def private_rounds(recipe: Recipe, *, num_clients: int) -> int:
+def example_privacy(recipe: Recipe, sizes: Sizes) -> ExamplePrivacy | None:
+    """Return what clients do to gradients; None where they do nothing."""
+    options = recipe.privacy
+    if options.unit != "example":
+        return None
+    return ExamplePrivacy(Costs(recipe, sizes).noise, options.clip, options.random)
+
+
+def private_rounds(recipe: Recipe, sizes: Sizes) -> int:
     """Return how many of ``server.rounds`` the budget pays for."""
     options, rounds = recipe.privacy, recipe.server.rounds
     if not options.unit or not options.epsilon or not options.noise:
         return rounds  # no budget, or noise that was chosen for all of them
-    return affordable_rounds(
-        epsilon=options.epsilon,
-        noise=options.noise,
-        sampling_rate=_rate(recipe, num_clients),
-        rounds=rounds,
-        delta=options.delta,
-    )
+    return Costs(recipe, sizes).affordable(rounds)
 
 
-def privacy_facts(recipe: Recipe, *, num_clients: int, rounds: int) -> dict[str, object]:
+def privacy_facts(recipe: Recipe, sizes: Sizes, *, rounds: int) -> dict[str, object]:
     """Return what ``result.json`` says of privacy; nothing where there is none."""
     options = recipe.privacy
     if not options.unit:
         return {}
-    noise = _noise(recipe, num_clients=num_clients)
-    return {
-        "privacy": {
-            "unit": options.unit,
-            "epsilon": _spent(recipe, noise=noise, num_clients=num_clients, rounds=rounds),
-            "delta": options.delta,
-            "noise": noise,
-            "clip": options.clip,
-            "clip_quantile": options.clip_quantile,
-            "sampling_rate": _rate(recipe, num_clients),
-            "random": options.random,
-        }
+    costs = Costs(recipe, sizes)
+    facts: dict[str, object] = {
+        "unit": options.unit,
+        "epsilon": costs.after(rounds),
+        "delta": options.delta,
+        "noise": costs.noise,
+        "clip": options.clip,
+        "clip_quantile": options.clip_quantile,
+        "random": options.random,
     }
-
-
-def _rate(recipe: Recipe, num_clients: int) -> float:
-    return (recipe.server.clients_per_round or num_clients) / num_clients
-
-
-def _noise(recipe: Recipe, *, num_clients: int) -> float:
-    options = recipe.privacy
-    return options.noise or noise_for(
-        epsilon=options.epsilon,
-        sampling_rate=_rate(recipe, num_clients),
-        rounds=recipe.server.rounds,
-        delta=options.delta,
-    )
-
-
-def _spent(recipe: Recipe, *, noise: float, num_clients: int, rounds: int) -> float:
-    cost = partial(spent, sampling_rate=_rate(recipe, num_clients), delta=recipe.privacy.delta)
-    return cost(noise=noise, rounds=rounds)
+    if options.unit == "example":
+        facts["epsilon_per_client"] = {client: costs.of(client, rounds) for client in sizes}
+    return {"privacy": facts}

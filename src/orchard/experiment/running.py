@@ -19,7 +19,13 @@ from orchard.experiment.data_record import check_data, record_data
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import Transform, passed_name
 from orchard.experiment.preparation import Experiment, count_truncated
-from orchard.experiment.protecting import build_protection, privacy_facts, private_rounds
+from orchard.experiment.protecting import (
+    Costs,
+    build_protection,
+    example_privacy,
+    privacy_facts,
+    private_rounds,
+)
 from orchard.experiment.run_folder import (
     RECIPE_FILE,
     begin_folder,
@@ -29,10 +35,11 @@ from orchard.experiment.run_folder import (
     recipe_digest,
     recorded_as,
 )
-from orchard.experiment.settings import learning_rate, lora_settings
+from orchard.experiment.settings import learning_rate, lora_settings, placement_of
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
-from orchard.models.stored.loading import load_base, threads
+from orchard.models.stored.loading import threads
+from orchard.models.stored.placing import open_base
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.method_options import method_names
 from orchard.recipe.options import Recipe
@@ -53,7 +60,12 @@ def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
         ValueError: Adapters do not fit.
     """
     options = recipe.model
-    base = load_base(options.path, dtype=options.dtype, device=options.device)
+    base = open_base(
+        options.path,
+        dtype=options.dtype,
+        device=options.device,
+        placement=placement_of(recipe),
+    )
     return AdaptedModel(
         base.view,
         lora_settings(recipe),
@@ -61,6 +73,11 @@ def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
         base_digest=base.digest,
         seed=Seeds(recipe.seed).integer("adapters"),
     )
+
+
+def sizes_of(experiment: Experiment) -> dict[str, int]:
+    """Return how many training examples each client has."""
+    return {client: len(examples) for client, examples in experiment.train.items()}
 
 
 def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> list[Client]:
@@ -81,6 +98,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         router_aux_coefficient=recipe.client.router_aux_coefficient,
         packed=recipe.client.packing,
         pass_tokens=recipe.client.pass_tokens,
+        privacy=example_privacy(recipe, sizes_of(experiment)),
     )
     evaluation = EvaluationSettings(
         metrics=words(recipe.evaluation.metrics),
@@ -156,7 +174,7 @@ def build_schedule(recipe: Recipe, *, rate: float | None = None) -> Schedule:
         evaluate_every=evaluation.every,
         models=words(evaluation.models),
         keep_rounds=server.keep_rounds,
-        is_poisson=bool(recipe.privacy.unit),
+        is_poisson=recipe.privacy.unit == "client",
         is_secret=recipe.privacy.random == "system",
         final_rounds=(
             recipe.strategy.finetune_rounds
@@ -218,6 +236,7 @@ def run_experiment(
         ValueError: The folder holds another run, or the method cannot be put on.
     """
     recipe, num_clients = experiment.recipe, len(experiment.train)
+    sizes = sizes_of(experiment)
     check_run(folder, experiment, resume=True, passed=strategy)
     recorded = recorded_as(recipe, strategy)
     if isinstance(strategy, Strategy):
@@ -225,7 +244,7 @@ def run_experiment(
     else:
         own = {passed_name(strategy): strategy} if strategy else {}
         method = build_strategy(recipe, num_clients=num_clients, own=own)
-    method = replace(method, protection=build_protection(recipe, num_clients=num_clients))
+    method = replace(method, protection=build_protection(recipe, sizes))
     record_data(folder, experiment.digest)
     begin_folder(folder, recorded)
     with threads(recipe.model.num_threads):
@@ -234,7 +253,7 @@ def run_experiment(
             warn(sentence)
         clients = build_clients(experiment, model, folder / "clients")
         schedule = build_schedule(recipe, rate=learning_rate(recipe, model.view))
-        paid = private_rounds(recipe, num_clients=num_clients)
+        paid = private_rounds(recipe, sizes)
         if paid < schedule.num_rounds:
             warn(
                 f"privacy.epsilon = {recipe.privacy.epsilon:g} pays for {paid} of "
@@ -256,6 +275,7 @@ def run_experiment(
             },
             reporter=reporter,
             title=recorded.recipe.strategy.name,
+            cost=Costs(recipe, sizes).after if recipe.privacy.unit else None,
         )
     federation, truncated = experiment.federation, count_truncated(experiment)
     facts: dict[str, Any] = {
@@ -266,7 +286,7 @@ def run_experiment(
         "shared_digest": digest(state.shared),
         "test_digest": experiment.digest.test,
         "learning_rate": learning_rate(recipe, model.view),
-        **privacy_facts(recipe, num_clients=num_clients, rounds=state.round_number),
+        **privacy_facts(recipe, sizes, rounds=state.round_number),
         "parameters": {
             "shared": sum(tensor.numel() for tensor in state.shared.values()),
             "private": {client.client_id: _num_private(client) for client in clients},

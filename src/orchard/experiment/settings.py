@@ -6,6 +6,7 @@ from typing import Any
 
 from orchard.experts.grafting import GraftSettings
 from orchard.experts.importance import ImportanceSettings
+from orchard.models.stored.placing import Placement, check_placement
 from orchard.models.trainable.targets import LoraSettings
 from orchard.models.view.moe import MoEView
 from orchard.recipe.method_options import method_names
@@ -42,6 +43,18 @@ def graft_settings(recipe: Recipe) -> GraftSettings:
         gate=s.graft_gate,
         mix="difference" if "orchard" in method_names(s.name) else s.graft_mix,
     )
+
+
+def placement_of(recipe: Recipe) -> Placement:
+    """Return where the frozen experts of a recipe's base are.
+
+    Raises:
+        ValueError: They cannot be there.
+    """
+    options = recipe.model
+    placement = Placement(options.placement, options.expert_cache, options.frozen_precision)
+    check_placement(placement, lora_settings(recipe), device=options.device)
+    return placement
 
 
 def subset_settings(recipe: Recipe) -> SubsetSettings:

@@ -84,6 +84,7 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             for name in vars(recipe.privacy)
             if name != "unit"
         },
+        "model.expert_cache": (recipe.model.placement == "mapped", "model.placement = mapped"),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
         **_needs_of_budgets(recipe, methods),
     }

@@ -14,6 +14,23 @@ class ModelOptions:
     path: str = option("", "Folder, Hugging Face name, or orchard:tiny (ships with the package).")
     dtype: str = option("bfloat16", "Of the base.", choices=("bfloat16", "float32"))
     device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
+    placement: str = option(
+        "memory",
+        "Where frozen experts are: in memory, or mapped read-only from disk, of which the system "
+        "keeps in memory what it has room for, once for all processes. Results are the same.",
+        choices=("memory", "mapped"),
+    )
+    expert_cache: str = option(
+        "",
+        "With placement = mapped: the folder of the experts as they are mapped, made once; empty = "
+        "in the checkpoint's folder; none = they are read where the checkpoint has them.",
+    )
+    frozen_precision: str = option(
+        "bf16",
+        "What frozen experts are kept in: bf16 = the base's dtype; int8 = a scale for each row; "
+        "nf4 = 4 bits with a scale for 64 values. What is trained, and grafts, stay exact.",
+        choices=("bf16", "int8", "nf4"),
+    )
     num_threads: int = option(
         0,
         "Threads on a CPU; 0 = torch decides. Sums over another number of threads round "
@@ -224,9 +241,10 @@ class PrivacyOptions:
 
     unit: str = option(
         "",
-        "What is protected from whoever sees the global values: everything that one client has; "
+        "What is protected: client, everything that one client has, from whoever sees the global "
+        "values; example, one training row, from whoever sees whatever its client trained; "
         "empty = nothing.",
-        choices=("", "client"),
+        choices=("", "client", "example"),
     )
     epsilon: float = option(
         0.0,
@@ -239,14 +257,17 @@ class PrivacyOptions:
     )
     noise: float = option(
         0.0,
-        "Standard deviation of the noise over the norm of an update; 0 = what epsilon asks for.",
+        "Standard deviation of the noise over the norm of an update, or of an example's gradient; "
+        "0 = what epsilon asks for.",
         minimum=0,
     )
-    clip: float = option(1.0, "L2 norm that a client's update is scaled down to.", above=0)
+    clip: float = option(
+        1.0, "L2 norm that a client's update, or an example's gradient, is scaled down to.", above=0
+    )
     clip_quantile: float = option(
         0.0,
-        "Share of the clients' updates that are to be shorter than the norm, which then follows "
-        "them from round to round; 0 = the norm stays.",
+        "With client: share of the updates that are to be shorter than the norm, which then "
+        "follows them from round to round; 0 = the norm stays.",
         minimum=0,
         maximum=0.99,
     )

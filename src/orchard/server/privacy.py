@@ -14,7 +14,6 @@ step are seen, rounded to float32, which weakens that attack and does not exclud
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 from orchard.communication.messages import Update
-from orchard.seeding import Seeds
+from orchard.seeding import Seeds, system_normal
 from orchard.trees import Tree
 
 Noise: TypeAlias = Callable[[int, str, tuple[int, ...]], torch.Tensor]
@@ -47,7 +46,6 @@ class Protection:
         quantile: Share of clients whose update is shorter than the norm that later rounds aim at;
             0 = the norm stays.
         draw: The noise.
-        spent: From a number of rounds to the epsilon that they cost.
     """
 
     noise: float
@@ -55,7 +53,6 @@ class Protection:
     expected: float
     quantile: float
     draw: Noise
-    spent: Callable[[int], float]
 
     @property
     def count_noise(self) -> float:
@@ -135,14 +132,5 @@ def seeded_noise(seeds: Seeds) -> Noise:
 
 
 def system_noise(round_number: int, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return noise from the operating system's random numbers, which nobody can draw again.
-
-    Source: Box and Muller (1958), over uniform values of 53 bits.
-    """
-    number = math.prod(shape)
-    half = (number + 1) // 2
-    drawn = np.frombuffer(os.urandom(16 * half), dtype=np.uint64) >> np.uint64(11)
-    first, second = ((drawn + 0.5) * 2.0**-53).reshape(2, half)
-    radius, angle = np.sqrt(-2 * np.log(first)), 2 * np.pi * second
-    values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:number]
-    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
+    """Return noise from the operating system's random numbers, which nobody can draw again."""
+    return torch.from_numpy(system_normal(shape))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchard.models.kernels.caches import cache_name
 from orchard.models.kernels.row_cache import empty_cache, joined, selected
 from orchard.models.view.moe import MoEView
 from orchard.personal.sampling import Sampling, choose_token
@@ -48,6 +49,7 @@ class Row:
         scores: Of these, where they are asked for.
         prompt_scores: Of the prompt's tokens after the first.
         finish: Why it ended; empty while it goes on.
+        failure: What its model could not do; it ended by that.
         is_cancelled: Set by whoever no longer reads it; the next step drops it.
     """
 
@@ -63,6 +65,7 @@ class Row:
     scores: list[TokenScores] = field(default_factory=list)
     prompt_scores: list[TokenScores] = field(default_factory=list)
     finish: str = ""
+    failure: Exception | None = None
     is_cancelled: bool = False
     generator: torch.Generator = field(default_factory=torch.Generator)
     logits_V: Tensor | None = None
@@ -107,9 +110,10 @@ class Engine:
         self.view = view
         self.rows = Rows(view)
         self.waiting: deque[Row] = deque()
-        self._max_rows, self._prefill_tokens = max_rows, prefill_tokens
+        self.max_rows, self._prefill_tokens = max_rows, prefill_tokens
         self._keeps_logits = keeps_logits
         self._batches: dict[str, _Batch] = {}
+        self._cache_name = cache_name(view.model) or ""
         self._device = next(view.model.parameters()).device
 
     @contextmanager
@@ -128,11 +132,6 @@ class Engine:
         """Whether nothing runs and nothing waits."""
         return not self.waiting and not self._batches
 
-    def values_in_use(self) -> set[int]:
-        """Return the identities of the models that rows have."""
-        running = (row for batch in self._batches.values() for row in batch.rows)
-        return {id(row.values) for row in (*running, *self.waiting)}
-
     def submit(self, row: Row) -> None:
         """Let a row wait for its place."""
         self.waiting.append(row)
@@ -146,9 +145,8 @@ class Engine:
             if body in self._batches:
                 moved += self._decode(self._batches[body])
                 self._drop(body)
-        for row in [row for row in self.waiting if row.is_cancelled]:
-            self.waiting.remove(row)
-        room = self._max_rows - self.num_running
+        self.waiting = deque(row for row in self.waiting if not row.is_cancelled)
+        room = self.max_rows - self.num_running
         if self.waiting and room > 0:
             group = self._next_group(room)
             moved += self._prefill(group)
@@ -185,7 +183,6 @@ class Engine:
             ids[index, width - len(row.prompt) :] = torch.tensor(row.prompt)
             mask[index, width - len(row.prompt) :] = 1
         assignment = self.rows.assign([row.values for row in group])
-        overrides = group[0].values.overrides
         places = (mask.cumsum(dim=1) - 1).clamp_(min=0)
         ids, mask, places = (part.to(self._device) for part in (ids, mask, places))
         cache = empty_cache()
@@ -195,11 +192,11 @@ class Engine:
             end = min(start + self._prefill_tokens, width)
             logits = self.rows.run(
                 assignment,
-                overrides,
+                group[0].values,
                 input_ids=ids[:, start:end],
                 attention_mask=mask[:, :end],
                 position_ids=places[:, start:end],
-                past_key_values=cache,
+                **{self._cache_name: cache},
                 use_cache=True,
                 logits_to_keep=0 if scores_prompt else 1,
             ).logits
@@ -224,11 +221,11 @@ class Engine:
         mask_BW = (column_W[None] >= width - 1 - length_B[:, None]).long()
         logits = self.rows.run(
             batch.assignment,
-            batch.rows[0].values.overrides,
+            batch.rows[0].values,
             input_ids=torch.tensor([[row.tokens[-1]] for row in batch.rows], device=self._device),
             attention_mask=mask_BW,
             position_ids=length_B[:, None],
-            past_key_values=batch.cache,
+            **{self._cache_name: batch.cache},
             use_cache=True,
             logits_to_keep=1,
         ).logits
@@ -239,9 +236,14 @@ class Engine:
     def _choose(self, rows: Sequence[Row], logits_BV: Tensor) -> None:
         """Write the next token of each row, and say which have ended."""
         best_B = logits_BV.argmax(dim=-1).tolist()
-        for index, row in enumerate(rows):
+        is_sound_B = logits_BV.isfinite().any(dim=-1) & ~logits_BV.isnan().any(dim=-1)
+        for index, (row, is_sound) in enumerate(zip(rows, is_sound_B.tolist(), strict=True)):
             if self._keeps_logits:
                 row.logits_V = logits_BV[index].clone()
+            if not is_sound:  # such as by a graft that a run left broken; others are not harmed
+                row.failure = ValueError("logits must be numbers, got others from this model")
+                row.finish = "failed"
+                continue
             if row.max_tokens == 0:
                 row.finish = "length"
                 continue
@@ -250,9 +252,9 @@ class Engine:
             token = (
                 best_B[index] if is_greedy else choose_token(logits_V, row.sampling, row.generator)
             )
-            row.tokens.append(token)
-            if row.num_top >= 0:
+            if row.num_top >= 0:  # before the token, for another thread reads as many
                 row.scores.append(_score(logits_V.log_softmax(dim=-1), token, row.num_top))
+            row.tokens.append(token)
             if token in row.end_ids:
                 row.finish = "stop"
             elif len(row.tokens) >= row.max_tokens:
@@ -288,9 +290,10 @@ def _score_prompts(group: Sequence[Row], logits_BSV: Tensor, *, start: int, widt
         if not row.scores_prompt:
             continue
         before = width - len(row.prompt)
-        for column in range(max(start, before), start + logits_BSV.shape[1]):
-            place = column - before + 1
-            if place < len(row.prompt):
-                logprobs_V = logits_BSV[index, column - start].float().log_softmax(dim=-1)
-                token = row.prompt[place]
-                row.prompt_scores.append(_score(logprobs_V, token, max(row.num_top, 0)))
+        first = max(start, before)
+        told = row.prompt[first - before + 1 : start + logits_BSV.shape[1] - before + 1]
+        if not told:
+            continue
+        found_SV = logits_BSV[index, first - start : first - start + len(told)].float()
+        for logprobs_V, token in zip(found_SV.log_softmax(dim=-1), told, strict=True):
+            row.prompt_scores.append(_score(logprobs_V, token, max(row.num_top, 0)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -9,7 +12,7 @@ import msgspec
 from orchard.personal.sampling import Sampling
 
 MAX_BODY_BYTES = 4 * 2**20
-_MAX_CHOICES, _MAX_PROMPTS, _MAX_STOPS, _MAX_TOP = 8, 64, 4, 20
+_MAX_CHOICES, _MAX_PROMPTS, _MAX_ANSWERS, _MAX_STOPS, _MAX_TOP = 8, 64, 128, 16, 20
 
 
 class RefusedError(Exception):
@@ -17,6 +20,8 @@ class RefusedError(Exception):
 
     def __init__(self, status: int, message: str, *, code: str = "", parameter: str = "") -> None:
         """Say why."""
+        # What was asked may hold half of a surrogate pair, which no answer can carry.
+        message = message.encode("utf-8", "replace").decode()
         super().__init__(message)
         self.status = status
         kind = "invalid_request_error" if status < 500 and status != 429 else "server_error"
@@ -36,8 +41,27 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool = False
 
 
-class Request(msgspec.Struct, kw_only=True):
-    """What both kinds of completion have; other fields of OpenAI's are ignored."""
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "frequency_penalty": (None, 0),
+        "presence_penalty": (None, 0),
+        "logit_bias": (None, {}),
+        "best_of": (None, 1),
+        "suffix": (None, ""),
+        "tools": (None, []),
+        "functions": (None, []),
+        "response_format": (None, {"type": "text"}),
+        "modalities": (None, ["text"]),
+    }
+)
+"""Fields of OpenAI's that would change an answer, and the values that change nothing."""
+
+
+class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both kinds of completion have.
+
+    Fields that say only who asks, or how an answer is billed, are read and not used.
+    """
 
     model: str
     max_tokens: int | None = None
@@ -49,6 +73,21 @@ class Request(msgspec.Struct, kw_only=True):
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    frequency_penalty: Any = None
+    presence_penalty: Any = None
+    logit_bias: Any = None
+    best_of: Any = None
+    suffix: Any = None
+    tools: Any = None
+    functions: Any = None
+    response_format: Any = None
+    modalities: Any = None
+    user: Any = None
+    metadata: Any = None
+    store: Any = None
+    service_tier: Any = None
+    safety_identifier: Any = None
+    prompt_cache_key: Any = None
 
     def check(self, longest: int) -> None:
         """Check ranges.
@@ -58,8 +97,10 @@ class Request(msgspec.Struct, kw_only=True):
         """
         wanted = self.tokens(longest)
         if wanted < 0:
-            raise RefusedError(400, f"max_tokens must be 0 or more, got {wanted}")
-        if not 1 <= (self.n if self.n is not None else 1) <= _MAX_CHOICES:
+            raise RefusedError(
+                400, f"max_tokens must be 0 or more, got {wanted}", parameter="max_tokens"
+            )
+        if not 1 <= self.copies() <= _MAX_CHOICES:
             raise RefusedError(400, f"n must be in 1..{_MAX_CHOICES}, got {self.n}", parameter="n")
         if len(self.stops()) > _MAX_STOPS or any(not 0 < len(s) <= 200 for s in self.stops()):
             raise RefusedError(
@@ -68,7 +109,19 @@ class Request(msgspec.Struct, kw_only=True):
                 f"got {len(self.stops())}",
                 parameter="stop",
             )
+        for name, neutral in _NEUTRAL.items():
+            if getattr(self, name) not in neutral:
+                raise RefusedError(
+                    400,
+                    f"{name} must be left out, got a value; it is not supported here",
+                    code="unsupported_parameter",
+                    parameter=name,
+                )
         self.sampling()
+
+    def copies(self) -> int:
+        """Return how many answers each prompt gets."""
+        return 1 if self.n is None else self.n
 
     def tokens(self, longest: int) -> int:
         """Return how many new tokens are asked for at most."""
@@ -92,13 +145,17 @@ class Request(msgspec.Struct, kw_only=True):
             name = str(error).partition(" ")[0]
             raise RefusedError(400, str(error), parameter=name) from error
 
+    def num_top(self) -> int:
+        """Return how many tokens are scored at each place; -1 = none is."""
+        raise NotImplementedError
+
 
 class Completion(Request, kw_only=True):
     """A request to go on with text."""
 
     prompt: str | list[int | str | list[int]]
     logprobs: int | None = None
-    echo: bool = False
+    echo: bool | None = None
 
     def prompts(self) -> list[str | list[int]]:
         """Return the prompts, each text or tokens.
@@ -108,36 +165,114 @@ class Completion(Request, kw_only=True):
         """
         given: Any = self.prompt
         if isinstance(given, list) and len({type(part) for part in given}) > 1:
-            raise RefusedError(400, "prompt must be of one kind, got texts and tokens mixed")
+            raise RefusedError(
+                400, "prompt must be of one kind, got texts and tokens mixed", parameter="prompt"
+            )
         one = isinstance(given, str) or (given and isinstance(given[0], int))
         prompts = [given] if one else list(given)
         if not 1 <= len(prompts) <= _MAX_PROMPTS:
-            raise RefusedError(400, f"prompt must be 1 to {_MAX_PROMPTS}, got {len(prompts)}")
-        if self.logprobs is not None and not 0 <= self.logprobs <= _MAX_TOP:
-            raise RefusedError(400, f"logprobs must be in 0..{_MAX_TOP}, got {self.logprobs}")
+            raise RefusedError(
+                400, f"prompt must be 1 to {_MAX_PROMPTS}, got {len(prompts)}", parameter="prompt"
+            )
+        if len(prompts) * self.copies() > _MAX_ANSWERS:
+            raise RefusedError(
+                400,
+                f"n times the number of prompts must be up to {_MAX_ANSWERS}, "
+                f"got {len(prompts) * self.copies()}",
+                parameter="n",
+            )
         return prompts
+
+    def num_top(self) -> int:
+        """Return how many tokens are scored at each place; -1 = none is.
+
+        Raises:
+            RefusedError: Too many, or a negative number.
+        """
+        if self.logprobs is None:
+            return -1
+        return _checked_top(self.logprobs, "logprobs")
+
+
+class Part(msgspec.Struct):
+    """A part of a message; texts alone are read."""
+
+    type: str
+    text: str = ""
 
 
 class Message(msgspec.Struct):
     """A turn of a conversation."""
 
     role: str
-    content: str
+    content: str | list[Part]
+
+    def text(self) -> str:
+        """Return what is said.
+
+        Raises:
+            RefusedError: A part is no text.
+        """
+        if isinstance(self.content, str):
+            return self.content
+        if other := [part.type for part in self.content if part.type != "text"]:
+            raise RefusedError(
+                400,
+                f"content must be of parts of the type text, got {other[0][:40]}",
+                parameter="messages",
+            )
+        return "".join(part.text for part in self.content)
 
 
 class Chat(Request, kw_only=True):
     """A request to answer."""
 
     messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def num_top(self) -> int:
+        """Return how many tokens are scored at each place; -1 = none is.
+
+        Raises:
+            RefusedError: Too many, a negative number, or one without ``logprobs``.
+        """
+        if self.top_logprobs is not None and not self.logprobs:
+            raise RefusedError(
+                400,
+                "top_logprobs must come with logprobs, got it alone; set logprobs to true",
+                parameter="top_logprobs",
+            )
+        if not self.logprobs:
+            return -1
+        return _checked_top(self.top_logprobs or 0, "top_logprobs")
 
 
 def decode(content: bytes, kind: type[Request]) -> Any:
     """Read a request.
 
     Raises:
-        RefusedError: It is no JSON, or lacks a field, or has one of another type.
+        RefusedError: It is no JSON, or lacks a field, or has an unknown one, one twice, or one of
+            another type.
     """
     try:
-        return msgspec.json.decode(content, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+        asked = msgspec.json.decode(content, type=kind)
+        json.loads(content, object_pairs_hook=_without_twins)
+    except (ValueError, RecursionError) as error:
         raise RefusedError(400, f"the body must be JSON as documented, got: {error}") from error
+    return asked
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twin = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twin[:40]} twice")
+    return found
+
+
+def _checked_top(number: int, name: str) -> int:
+    if not 0 <= number <= _MAX_TOP:
+        raise RefusedError(400, f"{name} must be in 0..{_MAX_TOP}, got {number}", parameter=name)
+    return number

@@ -40,10 +40,9 @@ class _Groups:
     row_P: Tensor
 
     def gather(self, x_BSD: Tensor) -> Tensor:
-        """Return the rows of each group, (G, C * S, D)."""
-        groups, size = self.index_GC.shape
+        """Return the rows of each group, (G, C * S, D), whatever axes S stands for."""
         rows = x_BSD[self.index_GC.flatten()]
-        return rows.reshape(groups, size * x_BSD.shape[1], -1)
+        return rows.reshape(len(self.index_GC), -1, x_BSD.shape[-1])
 
     def add(self, target_BSD: Tensor, y_GTD: Tensor) -> Tensor:
         """Add what groups computed to their rows, in float32, and return it in the old dtype."""
@@ -211,12 +210,21 @@ class Rows:
             for handle in handles:
                 handle.remove()
 
-    def run(self, assignment: Assignment, overrides: Mapping[str, Tensor], /, **inputs: Any) -> Any:
-        """Run the base with each row's model, over parameters that stand in for the base's own."""
+    def run(self, assignment: Assignment, body: RowValues, /, **inputs: Any) -> Any:
+        """Run the base with each row's model.
+
+        Args:
+            assignment: Of rows whose models have one body.
+            body: One of these: its overrides stand for the base's parameters, its whole model
+                for the base.
+            inputs: Of the forward pass.
+        """
+        if body.opened is not None:
+            return body.opened.model(**inputs)
         self._current = assignment
         try:
-            if overrides:
-                return functional_call(self.model, dict(overrides), args=(), kwargs=inputs)
+            if body.overrides:
+                return functional_call(self.model, dict(body.overrides), args=(), kwargs=inputs)
             return self.model(**inputs)
         finally:
             self._current = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -11,7 +12,7 @@ import uvicorn
 
 from orchard.data.turns import Role, Turn
 from orchard.experiment.encoding import end_ids, make_wording
-from orchard.models.kernels.decoding import why_not_decoded
+from orchard.models.kernels.row_cache import why_not_in_rows
 from orchard.models.stored.loading import load_base, load_tokenizer
 from orchard.personal.state import read_state
 from orchard.serving.engine import Engine
@@ -26,8 +27,14 @@ def read_keys(path: Path) -> dict[str, frozenset[str] | None]:
     A key alone may use all models. Empty lines and lines that begin with # say nothing.
 
     Raises:
-        ValueError: There is no key in it, or one twice, or one that is too short.
+        ValueError: There is no key in it, or one twice, or one that is too short, or others than
+            the file's owner can read it.
     """
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode & 0o077:
+        raise ValueError(
+            f"{path} must be readable by its owner alone, got mode {mode:o}; chmod 600 {path}"
+        )
     keys: dict[str, frozenset[str] | None] = {}
     for number, line in enumerate(path.read_text().splitlines(), 1):
         key, *models = line.split() or [""]
@@ -66,11 +73,16 @@ def make_server(
             "make a file of keys, listen at 127.0.0.1, or add --insecure"
         )
     sources = find_sources(folders)
+    if unknown := sorted({name for own in keys.values() for name in own or ()} - sources.keys()):
+        raise ValueError(
+            f"{key_file} must name models that are served, got {unknown[0]}; they are "
+            f"{', '.join(list(sources)[:20])}"
+        )
     recipes = {folder: read_state(folder).recipe for folder in folders}
     first = recipes[folders[0]]
     base = load_base(first.model.path, dtype=first.model.dtype, device=first.model.device)
     model: Any = base.view.model
-    if reason := why_not_decoded(model):
+    if reason := why_not_in_rows(model):
         raise ValueError(
             f"{first.model.path} must be a model that can be served, got that {reason}"
         )

@@ -14,6 +14,7 @@ from orchard.models.trainable.slots import canonical, full_slots
 from orchard.models.trainable.targets import LoraSettings, find_targets
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.storage import FusedExperts
+from orchard.personal.opening import OpenedModel
 from orchard.trees import Tree
 
 _GRAFT = ".graft."
@@ -74,12 +75,15 @@ class RowValues:
         overrides: Path of a parameter to what stands in its place. Rows whose models have different
             ones cannot share a forward pass.
         body: Equal for models with the same overrides.
+        opened: A whole model that is run in the base's place, with all of the above in it; None =
+            the base is run.
     """
 
     linear: Mapping[str, Factors] = field(default_factory=dict)
     grafts: Mapping[int, RowGraft] = field(default_factory=dict)
     overrides: Mapping[str, Tensor] = field(default_factory=dict)
     body: str = ""
+    opened: OpenedModel | None = None
 
     def num_bytes(self) -> int:
         """Return the memory of all tensors that are this model's own, overrides left out."""

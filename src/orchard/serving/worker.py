@@ -3,42 +3,63 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from orchard.serving.engine import Engine, Row
 from orchard.serving.registry import Registry
+from orchard.serving.values import RowValues
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Job:
     """A row that somebody waits for.
 
     Attributes:
-        make: Makes the row from its model's values, in the engine's thread.
         model: Name of the model.
+        make: Makes the row from its model's values, in the engine's thread.
         tell: Called in the engine's thread after each token, and once with what went wrong.
+        row: What was made.
     """
 
     model: str
-    make: Callable[[Registry], Row]
+    make: Callable[[RowValues], Row]
     tell: Callable[[Row | Exception], None]
+    row: Row | None = None
+    _is_cancelled: bool = False
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether nobody waits any more."""
+        return self._is_cancelled or (self.row is not None and self.row.is_cancelled)
+
+    def cancel(self) -> None:
+        """Say that nobody waits any more, whether it waits or runs."""
+        self._is_cancelled = True
+        if self.row is not None:
+            self.row.is_cancelled = True
 
 
 @dataclass(eq=False)
 class Worker:
     """The engine's thread, with a bounded queue before it.
 
+    A job is taken on when there is room for its row, and for its model among those in memory; who
+    comes first is taken first.
+
     Attributes:
         engine: What runs.
         registry: Where models come from.
         max_queue: At most so many jobs wait or run.
+        num_tokens: Written since the start.
     """
 
     engine: Engine
     registry: Registry
     max_queue: int = 256
-    _jobs: list[Job] = field(default_factory=list)
+    num_tokens: int = 0
+    _jobs: deque[Job] = field(default_factory=deque)
     _rows: dict[int, tuple[Row, Job]] = field(default_factory=dict)
     _changed: threading.Condition = field(default_factory=threading.Condition)
     _is_ending: bool = False
@@ -57,7 +78,7 @@ class Worker:
         if self._thread is not None:
             self._thread.join()
 
-    def submit(self, jobs: list[Job]) -> bool:
+    def submit(self, jobs: Sequence[Job]) -> bool:
         """Take jobs on, all or none; False where the queue is full."""
         with self._changed:
             if len(self._jobs) + len(self._rows) + len(jobs) > self.max_queue:
@@ -71,6 +92,11 @@ class Worker:
         """Jobs that were taken on and have not ended."""
         return len(self._jobs) + len(self._rows)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread is not None and self._thread.is_alive()
+
     def _run(self) -> None:
         with self.engine.running():
             while True:
@@ -79,17 +105,30 @@ class Worker:
                         self._changed.wait()
                     if not (self._jobs or self._rows):
                         return
-                    taken, self._jobs = self._jobs, []
-                for job in taken:
+                while (job := self._next()) is not None:
                     self._take(job)
                 self._step()
 
+    def _next(self) -> Job | None:
+        """Return the first job that waits, where there is room for it."""
+        with self._changed:
+            if any(job.is_cancelled for job in self._jobs):
+                self._jobs = deque(job for job in self._jobs if not job.is_cancelled)
+            if not self._jobs or len(self._rows) >= self.engine.max_rows:
+                return None
+            used = {job.model for _, job in self._rows.values()}
+            if not self.registry.has_room(used | {self._jobs[0].model}):
+                return None
+            return self._jobs.popleft()
+
     def _take(self, job: Job) -> None:
+        used = {own.model for _, own in self._rows.values()}
         try:
-            row = job.make(self.registry)
+            job.row = row = job.make(self.registry.values(job.model, keep=used))
         except Exception as error:  # a damaged file harms its own model alone
-            job.tell(error)
+            _tell(job, error)
             return
+        row.is_cancelled = job.is_cancelled
         self._rows[id(row)] = (row, job)
         self.engine.submit(row)
 
@@ -99,13 +138,21 @@ class Worker:
         except Exception as error:  # whoever waits must hear of it, and others be served
             self.engine.abort()
             for _, job in self._rows.values():
-                job.tell(error)
+                _tell(job, error)
             self._rows.clear()
             return
         for row in moved:
-            self._rows[id(row)][1].tell(row)
+            self.num_tokens += 1
+            _tell(self._rows[id(row)][1], row.failure or row)
         self._rows = {
             key: own
             for key, own in self._rows.items()
             if not (own[0].finish or own[0].is_cancelled)
         }
+
+
+def _tell(job: Job, what: Row | Exception) -> None:
+    try:
+        job.tell(what)
+    except RuntimeError:  # the loop that waited is closed
+        job.cancel()

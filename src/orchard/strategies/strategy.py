@@ -22,6 +22,7 @@ import torch
 from orchard.client.answers import keep_answers
 from orchard.client.client import Client
 from orchard.client.objectives import Objective, causal_lm
+from orchard.client.private_training import train_privately
 from orchard.client.scores import keep_scores
 from orchard.client.store import Personal
 from orchard.client.training import HoldStill, TrainingReport, train
@@ -269,11 +270,28 @@ def _train_own(client: Client, task: Task, plan: Plan) -> tuple[Tree, Metrics]:
         return {**client.model.read(own.names), **own.memory}, metrics
 
 
+def _train_privately(client: Client, task: Task, plan: Plan) -> TrainingReport | None:
+    """Train so that each example is protected; None where none is to be."""
+    if client.training.privacy is None:
+        return None
+    turn = task.round_number, client.client_id
+    return train_privately(
+        plan.model or client.model,
+        client.train,
+        names=(*plan.shared, *plan.personal),
+        settings=client.training,
+        local=task.settings,
+        seeds=client.seeds,
+        turn=turn,
+        dropout_seed=client.seeds.integer("dropout", *turn),
+    )
+
+
 def _train(strategy: Strategy, client: Client, task: Task, plan: Plan, own: Tree) -> Contribution:
     """Train by a plan, save what the client keeps, and return what it sends."""
     model = plan.model or client.model
     turn = task.round_number, client.client_id
-    report = train(
+    report = _train_privately(client, task, plan) or train(
         model,
         client.train,
         shared=plan.shared,

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from orchard.models.kernels.products import multiply_back, multiply_rows
+from orchard.trees import SlicedTensor
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,8 @@ class FrozenWeights:
         activate: From (P, G) to (P, F), token by token.
     """
 
-    first_EGD: Tensor
-    down_EDF: Tensor
+    first_EGD: Tensor | SlicedTensor
+    down_EDF: Tensor | SlicedTensor
     first_bias_EG: Tensor | None
     down_bias_ED: Tensor | None
     activate: Callable[[Tensor], Tensor]

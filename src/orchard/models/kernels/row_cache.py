@@ -7,12 +7,16 @@ every family's own mask works.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from orchard.models.kernels.caches import cache_name
 
 _SLACK = 64  # columns that are allocated ahead, so that a token seldom copies what is kept
 
@@ -63,6 +67,28 @@ def _roomy(states: Tensor, count: int) -> Tensor:
     own = states.new_zeros(*front, columns + count + max(_SLACK, columns // 4), width)
     own[..., :columns, :] = states
     return own
+
+
+def why_not_in_rows(model: nn.Module) -> str:
+    """Say why rows of a model cannot join and leave; nothing where they can.
+
+    A layer that sees a window of tokens keeps all of them here, and its mask hides the older ones:
+    rows stand right-aligned, so columns are as far from each other as tokens are.
+    """
+    network: Any = model
+    supports = getattr(network, "_supports_default_dynamic_cache", None)
+    if network.config.is_encoder_decoder or supports is None or not supports():
+        return "it is no decoder with a cache of keys and values"
+    needed = {"position_ids", "logits_to_keep"}
+    if lacking := needed - inspect.signature(network.forward).parameters.keys():
+        return f"its forward pass has no argument {', '.join(sorted(lacking))}"
+    if cache_name(network) is None:
+        return "its forward pass has no argument for a cache"
+    cache = DynamicCache(config=network.config)
+    known = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache or any(type(own) not in known for own in cache.layers):
+        return "it keeps a state of what it has read"
+    return ""
 
 
 def empty_cache() -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from orchard.models.stored.completeness import check_loaded
 from orchard.models.stored.deepseek_moe import MODEL_TYPE
@@ -19,6 +19,7 @@ from orchard.trees import digest
 MODELING = "modeling_grafted"
 AUTO_MAP = {
     "AutoConfig": f"{MODELING}.GraftedConfig",
+    "AutoModel": f"{MODELING}.GraftedModel",
     "AutoModelForCausalLM": f"{MODELING}.GraftedForCausalLM",
 }
 _PREFIX = "grafted_"
@@ -29,7 +30,9 @@ def modeling_text(model_class: type) -> str:
     config_class: Any = model_class.config_class  # type: ignore[attr-defined]
     text = (Path(__file__).parent / f"{MODELING}.py").read_text(encoding="utf-8")
     text = text.replace("grafted_qwen2_moe", f"{_PREFIX}{config_class.model_type}")
+    inner: Any = MODEL_MAPPING[config_class]
     text = text.replace("Qwen2MoeForCausalLM", model_class.__name__)
+    text = text.replace("Qwen2MoeModel", inner.__name__)
     return text.replace("Qwen2MoeConfig", config_class.__name__)
 
 

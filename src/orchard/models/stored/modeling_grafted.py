@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM, Qwen2MoeModel
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -152,6 +152,33 @@ def _add_graft(block: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
     return graft(x, output)
 
 
+def _add_grafts(model: nn.Module, about_all: dict[str, Any], within: str = "") -> None:
+    """Let blocks of a model, just built, hold what its configuration says.
+
+    Blocks are named as in the model for language; ``within`` is where in it ``model`` stands.
+    """
+    for about in about_all["held"]:
+        _shrink(model.get_submodule(about["path"].removeprefix(within)), about)
+    for about in about_all["blocks"]:
+        block: Any = model.get_submodule(about["path"].removeprefix(within))
+        experts = getattr(block, about["experts"])
+        about = {**about, "mix": about_all["mix"], "gate": about_all["gate"]}
+        block.add_module("graft", Graft(experts, about["width"], about))
+        block.register_forward_hook(_add_graft, with_kwargs=True)
+
+
+class GraftedModel(Qwen2MoeModel):  # type: ignore[no-untyped-call]
+    """The family's model without its output layer, for engines that bring their own."""
+
+    config_class = GraftedConfig
+    _keep_in_fp32_modules_strict = ["graft.mixer", "graft.opening"]  # noqa: RUF012
+
+    def __init__(self, config: Any) -> None:
+        """Build the family's model, then add grafts to its blocks."""
+        super().__init__(config)
+        _add_grafts(self, config.grafts, f"{self.base_model_prefix}.")
+
+
 class GraftedForCausalLM(Qwen2MoeForCausalLM):  # type: ignore[no-untyped-call]
     """The family's model with grafts in its MoE blocks."""
 
@@ -161,14 +188,7 @@ class GraftedForCausalLM(Qwen2MoeForCausalLM):  # type: ignore[no-untyped-call]
     def __init__(self, config: Any) -> None:
         """Build the family's model, then add grafts to its blocks."""
         super().__init__(config)
-        for about in config.grafts["held"]:
-            _shrink(self.get_submodule(about["path"]), about)
-        for about in config.grafts["blocks"]:
-            block: Any = self.get_submodule(about["path"])
-            experts = getattr(block, about["experts"])
-            about = {**about, "mix": config.grafts["mix"], "gate": config.grafts["gate"]}
-            block.add_module("graft", Graft(experts, about["width"], about))
-            block.register_forward_hook(_add_graft, with_kwargs=True)
+        _add_grafts(self, config.grafts)
 
 
 def _register_conversions() -> None:

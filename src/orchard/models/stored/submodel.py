@@ -90,7 +90,8 @@ def load_skeleton(path: str | StoredModel, *, dtype: str, device: str = "cpu") -
     model, layers = _load_dense(stored, None, dtype=dtype, device=device)
     for layer in layers:
         for attribute, experts in stored.parameters(layer).items():
-            values = torch.empty(experts.shape, dtype=DTYPES[dtype], device="meta")
+            own = experts_dtype(model, experts.name, dtype)
+            values = torch.empty(experts.shape, dtype=own, device="meta")
             setattr(layer.experts, attribute, nn.Parameter(values, requires_grad=False))
     return _view(model, layers)
 
@@ -101,6 +102,16 @@ def _view(model: nn.Module, layers: Sequence[MoELayer]) -> MoEView:
     return MoEView(model, tuple(filled))
 
 
+def experts_dtype(model: nn.Module, name: str, dtype: str) -> torch.dtype:
+    """Return the dtype of a model's parameter where ``dtype`` was asked for.
+
+    As from_pretrained: some modules stay in float32 whatever is asked for.
+    """
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    is_strict = any(re.search(pattern, name) for pattern in strict)
+    return torch.float32 if is_strict else DTYPES[dtype]
+
+
 def _read_experts(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -108,12 +119,8 @@ def _read_experts(
     experts: Sequence[int],
     dtype: str,
 ) -> Tensor:
-    # As from_pretrained: some modules stay in float32 whatever is asked for.
-    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    is_strict = any(re.search(pattern, stored.name) for pattern in strict)
-    values = torch.empty(
-        (len(experts), *stored.shape[1:]), dtype=torch.float32 if is_strict else DTYPES[dtype]
-    )
+    own = experts_dtype(model, stored.name, dtype)
+    values = torch.empty((len(experts), *stored.shape[1:]), dtype=own)
     for index, expert in enumerate(experts):
         values[index] = stored.read(checkpoint, expert)
     check_finite([(stored.name, values)], path=str(checkpoint.folder))

@@ -23,7 +23,7 @@ from orchard.models.kernels.decoding import can_decode, decode_greedily
 from orchard.models.trainable.slots import Slot, full_slots, lora_slots
 from orchard.models.trainable.targets import LoraSettings, check_targets, find_targets, inject_lora
 from orchard.models.view.moe import MoEView
-from orchard.trees import Tree
+from orchard.trees import SlicedTensor, Tree
 
 
 class AdaptedModel:
@@ -51,10 +51,7 @@ class AdaptedModel:
         self.tokenizer = tokenizer
         self.base_digest = base_digest
         self.model.requires_grad_(False)
-        self._base_state = {
-            **dict(self.model.named_parameters()),
-            **dict(self.model.named_buffers()),
-        }
+        self._base_state = view.state()
         full = dict(full_slots(view, settings.full, adapted=(*modules, *parameters)))
         narrow = next((n for n, s in full.items() if s.parameter.dtype != torch.float32), None)
         if narrow is not None:
@@ -80,7 +77,7 @@ class AdaptedModel:
         # Adapters are small; a copy of what is trained itself is made when it is asked for.
         self._fresh = self.read(lora)
         self._is_fresh = True
-        self.ends_with_head = _ends_with_head(self.model)
+        self.ends_with_head = _ends_with_head(view)
         self.set_trainable(())
 
     @property
@@ -101,7 +98,7 @@ class AdaptedModel:
         return name in self._slots
 
     @property
-    def base_state(self) -> Tree:
+    def base_state(self) -> Mapping[str, torch.Tensor | SlicedTensor]:
         """The base's parameters and buffers as they are; what is trained itself is fresh."""
         full = [self._slots[name] for name in self._full_names]
         if not full:
@@ -109,7 +106,9 @@ class AdaptedModel:
         own = {id(slot.parameter) for slot in full}
         with self.without_adapters():
             return {
-                name: tensor.clone() if id(tensor) in own else tensor
+                name: tensor.clone()
+                if isinstance(tensor, torch.Tensor) and id(tensor) in own
+                else tensor
                 for name, tensor in self._base_state.items()
             }
 
@@ -284,13 +283,15 @@ def trainable_names(view: MoEView, settings: LoraSettings) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _ends_with_head(model: Any) -> bool:
+def _ends_with_head(view: MoEView) -> bool:
     """Say whether a model's logits are its head's output as it is, not scaled or capped.
 
     Asked of one token. A model whose experts are not in memory cannot be asked, and then not.
     """
+    model: Any = view.model
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or any(p.is_meta for p in model.parameters()):
+    is_elsewhere = any(tensor.device.type == "meta" for tensor in view.state().values())
+    if not isinstance(head, nn.Linear) or is_elsewhere:
         return False
     seen: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))

@@ -22,7 +22,8 @@ from orchard.models.view.routers import (
     read_router,
     read_router_output,
 )
-from orchard.models.view.storage import ExpertStorage, FusedExperts
+from orchard.models.view.storage import ExpertStorage, FusedExperts, HeldExperts
+from orchard.trees import SlicedTensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,6 +324,19 @@ class MoEView:
             )
         with torch.no_grad():
             target.copy_(tensor)
+
+    def state(self) -> dict[str, Tensor | SlicedTensor]:
+        """Return all parameters and buffers by name; what is held elsewhere as what reads it."""
+        held = {
+            id(layer.experts._parameters[name]): sliced
+            for layer in self.layers
+            if isinstance(layer.storage, HeldExperts)
+            for name, sliced in layer.storage.held.items()
+        }
+        return {
+            **{name: held.get(id(p), p) for name, p in self.model.named_parameters()},
+            **dict(self.model.named_buffers()),
+        }
 
     def routed_parameters(self) -> frozenset[str]:
         """Return the names, as in ``model.named_parameters()``, that hold routed experts.

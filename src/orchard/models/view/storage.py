@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchard.models.kernels.frozen_experts import FrozenWeights, run_frozen
+from orchard.trees import SlicedTensor
 
 # The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
 # tried first: a gated MLP also has the two of an ungated one.
@@ -144,10 +145,11 @@ class FusedExperts:
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the 3-D parameters and, where there are any, their biases."""
+        return [self._parameter(name) for name in self._names()]
+
+    def _names(self) -> list[str]:
         names = ["gate_up_proj" if self.has_gate else "up_proj", "down_proj"]
-        if self.has_bias:
-            names += [f"{name}_bias" for name in names]
-        return [self._parameter(name) for name in names]
+        return names + [f"{name}_bias" for name in names if self.has_bias]
 
     def activate(self, gate_TF: Tensor | None, up_TF: Tensor) -> Tensor:
         """Apply the module's own ``_apply_gate``, or its ``act_fn`` where there is no gate."""
@@ -232,6 +234,38 @@ class FusedExperts:
 
     def _function(self, name: str) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], getattr(self.module, name))
+
+
+class HeldExperts(FusedExperts):
+    """Fused experts whose weights are not in the model's memory, but read one expert at a time.
+
+    The module keeps its parameters without values, on ``meta``, and in front of each stands what
+    reads it; its own forward indexes that as it would the parameter.
+    """
+
+    def __init__(self, module: nn.Module, held: Mapping[str, SlicedTensor]) -> None:
+        """Let a module read its experts elsewhere, from now on.
+
+        Args:
+            module: For which ``is_fused`` holds, with parameters on ``meta``.
+            held: Attribute of each parameter to what reads it, in the model's layout.
+        """
+        self.held = held
+        # Found before the parameter, which modules keep apart from their attributes.
+        vars(module).update(held)
+        super().__init__(module)
+
+    def slices(self, expert: int) -> dict[str, Slice]:
+        """Refuse: what is read elsewhere cannot be trained."""
+        raise ValueError(
+            f"experts that are trained must be in memory, got expert {expert} elsewhere; "
+            "set model.placement to memory"
+        )
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Return the parameters without values."""
+        own = self.module._parameters
+        return [cast(nn.Parameter, own[name]) for name in self._names()]
 
 
 class ListedExperts:

@@ -1,0 +1,219 @@
+"""A base whose frozen experts are where a recipe says: in memory, mapped from disk, in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
+from orchard.models.stored.expert_cache import open_cache, read_slice
+from orchard.models.stored.finiteness import check_finite
+from orchard.models.stored.loading import Base, load_base
+from orchard.models.stored.mapping import map_tensors
+from orchard.models.stored.precision import check_precision, decode, encode, parts_of
+from orchard.models.stored.submodel import experts_dtype, load_skeleton
+from orchard.models.trainable.targets import ALL, EXPERTS, LoraSettings
+from orchard.models.view.moe import MoEView
+from orchard.models.view.storage import FusedExperts, HeldExperts
+from orchard.trees import SlicedTensor, digest
+
+NO_CACHE = "none"
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the frozen experts of a base are.
+
+    Attributes:
+        kind: ``memory`` or ``mapped``.
+        cache: With ``mapped``, the folder of the fused cache; "" = beside the checkpoint; ``none``
+            = they are read where the checkpoint has them.
+        precision: What they are kept in, of ``PRECISIONS``; ``bf16`` = the model's dtype.
+    """
+
+    kind: str = "memory"
+    cache: str = ""
+    precision: str = "bf16"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether experts are parameters in memory, as in any model."""
+        return self.kind == "memory" and self.precision == "bf16"
+
+    @property
+    def holds(self) -> bool:
+        """Whether experts are read one by one, and no parameter has them."""
+        return self.precision != "bf16" or self.cache == NO_CACHE
+
+
+def check_placement(placement: Placement, lora: LoraSettings, *, device: str) -> None:
+    """Check where experts should be against what is trained and where it runs.
+
+    Raises:
+        ValueError: Experts that are trained themselves cannot be on disk; or the device is no CPU.
+    """
+    if placement.is_plain:
+        return
+    check_precision(placement.precision)
+    option, value = ("model.placement", placement.kind)
+    if placement.kind == "memory":
+        option, value = ("model.frozen_precision", placement.precision)
+    if named := {ALL, EXPERTS} & {*lora.full}:
+        raise ValueError(
+            f"{option} must be {'memory' if option.endswith('placement') else 'bf16'} with "
+            f"{min(named)} in model.full_targets, got {value}; what is trained itself is kept whole"
+        )
+    if placement.holds and EXPERTS in lora.targets:
+        option, value = "model.expert_cache", NO_CACHE
+        if placement.precision != "bf16":
+            option, value = "model.frozen_precision", placement.precision
+        raise ValueError(
+            f"{option} must be {'bf16' if value != NO_CACHE else 'a folder'} with {EXPERTS} in "
+            f"model.lora_targets, got {value}; adapters are added to whole parameters"
+        )
+    if placement.precision != "bf16" and placement.cache == NO_CACHE:
+        raise ValueError(
+            f"model.expert_cache must be a folder with model.frozen_precision = "
+            f"{placement.precision}, got {NO_CACHE}; a checkpoint has them in full"
+        )
+    if placement.kind == "mapped" and device != "cpu":
+        raise ValueError(
+            f"model.device must be cpu with model.placement = mapped, got {device}; "
+            "set model.placement to memory"
+        )
+
+
+def open_base(
+    path: str, *, dtype: str, device: str = "cpu", placement: Placement | None = None
+) -> Base:
+    """Load a base model, frozen, in ``dtype``, with its experts where they should be.
+
+    Its values, and its digest, do not depend on that.
+
+    Args:
+        path: Folder, hub name, or ``orchard:tiny``.
+        dtype: ``float32`` or ``bfloat16``.
+        device: Where to put it.
+        placement: Of its experts; None = in memory.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        ValueError: It is not a usable Mixture-of-Experts model; or see ``open_cache``.
+    """
+    placement = placement or Placement()
+    if placement.is_plain:
+        return load_base(path, dtype=dtype, device=device)
+    stored = match_checkpoint(path)
+    skeleton = load_skeleton(stored, dtype=dtype, device=device)
+    dtypes = {name: experts_dtype(skeleton.model, name, dtype) for name in stored.experts}
+    if placement.kind == "mapped" and placement.cache == NO_CACHE:
+        view = _hold(skeleton, stored, _lying(stored, dtypes, device=device))
+        _check_all_finite(view, path=path)
+    elif placement.kind == "mapped":
+        cache = open_cache(stored, dtypes, precision=placement.precision, folder=placement.cache)
+        places = {(n, part): own for n, parts in cache.parts.items() for part, own in parts.items()}
+        mapped = dict(zip(places, map_tensors(places.values()), strict=True))
+        parts = {n: {part: mapped[n, part] for part in own} for n, own in cache.parts.items()}
+        view = _place(skeleton, stored, parts, dtypes)
+    else:
+        parts = {
+            name: _quantize(stored, experts, dtypes[name], placement.precision, device)
+            for name, experts in stored.experts.items()
+        }
+        view = _place(skeleton, stored, parts, dtypes)
+    return Base(view, digest(view.state()))
+
+
+def _place(
+    skeleton: MoEView,
+    stored: StoredModel,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    dtypes: Mapping[str, torch.dtype],
+) -> MoEView:
+    """Return a skeleton with its experts: as parameters where they are kept whole."""
+    if not all("" in own for own in parts.values()):
+        held = {
+            name: _decoded(own, stored.experts[name], dtypes[name]) for name, own in parts.items()
+        }
+        return _hold(skeleton, stored, held)
+    layers = []
+    for layer in skeleton.layers:
+        for attribute, experts in stored.parameters(layer).items():
+            values = nn.Parameter(parts[experts.name][""], requires_grad=False)
+            setattr(layer.experts, attribute, values)
+        layers.append(replace(layer, storage=FusedExperts(layer.experts)))
+    return MoEView(skeleton.model, tuple(layers))
+
+
+def _hold(skeleton: MoEView, stored: StoredModel, held: Mapping[str, SlicedTensor]) -> MoEView:
+    """Return a skeleton whose experts are read one by one."""
+    layers = []
+    for layer in skeleton.layers:
+        own = {attribute: held[e.name] for attribute, e in stored.parameters(layer).items()}
+        layers.append(replace(layer, storage=HeldExperts(layer.experts, own)))
+    return MoEView(skeleton.model, tuple(layers))
+
+
+def _lying(
+    stored: StoredModel, dtypes: Mapping[str, torch.dtype], *, device: str
+) -> dict[str, SlicedTensor]:
+    """Return what makes each expert's slice of the checkpoint's own bytes, when it is needed."""
+    keys = [key for e in stored.experts.values() for own in e.sources.values() for key in own]
+    places = [stored.checkpoint.tensors[key] for key in keys]
+    mapped = dict(zip(keys, map_tensors(places), strict=True))
+
+    def reader(experts: StoredExperts) -> Callable[[int], Tensor]:
+        def read(expert: int) -> Tensor:
+            found = {
+                pattern: mapped[own[expert]] if experts.is_listed else mapped[own[0]][expert]
+                for pattern, own in experts.sources.items()
+            }
+            # A copy, so that it lies where a parameter's slice would: see alignment.
+            return experts.convert(found).to(dtypes[experts.name], copy=True).contiguous()
+
+        return read
+
+    return {
+        name: SlicedTensor(
+            torch.Size(experts.shape), dtypes[name], torch.device(device), reader(experts)
+        )
+        for name, experts in stored.experts.items()
+    }
+
+
+def _check_all_finite(view: MoEView, *, path: str) -> None:
+    for name, tensor in view.state().items():
+        if isinstance(tensor, SlicedTensor):
+            check_finite(((name, tensor[i]) for i in range(len(tensor))), path=path)
+
+
+def _quantize(
+    stored: StoredModel, experts: StoredExperts, dtype: torch.dtype, precision: str, device: str
+) -> dict[str, Tensor]:
+    """Return the parts of all experts of a parameter, in memory."""
+    number = experts.shape[0]
+    parts = {
+        part: torch.empty((number, *shape), dtype=own, device=device)
+        for part, (shape, own) in parts_of(precision, experts.shape[1:], dtype).items()
+    }
+    for expert in range(number):
+        values = read_slice(stored, experts, expert, dtype)
+        for part, tensor in encode(precision, values).items():
+            parts[part][expert] = tensor
+    return parts
+
+
+def _decoded(
+    parts: Mapping[str, Tensor], experts: StoredExperts, dtype: torch.dtype
+) -> SlicedTensor:
+    """Return what reads one expert's slice back, where the parts are."""
+    shape, device = experts.shape, next(iter(parts.values())).device
+
+    def read(expert: int) -> Tensor:
+        own = {part: stack[expert] for part, stack in parts.items()}
+        return decode(own, shape[1:], dtype)
+
+    return SlicedTensor(torch.Size(shape), dtype, device, read)
