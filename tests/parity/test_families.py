@@ -58,6 +58,8 @@ def choices_and_weights(output: tuple) -> tuple[Tensor, Tensor]:
     first, second, third = output
     if third is None:  # DeepSeek-MoE-16B: choices, weights, no auxiliary loss
         return first, second
+    if not second.is_floating_point():  # Switch before transformers 5.22: no logits
+        return second.argmax(-1).view(-1, 1), third.view(-1, 1)
     if not first.is_floating_point():  # Switch: one-hot choices, weight, logits
         return first.argmax(-1).view(-1, 1), second.view(-1, 1)
     return third, second  # the fused interface: logits, weights, choices

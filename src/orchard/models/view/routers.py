@@ -61,7 +61,8 @@ def read_router_output(output: object, *, num_experts: int, block: nn.Module) ->
         same = [p for p in others if p.shape == integers[0].shape]
         if same:
             return Routing(logits_TE, chosen, same[0].reshape(chosen.shape))
-        single = [p for p in others if p.shape == (*integers[0].shape[:-1], 1)]
+        # Of Switch, whose mask has one dimension more before transformers 5.22.
+        single = [p for p in others if p.shape[-1] == 1 and p.numel() == len(chosen)]
         if chosen.shape[-1] == num_experts and single:
             is_kept_T1 = chosen.bool().any(dim=-1, keepdim=True)
             choices_T1 = chosen.argmax(dim=-1, keepdim=True)
