@@ -11,10 +11,10 @@ backdoor). The strengths there are fixed; here they are chosen round by round.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from statistics import median_low
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -62,25 +62,43 @@ def attacked(
         factor = 20.0 if attack == "scaled" else -5.0
         scaled = [{n: factor * t for n, t in update.delta.items()} for update in own]
         return [replace(u, delta=d) for u, d in zip(own, scaled, strict=True)], factor
-    middle = mean_of(honest)
-    weight = ACCEPTED_RATIO * median_low([max(u.weight.values()) for u in honest])
-
-    def sent(strength: float) -> list[Update]:
-        delta = _made(attack, strength, honest, own, middle)
-        return [replace(u, delta=delta, weight=dict.fromkeys(delta, weight)) for u in own]
 
     def gain(strength: float) -> float:
-        made = rule([*honest, *sent(strength)])
-        moved = {name: made[name] - middle[name] for name in middle}
-        if attack == "inner_product":
-            return -inner(made, middle)
-        if attack == "backdoor":
-            wanted = mean_of(own)
-            return inner(moved, {name: wanted[name] - middle[name] for name in middle})
-        return inner(moved, moved)
+        made = rule([*honest, *sent_at(attack, strength, honest, own)])
+        return gain_of(attack, made, honest, own)
 
-    best = max(_STRENGTHS[attack], key=gain)
-    return sent(best), best
+    best = max(strengths_of(attack), key=gain)
+    return sent_at(attack, best, honest, own), best
+
+
+def strengths_of(attack: str) -> tuple[float, ...]:
+    """Return the strengths that an adapting attacker tries."""
+    return _STRENGTHS[attack]
+
+
+def sent_at(
+    attack: str, strength: float, honest: Sequence[Update], own: Sequence[Update]
+) -> list[Update]:
+    """Return what the hostile clients send at one strength of an adaptive attack."""
+    weight = ACCEPTED_RATIO * median_low([max(u.weight.values()) for u in honest])
+    delta = _made(attack, strength, honest, own, mean_of(honest))
+    return [replace(u, delta=delta, weight=dict.fromkeys(delta, weight)) for u in own]
+
+
+def gain_of(attack: str, made: Delta, honest: Sequence[Update], own: Sequence[Update]) -> float:
+    """Return how much of what an attacker wants is in an aggregate.
+
+    Inner-product manipulation wants the aggregate against the honest mean, a backdoor wants it
+    where its own training went, and the others want it far from the honest mean.
+    """
+    middle = mean_of(honest)
+    if attack == "inner_product":
+        return -inner(made, middle)
+    moves = {name: made[name] - middle[name] for name in middle}
+    if attack == "backdoor":
+        wanted = mean_of(own)
+        return inner(moves, {name: wanted[name] - middle[name] for name in middle})
+    return inner(moves, moves)
 
 
 def _made(
@@ -121,3 +139,44 @@ def displaced(made: Delta, honest: Sequence[Update]) -> dict[str, float]:
         if spread > 0:
             found[name] = distance / spread
     return found
+
+
+def kind_of(name: str) -> str:
+    """Return what a name belongs to: experts, routers or attention."""
+    if expert_of(name):
+        return "experts"
+    return "routers" if ".router." in name else "attention"
+
+
+def moved(seen: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Return how far an attack moved names and experts, over all rounds.
+
+    An expert is as far as the farthest of its names. A share is of those that honest clients
+    trained in the same round, so that it is never above 1.
+
+    Args:
+        seen: ``displaced`` of each round.
+    """
+    names = [value for found in seen for value in found.values()]
+    rounds: list[dict[str, float]] = []
+    kinds: dict[str, float] = {}
+    for found in seen:
+        farthest: dict[str, float] = {}
+        for name, value in found.items():
+            kinds[kind_of(name)] = max(kinds.get(kind_of(name), 0.0), value)
+            if expert := expert_of(name):
+                farthest[expert] = max(farthest.get(expert, 0.0), value)
+        rounds.append(farthest)
+    experts = [value for farthest in rounds for value in farthest.values()]
+    worst = {
+        expert: max(farthest.get(expert, 0.0) for farthest in rounds)
+        for expert in sorted({expert for farthest in rounds for expert in farthest})
+    }
+    return {
+        "names_moved": sum(value > 1 for value in names) / len(names),
+        "experts_moved": sum(value > 1 for value in experts) / max(len(experts), 1),
+        "worst_name": max((value, name) for found in seen for name, value in found.items())[1],
+        "worst_distance": max(names),
+        "kinds": kinds,
+        "experts": {expert: round(value, 3) for expert, value in worst.items()},
+    }

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ from benchmarks.adaptive_attacks.attacks import (
     Delta,
     attacked,
     displaced,
-    expert_of,
+    moved,
 )
 from benchmarks.adaptive_attacks.report import HERE, NUM_CLIENTS, NUM_HOSTILE, RULES, page
 from benchmarks.records import keep
@@ -42,7 +43,7 @@ from orchard.recipe.reading import read_recipe
 from orchard.results import environment
 from orchard.seeding import Seeds
 from orchard.server.aggregation import mean
-from orchard.server.beside import Bounds
+from orchard.server.beside import Bounds, shares
 from orchard.server.robust import RobustSettings, robust_aggregate
 from orchard.strategies.strategy import place_global, start_server, train_client
 from orchard.trees import squared_norm
@@ -87,19 +88,30 @@ def triggered(people: Sequence[str]) -> list[Example]:
 
 
 def aggregate(updates: Sequence[Update], *, rule: str) -> Delta:
-    """Return one delta of a round's updates, by a rule behind the default bounds."""
+    """Return one delta of a round's updates, by a rule behind the default bounds between sites."""
     own = list(updates)
     if rule != "mean_unbounded":
-        norms = [squared_norm(update.delta) ** 0.5 for update in own]
-        long, _ = Bounds().too_long(norms)
-        own = [update for number, update in enumerate(own) if number not in long]
-    if rule == "mean_equal":
-        own = [
-            Update(u.client_id, u.round_number, u.delta, dict.fromkeys(u.delta, 1.0)) for u in own
-        ]
+        own = within_bounds(own, Bounds(is_equal=rule == "mean_equal"))
     if rule.startswith("mean"):
         return dict(mean(own))
     return robust_aggregate(RobustSettings(rule))(own, {})
+
+
+def within_bounds(updates: Sequence[Update], bounds: Bounds) -> list[Update]:
+    """Return the updates that are not too long, with the weights that they count for."""
+    norms = {u.client_id: squared_norm(u.delta) ** 0.5 for u in updates}
+    long, _ = bounds.too_long(list(norms.values()))
+    kept = [update for number, update in enumerate(updates) if number not in long]
+    accepted = bounds.accepted({u.client_id: round(max(u.weight.values())) for u in updates})
+    weights = [
+        1.0 if bounds.is_equal else min(max(u.weight.values()), float(accepted[u.client_id] or 1))
+        for u in kept
+    ]
+    counted = shares([w * norms[u.client_id] for w, u in zip(weights, kept, strict=True)])
+    return [
+        replace(u, weight=dict.fromkeys(u.weight, weight * share))
+        for u, weight, share in zip(kept, weights, counted, strict=True)
+    ]
 
 
 class Federation:
@@ -159,17 +171,7 @@ class Federation:
             for name, examples in self.tests.items()
             for metric, value in evaluate(self.model, examples, self.settings).items()
         }
-        moved = [{name for name, value in found.items() if value > 1} for found in seen]
-        experts = {expert_of(name) for name in seen[-1]} - {""}
-        return {
-            **measured,
-            "strengths": strengths,
-            "names_moved": sum(map(len, moved)) / sum(map(len, seen)),
-            "experts_moved": sum(len({expert_of(n) for n in own} - {""}) for own in moved)
-            / (ROUNDS * len(experts)),
-            "worst_name": max(seen[-1], key=lambda name: max(f.get(name, 0.0) for f in seen)),
-            "worst_distance": max(value for found in seen for value in found.values()),
-        }
+        return {**measured, "strengths": strengths, **moved(seen)}
 
 
 def run_seed(seed: int, *, attacks: Sequence[str] = ATTACKS, rules: Sequence[str] = RULES) -> None:
