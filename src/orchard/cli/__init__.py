@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from orchard.cli import exporting, models, sites
+from orchard.cli import exporting, models, sites, studies
 from orchard.cli.encodings import write_what_the_terminal_knows
 from orchard.cli.errors import BAD_INPUT, FAILED, clear_errors
 from orchard.cli.parameters import (
@@ -320,6 +320,7 @@ def bench(
 
 
 # Help lists commands in the order in which they are added.
+app.command()(studies.study)
 app.command()(models.generate)
 app.command()(models.chat)
 app.command()(models.evaluate)
