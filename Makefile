@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NEWEST := .venv-newest
 LOWEST := .venv-lowest
-EXTRAS := dev,docs,report,privacy,quantize,serve,flower,tensorboard,mlflow
+EXTRAS := dev,docs,report,privacy,serve,flower,tensorboard,mlflow
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 .PHONY: demo test test-all test-long test-deployment test-newest test-lowest test-capabilities test-exhaustive mutants bench kill-test check format clean

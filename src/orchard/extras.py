@@ -22,7 +22,6 @@ EXTRAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {"mlflow": "mlflow-skinny", "alembic": "alembic", "sqlalchemy": "sqlalchemy"}
         ),
         "trackio": MappingProxyType({"trackio": "trackio"}),
-        "quantize": MappingProxyType({"bitsandbytes": "bitsandbytes"}),
     }
 )
 """Name of an extra in pyproject.toml to the modules that Orchard imports and their packages."""

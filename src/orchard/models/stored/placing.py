@@ -13,7 +13,7 @@ from orchard.models.stored.expert_cache import open_cache, read_slice
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.loading import Base, load_base
 from orchard.models.stored.mapping import map_tensors
-from orchard.models.stored.precision import check_precision, decode, encode, parts_of
+from orchard.models.stored.precision import decode, encode, parts_of
 from orchard.models.stored.submodel import experts_dtype, load_skeleton
 from orchard.models.trainable.targets import ALL, EXPERTS, LoraSettings
 from orchard.models.view.moe import MoEView
@@ -57,7 +57,6 @@ def check_placement(placement: Placement, lora: LoraSettings, *, device: str) ->
     """
     if placement.is_plain:
         return
-    check_precision(placement.precision)
     option, value = ("model.placement", placement.kind)
     if placement.kind == "memory":
         option, value = ("model.frozen_precision", placement.precision)
@@ -109,10 +108,11 @@ def open_base(
     stored = match_checkpoint(path)
     skeleton = load_skeleton(stored, dtype=dtype, device=device)
     dtypes = {name: experts_dtype(skeleton.model, name, dtype) for name in stored.experts}
-    if placement.kind == "mapped" and placement.cache == NO_CACHE:
+    if placement.cache == NO_CACHE:
         view = _hold(skeleton, stored, _lying(stored, dtypes, device=device))
-        _check_all_finite(view, path=path)
-    elif placement.kind == "mapped":
+        checked = {name: _checked(name, own, path=path) for name, own in view.state().items()}
+        return Base(view, digest(checked))
+    if placement.kind == "mapped":
         cache = open_cache(stored, dtypes, precision=placement.precision, folder=placement.cache)
         places = {(n, part): own for n, parts in cache.parts.items() for part, own in parts.items()}
         mapped = dict(zip(places, map_tensors(places.values()), strict=True))
@@ -184,10 +184,18 @@ def _lying(
     }
 
 
-def _check_all_finite(view: MoEView, *, path: str) -> None:
-    for name, tensor in view.state().items():
-        if isinstance(tensor, SlicedTensor):
-            check_finite(((name, tensor[i]) for i in range(len(tensor))), path=path)
+def _checked(name: str, tensor: Tensor | SlicedTensor, *, path: str) -> Tensor | SlicedTensor:
+    """Return a tensor whose slices are refused where they are not finite."""
+    if not isinstance(tensor, SlicedTensor):
+        return tensor
+    read = tensor.read
+
+    def read_checked(index: int) -> Tensor:
+        values = read(index)
+        check_finite([(name, values)], path=path)
+        return values
+
+    return replace(tensor, read=read_checked)
 
 
 def _quantize(

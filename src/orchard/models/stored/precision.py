@@ -3,11 +3,14 @@
 *int8*: each row of a slice is divided by its largest magnitude and rounded to one of 255 steps, so
 that no value is off by more than half a step, 1/254 of that magnitude. *nf4*: blocks of 64 values
 are divided by their largest magnitude and rounded to one of sixteen levels, the quantiles of a
-normal distribution, by bitsandbytes. The widest gap between levels is that from -1 to -0.6962, so
+normal distribution. The widest gap between levels is that from -1 to -0.6962, so
 no value is off by more than 0.152 of its block's magnitude.
 
 Both are read back to the model's dtype before a product, so all that trains, and a graft that
 starts as such an expert, computes in full. Biases stay as they are.
+
+These are kernels of our own because bitsandbytes, the library for it, walks ``nn.Linear`` alone,
+and where it is installed PEFT imports it into every process.
 
 Source: Dettmers et al., 2022, LLM.int8(), arXiv:2208.07339, for rows; Dettmers et al., 2023, QLoRA,
 arXiv:2305.14314, for NF4, without its second quantization of the scales.
@@ -16,28 +19,22 @@ arXiv:2305.14314, for NF4, without its second quantization of the scales.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from orchard.extras import require
-
 PRECISIONS = ("bf16", "int8", "nf4")
 _BLOCK = 64  # of NF4; each has a scale of 32 bits
 _STEPS = 127
+# Of NF4; from the paper's appendix E, as bitsandbytes has them.
+_LEVELS = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
 Part = tuple[tuple[int, ...], torch.dtype]
 """Shape and dtype of a part of one slice."""
-
-
-def check_precision(precision: str) -> None:
-    """Check that this machine can keep experts so.
-
-    Raises:
-        ValueError: What it needs is not installed.
-    """
-    if precision == "nf4":
-        require("quantize", to="keep experts in nf4")
 
 
 def parts_of(precision: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Part]:
@@ -53,9 +50,10 @@ def parts_of(precision: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict
     if precision == "int8":
         return {"int8": (shape, torch.int8), "scale": (shape[:-1], torch.float32)}
     count = torch.Size(shape).numel()
+    num_blocks = -(-count // _BLOCK)
     return {
-        "nf4": ((-(-count // 2),), torch.uint8),
-        "scale": ((-(-count // _BLOCK),), torch.float32),
+        "nf4": ((num_blocks, _BLOCK // 2), torch.uint8),
+        "scale": ((num_blocks,), torch.float32),
     }
 
 
@@ -68,10 +66,13 @@ def encode(precision: str, values: Tensor) -> dict[str, Tensor]:
         scale = wide.abs().amax(dim=-1)
         steps = wide * (_STEPS / scale.clamp(min=torch.finfo(torch.float32).tiny))[..., None]
         return {"int8": steps.round_().to(torch.int8), "scale": scale}
-    from bitsandbytes.functional import quantize_4bit
-
-    packed, state = quantize_4bit(values.contiguous(), blocksize=_BLOCK, quant_type="nf4")
-    return {"nf4": packed.flatten(), "scale": state.absmax.float()}
+    flat = values.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -len(flat) % _BLOCK)).view(-1, _BLOCK)
+    scale = blocks.abs().amax(dim=-1)
+    shares = blocks / scale.clamp(min=torch.finfo(torch.float32).tiny)[:, None]
+    levels = torch.tensor(_LEVELS, device=values.device)
+    codes = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
+    return {"nf4": codes[:, ::2] * 16 + codes[:, 1::2], "scale": scale}
 
 
 def decode(parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -87,8 +88,10 @@ def decode(parts: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dty
     if "int8" in parts:
         wide = parts["int8"].float()
         return wide.mul_((parts["scale"] / _STEPS)[..., None]).to(dtype)
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
-    about: Any = {"blocksize": _BLOCK, "quant_type": "nf4"}
-    state = QuantState(parts["scale"], shape=torch.Size(shape), dtype=dtype, **about)  # type: ignore[no-untyped-call]
-    return dequantize_4bit(parts["nf4"][:, None], state)
+    packed = parts["nf4"]
+    levels = torch.tensor(_LEVELS, device=packed.device)
+    # Two levels to each byte: one look-up gives both.
+    pairs = torch.cartesian_prod(levels, levels)
+    wide = pairs.index_select(0, packed.flatten().int()).view(len(packed), _BLOCK)
+    wide *= parts["scale"][:, None]
+    return wide.flatten()[: torch.Size(shape).numel()].view(shape).to(dtype)
