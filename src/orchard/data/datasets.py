@@ -17,8 +17,9 @@ from typing import Any
 from orchard.data.examples import Example as Example
 from orchard.data.examples import Fields as Fields
 from orchard.data.reading import Reader, Reading, read_source
-from orchard.data.rows import SUFFIXES, Row, first_line, read_rows
+from orchard.data.rows import SUFFIXES, Row, read_rows
 from orchard.hub import can_only_be_path
+from orchard.library_errors import first_line
 
 
 @dataclass(frozen=True)

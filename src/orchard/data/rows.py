@@ -21,6 +21,7 @@ from typing import Any
 
 from orchard.data.json_rows import array_rows, is_array, line_rows
 from orchard.data.turns import shorten
+from orchard.library_errors import first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """How the names of files end that are read as data."""
@@ -218,8 +219,3 @@ def _plain(value: object, *, is_narrow: bool) -> object:
     if isinstance(value, date | time):
         return value.isoformat()
     return str(value) if isinstance(value, Decimal) else value
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says."""
-    return str(error).strip().partition("\n")[0]
