@@ -36,6 +36,7 @@ from orchard.experiment.run_folder import (
     recorded_as,
 )
 from orchard.experiment.settings import learning_rate, lora_settings, placement_of
+from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
 from orchard.experts.submodel_source import SubmodelSource
 from orchard.models.stored.loading import threads
@@ -264,7 +265,7 @@ def run_experiment(
         state = simulate(
             method,
             clients,
-            start_server(method, model.fresh),
+            start_server(method, starting_values(recipe, model)),
             schedule=schedule,
             channel=build_channel(recipe),
             seeds=seeds,
