@@ -18,11 +18,10 @@ from orchard.engine.progress import Silent
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import load_model, run_experiment
 from orchard.experiment.start_values import starting_values
-from orchard.export.parts import adapter_tensors, export_adapter, export_graft
+from orchard.export.parts import export_adapter, export_graft
 from orchard.models.stored.conversion import match_checkpoint
 from orchard.models.stored.exported_parts import read_adapter, read_part
 from orchard.models.stored.loading import load_tokenizer
-from orchard.models.trainable.targets import find_targets
 from orchard.personal.opening import open_model
 from orchard.personal.state import ModelState, find_models, read_state
 from orchard.recipe.reading import to_toml
