@@ -68,7 +68,7 @@ def shape(num_layers: int) -> Any:
         norm_topk_prob=False,
         tie_word_embeddings=False,
         max_position_embeddings=8192,
-        rope_theta=1e6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         architectures=["Qwen2MoeForCausalLM"],
         eos_token_id=0,
         pad_token_id=1,
