@@ -74,7 +74,8 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.model.path)
     with threads(recipe.model.num_threads):
         model = load_model(recipe, tokenizer)
-        fresh, base_digest = dict(starting_values(recipe, model)), model.base_digest
+        base_digest = model.base_digest
+        fresh = dict(starting_values(recipe, model.fresh, base_digest=base_digest))
         rate = learning_rate(recipe, model.view)
         del model
         coordinator = build_coordinator(

@@ -10,9 +10,9 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from orchard.models.trainable.slots import Slot, lora_slots
+from orchard.models.trainable.slots import lora_slots
 from orchard.models.trainable.targets import LoraSettings, find_targets, inject_lora
 from orchard.models.view.moe import MoEView
 from orchard.trees import Tree
@@ -176,29 +176,15 @@ def read_adapter(part: Part, view: MoEView, lora: LoraSettings) -> dict[str, Ten
         modules=modules,
         parameters=parameters or None,
     )
-    return values_in(part, view.model, dict(lora_slots(view.model, view)))
-
-
-def values_in(part: Part, model: nn.Module, slots: Mapping[str, Slot]) -> dict[str, Tensor]:
-    """Read an adapter's values by the places that adapters have in a model.
-
-    Args:
-        part: An adapter.
-        model: Has adapters.
-        slots: Their names on the wire, and which slice of which parameter each is.
-
-    Raises:
-        ValueError: The file is damaged, or an adapter in it has no place in the model.
-    """
     file = part.folder / _ADAPTER
     tensors: Tree = _load(file)
     keys = {
         id(parameter): ADAPTER_PREFIX + path.replace(".default", "", 1)
-        for path, parameter in model.named_parameters()
+        for path, parameter in view.model.named_parameters()
     }
     found: dict[str, Tensor] = {}
     known = set()
-    for name, slot in slots.items():
+    for name, slot in lora_slots(view.model, view):
         key = keys[id(slot.parameter)]
         known.add(key)
         if (stored := tensors.get(key)) is None:

@@ -93,11 +93,6 @@ class AdaptedModel:
         # A model that was just loaded has them; what is trained may be most of its memory.
         return self.read(names) if self._is_fresh else {name: self.fresh[name] for name in names}
 
-    @property
-    def slots(self) -> Mapping[str, Slot]:
-        """Where each tensor that can be trained lives, by its name."""
-        return self._slots
-
     def knows(self, name: str) -> bool:
         """Say whether a tensor of this name can be trained."""
         return name in self._slots
