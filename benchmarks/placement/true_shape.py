@@ -68,7 +68,7 @@ def shape(num_layers: int) -> Any:
         norm_topk_prob=False,
         tie_word_embeddings=False,
         max_position_embeddings=8192,
-        rope_theta=1e6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
         architectures=["Qwen2MoeForCausalLM"],
         eos_token_id=0,
         pad_token_id=1,
@@ -209,11 +209,12 @@ def sample(process: subprocess.Popen[Any]) -> tuple[int, int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write, train, remove, and keep a record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="for the checkpoint and the runs; must be new")
+    parser.add_argument("folder", type=Path, help="for the checkpoint and the runs")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--cache", default="none", help="as model.expert_cache")
     parser.add_argument("--limit-gb", type=float, default=0.0, help="RLIMIT_DATA of a run")
+    parser.add_argument("--keep", action="store_true", help="the checkpoint, which is used again")
     parser.add_argument("--out", type=Path, default=None, help="the record")
     given = parser.parse_args(arguments)
     model = given.folder / "model"
@@ -223,10 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if out.exists():
         record = json.loads(out.read_text())
     try:
-        start = time.perf_counter()
-        record["model_bytes"] = write_checkpoint(model, given.layers)
-        os.sync()
-        record["write_seconds"] = time.perf_counter() - start
+        if not model.exists():
+            start = time.perf_counter()
+            record["model_bytes"] = write_checkpoint(model, given.layers)
+            os.sync()
+            record["write_seconds"] = time.perf_counter() - start
         record["num_threads"] = os.environ.get("OMP_NUM_THREADS", "")
         for method in given.only:
             limit = int(given.limit_gb * 1e9)
@@ -235,7 +237,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(method, json.dumps(run, indent=1), flush=True)
             write_json(out, record)
     finally:
-        shutil.rmtree(model, ignore_errors=True)
+        if not given.keep:
+            shutil.rmtree(model, ignore_errors=True)
 
 
 if __name__ == "__main__":

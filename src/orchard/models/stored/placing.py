@@ -16,8 +16,9 @@ from orchard.models.stored.mapping import map_tensors
 from orchard.models.stored.precision import decode, encode, parts_of
 from orchard.models.stored.submodel import experts_dtype, load_skeleton
 from orchard.models.trainable.targets import ALL, EXPERTS, LoraSettings
+from orchard.models.view.held import HeldExperts
 from orchard.models.view.moe import MoEView
-from orchard.models.view.storage import FusedExperts, HeldExperts
+from orchard.models.view.storage import FusedExperts
 from orchard.trees import SlicedTensor, digest
 
 NO_CACHE = "none"
@@ -144,7 +145,7 @@ def _place(
         for attribute, experts in stored.parameters(layer).items():
             values = nn.Parameter(parts[experts.name][""], requires_grad=False)
             setattr(layer.experts, attribute, values)
-        layers.append(replace(layer, storage=FusedExperts(layer.experts)))
+        layers.append(replace(layer, storage=FusedExperts(layer.experts, refolds=True)))
     return MoEView(skeleton.model, tuple(layers))
 
 
