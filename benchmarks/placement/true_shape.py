@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from orchard.models.stored.loading import resolve
+from orchard.process_memory import release_freed_memory
 from orchard.results import environment, write_json
 
 HERE = Path(__file__).parent
@@ -45,7 +46,7 @@ METHODS = {
         *("model.lora_targets=attention", "model.lora_rank=8"),
     ),
     "hfedmoe": (
-        *("strategy.name=hfedmoe", "selection.mode=carve", "selection.cadence=round"),
+        *("strategy.name=hfedmoe", "selection.mode=mask", "selection.cadence=round"),
         *("selection.scoring_batches=1", "client.budget=25%", "model.lora_dropout=0"),
         *("model.lora_targets=attention,experts", "model.lora_rank=4"),
     ),
@@ -227,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not model.exists():
             start = time.perf_counter()
             record["model_bytes"] = write_checkpoint(model, given.layers)
+            release_freed_memory()
             os.sync()
             record["write_seconds"] = time.perf_counter() - start
         record["num_threads"] = os.environ.get("OMP_NUM_THREADS", "")

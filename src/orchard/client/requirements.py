@@ -14,10 +14,14 @@ from typing import Any
 
 from orchard.models.stored.footprint import Footprint, activation_bytes, measure_footprint
 from orchard.models.stored.loading import DTYPES
+from orchard.models.stored.placing import Placement
+from orchard.models.stored.precision import bytes_per_value
 from orchard.models.trainable.targets import EXPERTS, LoraSettings
 
 PROCESS_BYTES = 370_000_000
 """Python with torch, transformers and PEFT imported, on a CPU: 362 MB were measured."""
+ANONYMOUS_BYTES = 170_000_000
+"""Of these, what is no code that the system could read again."""
 _FLOAT = 4  # bytes of what is trained, whatever the base's dtype
 
 
@@ -32,7 +36,8 @@ class PeakMemory:
         received: The global values of what is trained.
         optimizer: Moments, of what has moved.
         gradients: Of one optimizer step.
-        folded: Expert weights with their adapters in them, a second copy where experts have any.
+        folded: Expert weights that are made for a moment: with their adapters in them, a copy of
+            all or, where experts are mapped, of one layer; or one that is read back from few bits.
         activations: What autograd keeps of one micro-batch, and the logits.
         loading: Of the file, while the model is read from it; before there is anything else.
     """
@@ -50,11 +55,20 @@ class PeakMemory:
     @property
     def total(self) -> int:
         """The larger of training, in which two parts overlap, and loading."""
+        return max(self._training, self.process + self.weights + self.loading)
+
+    @property
+    def anonymous(self) -> int:
+        """Of training, what the system cannot take back: no pages of files, mapped or of code."""
+        return self._training - self.process + ANONYMOUS_BYTES
+
+    @property
+    def _training(self) -> int:
         # The backward pass frees a layer's activations as it makes its gradients; half of what
         # that saves is left for what it needs for a moment.
         overlap = min(self.activations, self.gradients) // 2
-        parts: int = sum(getattr(self, f.name) for f in fields(self)) - self.loading - overlap
-        return max(parts, self.process + self.weights + self.loading)
+        parts: int = sum(getattr(self, f.name) for f in fields(self))
+        return parts - self.loading - overlap
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,7 @@ class TrainingShape:
         num_choices: How often in a round a client chooses experts: what a choice moves for the
             first time gets optimizer state, which stays to the end of the round.
         personal: Elements that are trained and never received, such as a graft.
+        placement: Where the frozen experts of a client that holds all of them are.
     """
 
     lora: LoraSettings
@@ -81,6 +96,7 @@ class TrainingShape:
     is_carved: bool
     num_choices: int
     personal: int = 0
+    placement: Placement = Placement()
 
 
 class Requirements:
@@ -139,23 +155,43 @@ class Requirements:
         )
         own_bytes = zip(sizes.expert_bytes.values(), held, strict=True)
         expert_bytes = [size * number for size, number in own_bytes]
-        has_adapters = EXPERTS in shape.lora.targets
-        # Folding makes one layer's update in float32 before it is added.
-        width = DTYPES[shape.dtype].itemsize
-        update = max(expert_bytes) * _FLOAT // width
+        # What is carved is in memory, wherever the whole model would be.
+        placement = Placement() if shape.is_carved else shape.placement
         states = 2 if shape.optimizer == "adamw" else 0
         return PeakMemory(
             process=PROCESS_BYTES,
-            weights=sizes.dense_bytes + sum(expert_bytes),
+            weights=sizes.dense_bytes + self._held(placement, sum(expert_bytes)),
             adapters=_FLOAT * (self.trainable(held, kind="lora") + shape.personal),
             received=_FLOAT * self.trainable(held),
             optimizer=_FLOAT * states * (self.trainable(moved) + shape.personal),
             gradients=_FLOAT * (self.trainable(held) + shape.personal),
-            folded=(sum(expert_bytes) * _FLOAT // width + 2 * update) if has_adapters else 0,
+            folded=self._folded(placement, expert_bytes),
             activations=self._activations(held),
-            # A carved model is read slice by slice, and what was read of a file can be dropped.
-            loading=0 if shape.is_carved else self._stored_bytes,
+            # Read slice by slice, and what was read of a file can be dropped.
+            loading=0 if shape.is_carved or not placement.is_plain else self._stored_bytes,
         )
+
+    def _held(self, placement: Placement, num_bytes: int) -> int:
+        """Return what experts of so many bytes take of a process's own memory."""
+        if placement.kind == "mapped":
+            return 0
+        if placement.precision == "bf16":
+            return num_bytes
+        width = DTYPES[self._shape.dtype].itemsize
+        return round(num_bytes / width * bytes_per_value(placement.precision))
+
+    def _folded(self, placement: Placement, expert_bytes: Sequence[int]) -> int:
+        """Return what experts take beside themselves, a layer's bytes each, while they run."""
+        if EXPERTS in self._shape.lora.targets:
+            # A copy with adapters in it of all layers, or of one at a time; and one of a layer's
+            # gradient, in slices and then in one piece.
+            kept = max(expert_bytes) if placement.kind == "mapped" else sum(expert_bytes)
+            return kept + 2 * max(expert_bytes)
+        if placement.precision == "bf16":
+            return 0
+        # One expert that is read back, in float32 and then in the model's dtype.
+        width = DTYPES[self._shape.dtype].itemsize
+        return max(self.footprint.expert_bytes.values()) * (_FLOAT + width) // width
 
     def trainable(self, experts: Sequence[int], *, kind: str = "all") -> int:
         """Return the trainable elements of everything with so many experts in each layer.
