@@ -65,7 +65,7 @@ def _no_model_is_loaded(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         def refuse(*_: object, **__: object) -> None:
             raise AssertionError("weights were read")
 
-        monkeypatch.setattr("orchard.experiment.running.load_base", refuse)
+        monkeypatch.setattr("orchard.experiment.running.open_base", refuse)
 
 
 def test_unknown_key_is_refused_and_names_the_nearest() -> None:

@@ -192,7 +192,7 @@ def test_a_name_that_means_no_method_is_refused(own: Path, name: str, said: str)
 def test_a_function_that_gives_no_strategy_is_refused_before_a_model_is_loaded(
     body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchard.experiment.running.load_base", None)
+    monkeypatch.setattr("orchard.experiment.running.open_base", None)
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine_fails.py").write_text(f"def share(strategy):\n    return {body}\n")

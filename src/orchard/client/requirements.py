@@ -8,8 +8,9 @@ what was measured.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from orchard.models.stored.footprint import Footprint, activation_bytes, measure_footprint
@@ -18,10 +19,13 @@ from orchard.models.stored.placing import Placement
 from orchard.models.stored.precision import bytes_per_value
 from orchard.models.trainable.targets import EXPERTS, LoraSettings
 
-PROCESS_BYTES = 370_000_000
-"""Python with torch, transformers and PEFT imported, on a CPU: 362 MB were measured."""
-ANONYMOUS_BYTES = 170_000_000
-"""Of these, what is no code that the system could read again."""
+PROCESS_BYTES = 560_000_000
+"""Python with torch, transformers and PEFT after training, on a CPU: 557 MB were measured."""
+ANONYMOUS_BYTES = 385_000_000
+"""Of a process that has trained, what is no page of a file: 385 MB were measured."""
+KERNEL_BYTES = 135_000_000
+"""In bfloat16, what oneDNN makes and keeps for products of many sizes: 118 to 143 MB measured."""
+_IN_MEMORY = Placement()
 _FLOAT = 4  # bytes of what is trained, whatever the base's dtype
 
 
@@ -40,6 +44,7 @@ class PeakMemory:
             all or, where experts are mapped, of one layer; or one that is read back from few bits.
         activations: What autograd keeps of one micro-batch, and the logits.
         loading: Of the file, while the model is read from it; before there is anything else.
+        kernels: What oneDNN makes for products in bfloat16.
     """
 
     process: int
@@ -51,24 +56,26 @@ class PeakMemory:
     folded: int
     activations: int
     loading: int
+    kernels: int = 0
 
     @property
-    def total(self) -> int:
-        """The larger of training, in which two parts overlap, and loading."""
-        return max(self._training, self.process + self.weights + self.loading)
-
-    @property
-    def anonymous(self) -> int:
-        """Of training, what the system cannot take back: no pages of files, mapped or of code."""
-        return self._training - self.process + ANONYMOUS_BYTES
-
-    @property
-    def _training(self) -> int:
+    def training(self) -> int:
+        """Of training, in which two parts overlap."""
         # The backward pass frees a layer's activations as it makes its gradients; half of what
         # that saves is left for what it needs for a moment.
         overlap = min(self.activations, self.gradients) // 2
         parts: int = sum(getattr(self, f.name) for f in fields(self))
         return parts - self.loading - overlap
+
+    @property
+    def total(self) -> int:
+        """The larger of training and loading."""
+        return max(self.training, self.process + self.weights + self.loading)
+
+    @property
+    def anonymous(self) -> int:
+        """Of training, what the system cannot take back: no pages of files, mapped or of code."""
+        return self.training - self.process + ANONYMOUS_BYTES
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class TrainingShape:
     is_carved: bool
     num_choices: int
     personal: int = 0
-    placement: Placement = Placement()
+    placement: Placement = _IN_MEMORY
 
 
 class Requirements:
@@ -117,6 +124,17 @@ class Requirements:
         self.footprint: Footprint = measure_footprint(config, shape.lora, dtype=shape.dtype)
         self._counted: dict[str, tuple[dict[str, int], int]] = {}
         self._traced: dict[tuple[int, ...], int] = {}
+
+    @property
+    def is_carved(self) -> bool:
+        """Whether a client holds only the experts that it trains."""
+        return self._shape.is_carved
+
+    def placed(self, placement: Placement) -> Requirements:
+        """Return the same with frozen experts in another place."""
+        other = copy.copy(self)  # what was counted and traced does not depend on it
+        other._shape = replace(self._shape, placement=placement)
+        return other
 
     @property
     def personal(self) -> int:
@@ -156,7 +174,7 @@ class Requirements:
         own_bytes = zip(sizes.expert_bytes.values(), held, strict=True)
         expert_bytes = [size * number for size, number in own_bytes]
         # What is carved is in memory, wherever the whole model would be.
-        placement = Placement() if shape.is_carved else shape.placement
+        placement = _IN_MEMORY if shape.is_carved else shape.placement
         states = 2 if shape.optimizer == "adamw" else 0
         return PeakMemory(
             process=PROCESS_BYTES,
@@ -169,6 +187,7 @@ class Requirements:
             activations=self._activations(held),
             # Read slice by slice, and what was read of a file can be dropped.
             loading=0 if shape.is_carved or not placement.is_plain else self._stored_bytes,
+            kernels=KERNEL_BYTES if shape.dtype == "bfloat16" else 0,
         )
 
     def _held(self, placement: Placement, num_bytes: int) -> int:

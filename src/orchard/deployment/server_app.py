@@ -119,6 +119,7 @@ def build_coordinator(
 ) -> Coordinator:
     """Return what runs the rounds of a recipe."""
     options = recipe.deployment
+    cohort = min(recipe.server.clients_per_round or num_sites, num_sites)
     return Coordinator(
         schedule=build_schedule(recipe, rate=rate),
         channel=build_channel(recipe),
@@ -132,7 +133,8 @@ def build_coordinator(
             join_seconds=options.join_seconds,
             round_seconds=options.round_seconds,
             probe_seconds=options.probe_seconds,
-            quorum=options.quorum or recipe.server.clients_per_round or num_sites,
+            quorum=options.quorum or cohort // 2 + 1,
+            wanted=0 if options.quorum else cohort,
             attempts=options.attempts,
             accept_late=options.stragglers == "late",
             staleness=options.staleness,

@@ -6,8 +6,9 @@ import errno
 import json
 import os
 import shutil
-import threading
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -121,20 +122,20 @@ def test_a_cache_is_a_safetensors_file(checkpoint: Path) -> None:
     assert all(torch.equal(tensors[name], named[name]) for name in base.view.routed_parameters())
 
 
+@pytest.mark.long
 def test_two_that_convert_at_once_get_one_whole_cache(checkpoint: Path) -> None:
-    digests: list[str] = []
-    threads = [
-        threading.Thread(target=lambda: digests.append(mapped(checkpoint).digest)) for _ in range(2)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    # Processes, for transformers' loading is not made for threads.
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        digests = list(pool.map(_mapped_digest, [checkpoint] * 2))
     assert digests == [load_base(str(checkpoint), dtype="bfloat16").digest] * 2
     assert sorted(p.name for p in (checkpoint / expert_cache.FOLDER).iterdir()) == [
         "experts-bf16.cache",
         "lock",
     ]
+
+
+def _mapped_digest(checkpoint: Path) -> str:
+    return mapped(checkpoint).digest
 
 
 def truncate(folder: Path) -> None:

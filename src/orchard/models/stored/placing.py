@@ -22,6 +22,7 @@ from orchard.models.view.storage import FusedExperts
 from orchard.trees import SlicedTensor, digest
 
 NO_CACHE = "none"
+KINDS = ("memory", "mapped")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Placement:
     """Where the frozen experts of a base are.
 
     Attributes:
-        kind: ``memory`` or ``mapped``.
+        kind: Of ``KINDS``.
         cache: With ``mapped``, the folder of the fused cache; "" = beside the checkpoint; ``none``
             = they are read where the checkpoint has them.
         precision: What they are kept in, of ``PRECISIONS``; ``bf16`` = the model's dtype.
