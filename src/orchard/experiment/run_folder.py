@@ -38,6 +38,7 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "strategy.ditto_lambda": 0.1,
         "strategy.holdout": 0.25,
         "server.keep_rounds": 0,
+        "server.start": "",
         "evaluation.best": "",
     }
 )
