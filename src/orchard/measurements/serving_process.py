@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
 
 from orchard.engine.processes import free_port
 from orchard.measurements.serving_models import random_model
 from orchard.models.stored.loading import load_base, load_tokenizer
 from orchard.models.stored.sources import resolve
 from orchard.serving.engine import Engine
-from orchard.serving.http import Served, make_app
+from orchard.serving.http import Served
 from orchard.serving.registry import BASE, Registry, Source
+from orchard.serving.running import listener
 from orchard.serving.worker import Worker
 
 _START_SECONDS, _END_SECONDS = 180.0, 20.0
@@ -122,7 +122,7 @@ def _serve(model: str, port: int, num_models: int) -> None:
         vocabulary=int(config.vocab_size),
         keys={},
     )
-    uvicorn.run(make_app(served), host="127.0.0.1", port=port, log_level="warning")
+    listener(served, host="127.0.0.1", port=port).run()
 
 
 if __name__ == "__main__":

@@ -253,10 +253,13 @@ class Engine:
                 row.finish = "length"
                 continue
             logits_V = logits_BV[index].float()
-            is_greedy = row.sampling.temperature == 0
-            token = (
-                best_B[index] if is_greedy else choose_token(logits_V, row.sampling, row.generator)
-            )
+            try:
+                token = best_B[index]
+                if row.sampling.temperature > 0:
+                    token = choose_token(logits_V, row.sampling, row.generator)
+            except RuntimeError as error:  # what one row asks for must not end the others
+                row.failure, row.finish = error, "failed"
+                continue
             if row.num_top >= 0:  # before the token, for another thread reads as many
                 row.scores.append(_score(logits_V.log_softmax(dim=-1), token, row.num_top))
             row.tokens.append(token)
