@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from orchard.client.client import Client
 from orchard.engine.progress import Silent
-from orchard.experiment.methods import build_strategy, has_part
+from orchard.experiment.methods import METHODS, build_strategy, has_part
 from orchard.experiment.preparation import Experiment, prepare_experiment
 from orchard.experiment.running import build_clients, load_model, run_experiment
 from orchard.models.stored.loading import resolve
@@ -33,6 +33,17 @@ QUICK = (
     "evaluation.models=",
     "evaluation.retention_path=",
 )
+# Every method, and every pair that FLEx makes with another.
+COMBINATIONS = [
+    *METHODS,
+    *(f"flex+{method}" for method in METHODS if method != "flex"),
+    "fedprox+scaffold+fedadam+flex",
+]
+# Every method alone, and beside FLEx one of each part that a method can decide.
+SHORT = [
+    *METHODS,
+    *("flex+fedadam", "flex+hfedmoe", "flex+local", "fedprox+scaffold+fedadam+flex"),
+]
 NUM_LAYERS = 2  # of the short model, with 8 experts in each
 ALL_EXPERTS = 16
 QUARTER = 4  # what client.budget=25% affords of them
@@ -114,6 +125,16 @@ def prepared(recipe: Recipe) -> Experiment:
 def run_quickly(folder: Path, recipe: Recipe) -> dict[str, Any]:
     """Run a recipe in ``folder`` without showing progress."""
     return run_experiment(prepared(recipe), folder=folder, reporter=Silent())
+
+
+def final_tensors(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of the last checkpoint and of every client's newest personal tensors."""
+    newest = max((folder / "checkpoints").glob("round_*"))
+    files = {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
+    for client in (folder / "clients").glob("*"):
+        if versions := list(client.glob("round_*.safetensors")):
+            files[client.name] = max(versions).read_bytes()
+    return files
 
 
 def build(recipe: Recipe, folder: Path) -> tuple[Strategy, list[Client], AdaptedModel, Experiment]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from orchard.experiment.own_methods import Transform
     from orchard.experiment.planning import Plan
     from orchard.experiment.preparation import Experiment
+    from orchard.experiment.workers import WorkerOptions
     from orchard.personal.opening import OpenedModel
     from orchard.recipe.describing import Scalar
     from orchard.recipe.options import Recipe
@@ -134,6 +135,8 @@ def run(
     progress: bool | Reporter = True,
     strategy: Strategy | Transform | None = None,
     track: str | Sequence[str] = (),
+    workers: int = 1,
+    ray: str = "",
 ) -> Result:
     """Run a recipe, or go on running it, and return what it found.
 
@@ -149,6 +152,10 @@ def run(
         strategy: A method of your own: a function from a strategy to a strategy, which joins the
             recipe's methods, or a ``Strategy`` in the place of them.
         track: Trackers that get the metrics: ``tensorboard``, ``wandb``, ``mlflow``, ``trackio``.
+        workers: Processes that compute the clients, each with a model of its own; results are those
+            of one.
+        ray: Address of a Ray cluster that they run on, ``host:port`` or ``auto``; empty = this
+            machine.
 
     Raises:
         FileNotFoundError: Data or model are not there.
@@ -156,7 +163,15 @@ def run(
             not installed.
         Exception: Whatever a client raises, with a note of round, client and stage.
     """
-    prepared = prepare(recipe, out=out, resume=resume, strategy=strategy, track=track)
+    prepared = prepare(
+        recipe,
+        out=out,
+        resume=resume,
+        strategy=strategy,
+        track=track,
+        workers=workers,
+        ray=ray,
+    )
     for note in prepared.notes:
         warnings.warn(note, stacklevel=2)
     return execute(prepared, progress=progress)
@@ -172,6 +187,7 @@ class Prepared:
         notes: What a person should know about the data before trusting the result.
         trackers: That will get the metrics, by name.
         strategy: A method that was passed as an object.
+        workers: Who computes the clients.
     """
 
     experiment: Experiment
@@ -179,6 +195,7 @@ class Prepared:
     notes: tuple[str, ...]
     trackers: Mapping[str, Tracker]
     strategy: Strategy | Transform | None = None
+    workers: WorkerOptions | None = None
 
 
 def prepare(
@@ -188,6 +205,8 @@ def prepare(
     resume: bool = False,
     strategy: Strategy | Transform | None = None,
     track: str | Sequence[str] = (),
+    workers: int = 1,
+    ray: str = "",
 ) -> Prepared:
     """Check what ``run`` will do, and read its data.
 
@@ -197,25 +216,34 @@ def prepare(
         resume: Continue the run in ``out`` where there is one.
         strategy: See ``run``.
         track: Names of trackers.
+        workers: See ``run``.
+        ray: See ``run``.
 
     Raises:
         FileNotFoundError: Data or model are not there.
         ValueError: Something does not fit, or ``out`` holds another run, or a tracker's library is
             not installed.
     """
+    from orchard.experiment.workers import WorkerOptions, check_ray
     from orchard.tracking.trackers import make_trackers
 
+    options = WorkerOptions(workers, ray)
+    check_ray(ray)
     trackers = make_trackers([track] if isinstance(track, str) else track)
     from orchard.experiment.preparation import data_notes, prepare_experiment
+    from orchard.experiment.room import check_gpu, check_workers
     from orchard.experiment.run_folder import check_folder
-    from orchard.experiment.running import check_run
+    from orchard.experiment.running import check_passed, check_run
 
+    check_passed(options, strategy)
     folder = Path(out)
     check_folder(folder, recipe, resume=resume, passed=strategy)
     experiment = prepare_experiment(recipe)
     check_run(folder, experiment, resume=resume, passed=strategy)
+    check_workers(recipe, options)
+    check_gpu(recipe)
     notes = tuple(data_notes(experiment))
-    return Prepared(experiment, folder, notes, trackers, strategy)
+    return Prepared(experiment, folder, notes, trackers, strategy, options)
 
 
 def execute(
@@ -237,15 +265,28 @@ def execute(
     from orchard.experiment.run_folder import recorded_as
     from orchard.experiment.running import run_experiment
     from orchard.experiment.starting import Start, record_start
+    from orchard.experiment.workers import WorkerOptions
     from orchard.tracking.following import Following
 
     experiment, folder, reporter = prepared.experiment, prepared.folder, _reporter(progress)
     if prepared.trackers:
         recipe = recorded_as(experiment.recipe, prepared.strategy).recipe
         reporter = Following(reporter, prepared.trackers, folder=folder, recipe=recipe, warn=warn)
-    record_start(folder, Start(directory=str(Path.cwd()), track=tuple(prepared.trackers)))
+    workers = prepared.workers or WorkerOptions()
+    start = Start(
+        directory=str(Path.cwd()),
+        track=tuple(prepared.trackers),
+        workers=workers.number,
+        ray=workers.ray,
+    )
+    record_start(folder, start)
     record = run_experiment(
-        experiment, folder=folder, reporter=reporter, strategy=prepared.strategy, warn=warn
+        experiment,
+        folder=folder,
+        reporter=reporter,
+        strategy=prepared.strategy,
+        warn=warn,
+        workers=workers,
     )
     return Result(folder, record)
 

@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {"matplotlib": "matplotlib", "altair": "altair", "vl_convert": "vl-convert-python"}
         ),
         "privacy": MappingProxyType({"opacus": "opacus"}),
+        "ray": MappingProxyType({"ray": "ray"}),
         "tensorboard": MappingProxyType({"tensorboard": "tensorboard"}),
         "wandb": MappingProxyType({"wandb": "wandb"}),
         "mlflow": MappingProxyType(

@@ -15,6 +15,8 @@ _M_MMAP_THRESHOLD = -3  # of malloc.h
 _MADV_PAGEOUT = 21  # of linux/mman.h; unlike MADV_DONTNEED it keeps what was written
 _RELEASE_SECONDS = 0.1
 _STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
+_ROLLUP, _MEMINFO = Path("/proc/self/smaps_rollup"), Path("/proc/meminfo")
+_GROUP = Path("/sys/fs/cgroup")
 
 
 def peak_memory_bytes() -> int:
@@ -37,6 +39,35 @@ def resident_memory_bytes() -> int:
             if line.startswith("VmRSS:"):
                 return 1024 * int(line.split()[1])
     return peak_memory_bytes()
+
+
+def shared_memory_bytes() -> int:
+    """Return what this process has now, with its part of pages that it has with others.
+
+    Of several processes that map one file the sum is what they have together (PSS). Where the
+    system does not say, the resident size.
+    """
+    if _ROLLUP.exists():
+        for line in _ROLLUP.read_text().splitlines():
+            if line.startswith("Pss:"):
+                return 1024 * int(line.split()[1])
+    return resident_memory_bytes()
+
+
+def available_memory_bytes() -> int | None:
+    """Return what this process may still have: of the machine, and of its control group.
+
+    None where the system does not say.
+    """
+    found = []
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(1024 * int(line.split()[1]))
+    limit, used = (_GROUP / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
+        found.append(max(int(text) - int(used.read_text()), 0))
+    return min(found, default=None)
 
 
 def forget_peak_memory() -> None:

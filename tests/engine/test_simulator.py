@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from federations import QUICK, RECIPES, build, prepared, quick_recipe, run_quickly
+from federations import (
+    QUICK,
+    RECIPES,
+    build,
+    final_tensors,
+    prepared,
+    quick_recipe,
+    run_quickly,
+)
 from orchard.communication import messages
 from orchard.communication.channel import Channel
 from orchard.communication.messages import Task
@@ -29,15 +37,6 @@ from orchard.results import MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import load_checkpoint
 from orchard.trees import equal
-
-
-def final_tensors(folder: Path) -> dict[str, bytes]:
-    """Return the bytes of the last checkpoint and of every client's newest personal tensors."""
-    newest = max((folder / "checkpoints").glob("round_*"))
-    files = {path.name: path.read_bytes() for path in newest.glob("*.safetensors")}
-    for client in (folder / "clients").glob("*"):
-        files[client.name] = max(client.glob("round_*.safetensors")).read_bytes()
-    return files
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from federations import build, has_budget, quick_recipe, tiny_recipe
+from federations import COMBINATIONS, SHORT, build, has_budget, quick_recipe, tiny_recipe
 from orchard.client.client import Client
 from orchard.communication.messages import LocalSettings, Task, encode_update
-from orchard.experiment.methods import METHODS
 from orchard.experiment.preparation import prepare_experiment
 from orchard.recipe.options import Recipe
 from orchard.server.admission import Admission
@@ -24,16 +23,6 @@ from orchard.strategies.strategy import (
 )
 from orchard.trees import digest, equal
 
-COMBINATIONS = [
-    *METHODS,
-    *(f"flex+{method}" for method in METHODS if method != "flex"),
-    "fedprox+scaffold+fedadam+flex",
-]
-# Every method alone, and beside FLEx one of each part that a method can decide.
-SHORT = [
-    *METHODS,
-    *("flex+fedadam", "flex+hfedmoe", "flex+local", "fedprox+scaffold+fedadam+flex"),
-]
 PRIVATE = ("expert", "router", "graft", "gate", "mlp")
 PRIVATE_WITH_BUDGET = ("graft", "subset", "usage", "importance")
 

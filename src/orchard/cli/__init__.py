@@ -80,6 +80,10 @@ def run(
         list[str] | None,
         typer.Option(help="Send metrics to tensorboard, wandb, mlflow or trackio; repeatable."),
     ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes that compute the clients, each with a model of its own.")
+    ] = 1,
+    ray: Annotated[str, typer.Option(help="Ray cluster that they run on: host:port or auto.")] = "",
     traceback: Traceback = False,
 ) -> None:
     """Run a recipe; with --resume, go on with the run in --out, or in the folder in its place."""
@@ -88,7 +92,11 @@ def run(
     with clear_errors(code=BAD_INPUT, traceback=traceback), loading_to_stay():
         if resume and out is None and is_run(recipe):
             recipe, out, track = recipe_of(recipe.resolve()), recipe.resolve(), track or []
-            track = [*back_to_start(out).track, *track]
+            start = back_to_start(out)
+            track = [*start.track, *track]
+            # As it was started, unless it is said anew.
+            workers = workers if workers != 1 else start.workers
+            ray = ray or start.ray
         resolved = resolve(recipe, overrides)
         folder = out or default_folder(recipe)
         from orchard.api import execute, prepare
@@ -97,7 +105,14 @@ def run(
         from orchard.reports import run_sentence
         from orchard.tables import print_table
 
-        prepared = prepare(resolved.recipe, out=folder, resume=resume, track=track or ())
+        prepared = prepare(
+            resolved.recipe,
+            out=folder,
+            resume=resume,
+            track=track or (),
+            workers=workers,
+            ray=ray,
+        )
     console = make_console()
 
     def note(text: str) -> None:

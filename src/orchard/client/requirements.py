@@ -48,13 +48,18 @@ class PeakMemory:
     loading: int
 
     @property
-    def total(self) -> int:
-        """The larger of training, in which two parts overlap, and loading."""
+    def training(self) -> int:
+        """Of training, in which two parts overlap."""
         # The backward pass frees a layer's activations as it makes its gradients; half of what
         # that saves is left for what it needs for a moment.
         overlap = min(self.activations, self.gradients) // 2
         parts: int = sum(getattr(self, f.name) for f in fields(self)) - self.loading - overlap
-        return max(parts, self.process + self.weights + self.loading)
+        return parts
+
+    @property
+    def total(self) -> int:
+        """The larger of training and loading."""
+        return max(self.training, self.process + self.weights + self.loading)
 
 
 @dataclass(frozen=True)

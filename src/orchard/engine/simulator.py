@@ -1,4 +1,4 @@
-"""The in-process engine: every client in turn on one shared model, no network.
+"""The engine of one machine: clients have their turns in this process or in workers beside it.
 
 A round is committed by its checkpoint. Whatever a crash interrupts is run again from the last
 checkpoint, with the same draws and the same personal tensors, so a resumed run ends with the
@@ -12,23 +12,23 @@ import secrets
 import time
 from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from orchard.client.client import Client
-from orchard.client.kept_messages import read_task, write_update
-from orchard.communication.channel import Broadcast, Channel, MissingCopyError
+from orchard.communication.channel import Broadcast, Channel
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
+from orchard.engine.turns import Alone, Crew, Turn, WorkerFacts
 from orchard.process_memory import peak_memory_bytes
 from orchard.results import Metrics, MetricsLog
 from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
-from orchard.strategies.strategy import Strategy, evaluate_client, train_client, update_server
+from orchard.strategies.strategy import Strategy, update_server
 from orchard.trees import Tree
 
 
@@ -127,11 +127,55 @@ def simulate(
     title: str,
     cost: Callable[[int], float] | None = None,
 ) -> ServerState:
-    """Run all rounds that are not yet checkpointed in ``folder``, and the last evaluation.
+    """Run all rounds with clients that are all in this process; see ``run_rounds``.
 
     Args:
         strategy: The method.
         clients: All clients; their models may be one and the same object.
+        state: The state of round 0, used where there is no checkpoint.
+        schedule: What happens in which round.
+        channel: The way between server and clients.
+        seeds: The run's randomness.
+        folder: The run's folder: ``metrics.jsonl`` and ``checkpoints`` are written here.
+        about: What must be the same to resume.
+        reporter: Shows progress.
+        title: How the run is called there.
+        cost: From a number of rounds to the epsilon that they cost; None = nothing is private.
+    """
+    return run_rounds(
+        strategy,
+        Alone(strategy, clients, channel),
+        state,
+        schedule=schedule,
+        channel=channel,
+        seeds=seeds,
+        folder=folder,
+        about=about,
+        reporter=reporter,
+        title=title,
+        cost=cost,
+    )
+
+
+def run_rounds(
+    strategy: Strategy,
+    crew: Crew,
+    state: ServerState,
+    *,
+    schedule: Schedule,
+    channel: Channel,
+    seeds: Seeds,
+    folder: Path,
+    about: Mapping[str, Any],
+    reporter: Reporter,
+    title: str,
+    cost: Callable[[int], float] | None = None,
+) -> ServerState:
+    """Run all rounds that are not yet checkpointed in ``folder``, and the last evaluation.
+
+    Args:
+        strategy: The method.
+        crew: All clients, here or in other processes.
         state: The state of round 0, used where there is no checkpoint.
         schedule: What happens in which round.
         channel: The way between server and clients.
@@ -156,7 +200,7 @@ def simulate(
     reporter.begin(title=title, num_rounds=schedule.num_rounds, round_number=state.round_number)
     try:
         if "base" in schedule.models and not _has_evaluation(log, 0):
-            log.append(_evaluate(strategy, clients, state, channel, {"base"}, reporter))
+            log.append(_evaluate(crew, state, channel, {"base"}, reporter))
         after_aggregation = set(schedule.models) & {"global", "personal"}
         since_sent = rounds_since_sent(log)
         mark = time.monotonic()
@@ -164,25 +208,24 @@ def simulate(
             channel.reset()
             is_evaluated = schedule.has_evaluation(round_number)
             task = schedule.task(round_number, state.shared)
-            cohort = sample_clients(clients, schedule, seeds, round_number)
+            cohort = sample_clients(crew.client_ids, schedule, seeds, round_number)
             tally, coverage = _Tally(), Coverage(state.shared, since_sent)
             broadcast = channel.broadcast(task, state.held)
             # Lines are written as they come: until the round is committed, resuming drops them.
             records = log, tally, coverage
-            updates = _train_cohort(strategy, cohort, broadcast, state.holders, records, reporter)
+            updates = _train_cohort(crew, cohort, broadcast, state.holders, records, reporter)
             state = update_server(strategy, state, updates)
             if channel.differences is not None:
-                holders = tuple(client.client_id for client in cohort)
-                state = replace(state, held=broadcast.task.shared, holders=holders)
+                state = replace(state, held=broadcast.task.shared, holders=tuple(cohort))
             if is_evaluated and after_aggregation:
-                line = _evaluate(strategy, clients, state, channel, after_aggregation, reporter)
+                line = _evaluate(crew, state, channel, after_aggregation, reporter)
                 tally.evaluation_seconds.append(line["seconds"])
                 log.append(line)
             # A round's time runs from line to line, so it has the checkpoint before it in it.
             now = time.monotonic()
             covered = coverage.summary()
             since_sent = covered.get("rounds_since_sent", {})
-            summary = tally.summary(channel, seconds=now - mark) | covered
+            summary = tally.summary(channel, seconds=now - mark, workers=crew.workers) | covered
             if cost is not None:
                 summary["round/epsilon"] = cost(round_number)
             mark = now
@@ -199,87 +242,51 @@ def simulate(
 
 
 def _train_cohort(
-    strategy: Strategy,
-    cohort: Sequence[Client],
+    crew: Crew,
+    cohort: Sequence[str],
     broadcast: Broadcast,
     holders: Collection[str],
     records: tuple[MetricsLog, _Tally, Coverage],
     reporter: Reporter,
 ) -> Iterator[Update]:
-    """Yield the cohort's updates, each trained when it is asked for, and record their metrics."""
-    task, channel = broadcast.task, broadcast.channel
+    """Yield the cohort's updates, each when it is asked for, and record their metrics."""
+    channel = broadcast.channel
     log, tally, coverage = records
 
-    def turn(client: Client) -> Update:
-        try:
-            own = _deliver(broadcast, client, has_values=client.client_id in holders)
-            sent = write_update(train_client(strategy, client, own), channel, client.store)
-            channel.uplink_bytes += len(sent)
-            received = channel.unpack_update(sent)
-        except Exception as error:
-            error.add_note(
-                f"in round {task.round_number}, client {client.client_id}, local training"
-            )
-            raise
+    def receive(turn: Turn) -> Update:
+        channel.uplink_bytes += len(turn.update)
+        channel.downlink_bytes += turn.downlink_bytes
+        received = channel.unpack_update(turn.update)
         log.append(
             {
                 "kind": "client",
-                "round": task.round_number,
-                "client": client.client_id,
+                "round": broadcast.task.round_number,
+                "client": turn.client_id,
                 **received.metrics,
             }
         )
-        tally.add(received.metrics)
+        tally.add(received.metrics, worker=turn.worker)
         coverage.add(received)
         return received
 
-    for position, client in enumerate(cohort):
-        reporter.working(f"{client.client_id} trains", share=position / len(cohort))
-        yield turn(client)
+    def tell(what: str, num_done: int) -> None:
+        reporter.working(what, share=num_done / len(cohort))
 
-
-def _deliver(broadcast: Broadcast, client: Client, *, has_values: bool) -> Task:
-    """Return the task as a client reads it, sent again whole where the client lacks its values."""
-    channel = broadcast.channel
-    message = broadcast.since if has_values else broadcast.whole
-    channel.downlink_bytes += len(message)
-    try:
-        return read_task(message, channel, client.store)
-    except MissingCopyError:
-        channel.downlink_bytes += len(broadcast.whole)
-        return read_task(broadcast.whole, channel, client.store)
+    return map(receive, crew.train(cohort, broadcast, holders, tell))
 
 
 def _evaluate(
-    strategy: Strategy,
-    clients: Sequence[Client],
-    state: ServerState,
-    channel: Channel,
-    models: set[str],
-    reporter: Reporter,
+    crew: Crew, state: ServerState, channel: Channel, models: set[str], reporter: Reporter
 ) -> dict[str, Any]:
     """Evaluate models for all clients, as they receive them, and return the line for the log."""
     started = time.monotonic()
     # The round after this state: personal tensors of this round are the newest before it.
     task = Task(state.round_number + 1, state.shared, LocalSettings(0, 0, 0.0))
-    task = channel.unpack_task(channel.broadcast(task, {}).whole)
-    measured = {}
-    # The base and the global model are the same for all, and so may be what they are tested on.
-    common: dict[tuple[int, int], dict[str, float]] = {}
-    for position, client in enumerate(clients):
-        reporter.working(f"{client.client_id} is evaluated", share=position / len(clients))
-        tests = id(client.test), id(client.retention)
-        known = common.get(tests, {})
-        wanted = models - {"base", "global"} if known else models
-        try:
-            own = evaluate_client(strategy, client, task, wanted, known=known)
-            common[tests] = {n: v for n, v in own.items() if n.startswith(("base/", "global/"))}
-            measured[client.client_id] = own
-        except Exception as error:
-            error.add_note(
-                f"after round {state.round_number}, client {client.client_id}, evaluation"
-            )
-            raise
+
+    def tell(what: str, num_done: int) -> None:
+        reporter.working(what, share=num_done / len(crew.client_ids))
+
+    measured = dict(crew.evaluate(channel.broadcast(task, {}).whole, models, tell))
     return {
         "kind": "evaluation",
         "round": state.round_number,
@@ -316,20 +323,35 @@ class _Tally:
     prepare_seconds: array[float] = field(default_factory=_numbers)
     train_seconds: array[float] = field(default_factory=_numbers)
     evaluation_seconds: array[float] = field(default_factory=_numbers)
+    busy_seconds: dict[int, float] = field(default_factory=dict)
 
-    def add(self, metrics: Metrics) -> None:
-        """Note one client's."""
+    def add(self, metrics: Metrics, *, worker: int) -> None:
+        """Note one client's, and who computed it."""
+        busy = metrics["client/train_seconds"] + metrics.get("client/evaluation_seconds", 0.0)
+        self.busy_seconds[worker] = self.busy_seconds.get(worker, 0.0) + busy
         if "client/train_loss" in metrics:
             self.losses.append(metrics["client/train_loss"])
         self.prepare_seconds.append(metrics["client/prepare_seconds"])
         self.train_seconds.append(metrics["client/train_seconds"])
         self.evaluation_seconds.append(metrics.get("client/evaluation_seconds", 0.0))
 
-    def summary(self, channel: Channel, *, seconds: float) -> dict[str, Any]:
-        """Return the round's numbers; overhead is what is neither training nor evaluation."""
+    def summary(
+        self, channel: Channel, *, seconds: float, workers: Sequence[WorkerFacts]
+    ) -> dict[str, Any]:
+        """Return the round's numbers; overhead is what is neither training nor evaluation.
+
+        With workers, what is not the training and evaluation of the busiest; and the memory of all
+        processes is at most the sum of what each had, which counts shared pages for each.
+        """
         num_clients, losses = len(self.train_seconds), self.losses
         train_seconds = math.fsum(self.train_seconds)
         evaluation_seconds = math.fsum(self.evaluation_seconds)
+        beside = seconds - train_seconds - evaluation_seconds
+        peak = peak_memory_bytes()
+        if workers:
+            common = math.fsum(self.evaluation_seconds[num_clients:])  # of all clients, by all
+            beside = seconds - max(self.busy_seconds.values(), default=0.0) - common
+            peak += sum(worker.peak_bytes for worker in workers)
         return {
             **({"round/train_loss": math.fsum(losses) / len(losses)} if losses else {}),
             "round/num_clients": num_clients,
@@ -338,8 +360,9 @@ class _Tally:
             "round/prepare_seconds": math.fsum(self.prepare_seconds),
             "round/train_seconds": train_seconds,
             "round/evaluation_seconds": evaluation_seconds,
-            "round/overhead_seconds": seconds - train_seconds - evaluation_seconds,
+            "round/overhead_seconds": beside,
             "round/uplink_bytes": channel.uplink_bytes,
             "round/downlink_bytes": channel.downlink_bytes,
-            "round/peak_memory_bytes": peak_memory_bytes(),
+            "round/peak_memory_bytes": peak,
+            **({"workers": [asdict(worker) for worker in workers]} if workers else {}),
         }

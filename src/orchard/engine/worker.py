@@ -89,7 +89,15 @@ def _answer(connection: socket.socket, handle: Handle) -> None:
     _send(connection, reply, content)
 
 
-def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Header, bytes]:
+def ask(
+    path: Path,
+    header: Header,
+    body: bytes,
+    *,
+    seconds: float,
+    max_deaths: int = _MAX_DEATHS,
+    is_hopeless: Callable[[], bool] = lambda: False,
+) -> tuple[Header, bytes]:
     """Ask the worker behind ``path``, again where it is not there yet or dies while it answers.
 
     Args:
@@ -97,6 +105,8 @@ def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Hea
         header: JSON values.
         body: Whatever belongs to it.
         seconds: After so many seconds without an answer this gives up.
+        max_deaths: And after so many workers that died of the request.
+        is_hopeless: Asked while nobody answers; True gives up.
 
     Returns:
         The header and body of the reply.
@@ -123,7 +133,7 @@ def ask(path: Path, header: Header, body: bytes, *, seconds: float) -> tuple[Hea
                     "site's log, or raise deployment.round_seconds"
                 ) from error
             deaths += is_connected
-            if deaths >= _MAX_DEATHS:
+            if deaths >= max_deaths or is_hopeless():
                 raise WorkerError(
                     f"worker must answer, got none that lived through this request in {deaths} "
                     "tries; look at the site's log and its memory"

@@ -58,6 +58,7 @@ class Plan:
         clients: In the order of the data.
         notes: What a person should know about the data and the base.
         learning_rate: Of the first round.
+        mapped_bytes: Of the weights, what is mapped from disk and shared between processes.
     """
 
     num_layers: int
@@ -65,6 +66,7 @@ class Plan:
     clients: tuple[ClientPlan, ...]
     notes: tuple[str, ...] = ()
     learning_rate: float = 0.0
+    mapped_bytes: int = 0
 
 
 def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
@@ -114,7 +116,13 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
     base_notes = (*checked.notes, *([unknown] if unknown else []))
     notes = (*federation.notes(), *read_elsewhere(recipe).remarks, *base_notes)
     layers, rate = len(requirements.footprint.layers), learning_rate(recipe, view)
-    return Plan(layers, num_experts, tuple(clients), notes, rate)
+    mapped = recipe.model.placement == "mapped"
+    sizes = requirements.footprint
+    mapped_bytes = sum(
+        size * number
+        for size, number in zip(sizes.expert_bytes.values(), sizes.layers.values(), strict=True)
+    )
+    return Plan(layers, num_experts, tuple(clients), notes, rate, mapped_bytes if mapped else 0)
 
 
 def _trainable(requirements: Requirements, budget: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from orchard.client.client import Client
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
 from orchard.engine.progress import Reporter
-from orchard.engine.simulator import Schedule, simulate
+from orchard.engine.simulator import Schedule, run_rounds
+from orchard.engine.team import Member
+from orchard.engine.turns import Alone, Crew
 from orchard.evaluation.quality import EvaluationSettings
 from orchard.evaluation.slow_ways import slow_ways
 from orchard.experiment.data_record import check_data, record_data
@@ -36,7 +39,9 @@ from orchard.experiment.run_folder import (
     recorded_as,
 )
 from orchard.experiment.settings import learning_rate, lora_settings, placement_of
+from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
+from orchard.experiment.workers import IN_THIS_PROCESS, WorkerOptions, open_team, threads_note
 from orchard.experts.submodel_source import SubmodelSource
 from orchard.models.stored.loading import threads
 from orchard.models.stored.placing import open_base
@@ -48,9 +53,11 @@ from orchard.reports import build_result
 from orchard.results import write_json
 from orchard.seeding import Seeds
 from orchard.strategies.strategy import Strategy, start_server
-from orchard.trees import digest
+from orchard.trees import Tree, digest
 
 log = logging.getLogger(__name__)
+CLIENTS = "clients"
+"""Folder of a run with a folder for each client."""
 
 
 def load_model(recipe: Recipe, tokenizer: Any) -> AdaptedModel:
@@ -126,11 +133,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             test=experiment.test[client_id],
             retention=experiment.retention,
             calibration_corpus=experiment.calibration,
-            store=ClientStore(
-                folder / folder_name(client_id),
-                model.base_digest,
-                keep_rounds=recipe.server.keep_rounds,
-            ),
+            store=client_store(folder, client_id, recipe, model.base_digest),
             training=training,
             evaluation=evaluation,
             seeds=Seeds(recipe.seed),
@@ -139,6 +142,25 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         )
         for client_id, examples in experiment.federation.train.items()
     ]
+
+
+def client_store(folder: Path, client_id: str, recipe: Recipe, base_digest: str) -> ClientStore:
+    """Return where one client of a run keeps what is its own, in a folder of its own."""
+    keep_rounds = recipe.server.keep_rounds
+    return ClientStore(folder / folder_name(client_id), base_digest, keep_rounds=keep_rounds)
+
+
+def check_passed(workers: WorkerOptions, passed: Strategy | Transform | None) -> None:
+    """Refuse a method that no other process could be told of.
+
+    Raises:
+        ValueError: A method was passed as an object, and clients are computed in workers.
+    """
+    if workers.are_elsewhere and passed is not None:
+        raise ValueError(
+            f"strategy must be named in the recipe with {workers.number} workers, got an object "
+            f'({passed_name(passed)}); write strategy.name = "module:attribute"'
+        )
 
 
 def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
@@ -208,6 +230,62 @@ def check_run(
         check_data(folder, experiment.digest, what=f"the run in {folder}")
 
 
+@dataclass(frozen=True)
+class _Ground:
+    """What a run stands on: clients and who computes them, and the model that they share.
+
+    Attributes:
+        crew: The clients.
+        base_digest: Of the model.
+        fresh: Its adapters as they begin.
+        rate: Learning rate of the first round.
+        notes: A sentence for each fast way that the model cannot go.
+        is_unchanged: Says whether the base is as it was loaded.
+    """
+
+    crew: Crew
+    base_digest: str
+    fresh: Tree
+    rate: float
+    notes: Sequence[str]
+    is_unchanged: Callable[[], bool]
+
+
+def _stand_here(
+    experiment: Experiment, model: AdaptedModel | None, method: Strategy, folder: Path
+) -> _Ground:
+    """Load the model in this process, which computes all clients."""
+    recipe = experiment.recipe
+    model = model or load_model(recipe, experiment.tokenizer)
+    clients = build_clients(experiment, model, folder / CLIENTS)
+    return _Ground(
+        Alone(method, clients, build_channel(recipe)),
+        model.base_digest,
+        model.fresh,
+        learning_rate(recipe, model.view),
+        slow_ways_of(experiment, model),
+        lambda: digest(model.base_state) == model.base_digest,
+    )
+
+
+@contextmanager
+def _stand_elsewhere(
+    experiment: Experiment, folder: Path, workers: WorkerOptions
+) -> Iterator[_Ground]:
+    """Let workers load the model; this process has none."""
+    members = [Member(name, id(experiment.test[name])) for name in experiment.train]
+    with open_team(experiment.recipe, folder, members, workers) as opened:
+        base, note = opened.base, threads_note(experiment.recipe, workers)
+        yield _Ground(
+            opened.team,
+            base.digest,
+            base.fresh,
+            base.learning_rate,
+            (*base.notes, *([note] if note else [])),
+            opened.team.is_unchanged,
+        )
+
+
 def run_experiment(
     experiment: Experiment,
     *,
@@ -216,6 +294,7 @@ def run_experiment(
     model: AdaptedModel | None = None,
     strategy: Strategy | Transform | None = None,
     warn: Callable[[str], None] = log.warning,
+    workers: WorkerOptions = IN_THIS_PROCESS,
 ) -> dict[str, Any]:
     """Run, or go on running, an experiment in ``folder``, and write its result there.
 
@@ -228,6 +307,7 @@ def run_experiment(
             recipe's methods, or a ``Strategy`` in the place of them. The run is recorded under its
             name, and goes on with it alone.
         warn: Told once of every fast way that the model cannot go.
+        workers: How many processes compute the clients.
 
     Returns:
         The content of ``result.json``.
@@ -235,6 +315,7 @@ def run_experiment(
     Raises:
         ValueError: The folder holds another run, or the method cannot be put on.
     """
+    check_passed(workers, strategy)
     recipe, num_clients = experiment.recipe, len(experiment.train)
     sizes = sizes_of(experiment)
     check_run(folder, experiment, resume=True, passed=strategy)
@@ -247,12 +328,15 @@ def run_experiment(
     method = replace(method, protection=build_protection(recipe, sizes))
     record_data(folder, experiment.digest)
     begin_folder(folder, recorded)
-    with threads(recipe.model.num_threads):
-        model = model or load_model(recipe, experiment.tokenizer)
-        for sentence in slow_ways_of(experiment, model):
+    with threads(recipe.model.num_threads), ExitStack() as stack:
+        ground = (
+            stack.enter_context(_stand_elsewhere(experiment, folder, workers))
+            if workers.are_elsewhere
+            else _stand_here(experiment, model, method, folder)
+        )
+        for sentence in ground.notes:
             warn(sentence)
-        clients = build_clients(experiment, model, folder / "clients")
-        schedule = build_schedule(recipe, rate=learning_rate(recipe, model.view))
+        schedule = build_schedule(recipe, rate=ground.rate)
         paid = private_rounds(recipe, sizes)
         if paid < schedule.num_rounds:
             warn(
@@ -260,44 +344,49 @@ def run_experiment(
                 f"{schedule.num_rounds} rounds; the run ends with them"
             )
             schedule = replace(schedule, num_rounds=paid)
-        seeds = Seeds(recipe.seed)
-        state = simulate(
+        state = run_rounds(
             method,
-            clients,
-            start_server(method, model.fresh),
+            ground.crew,
+            start_server(
+                method, starting_values(recipe, ground.fresh, base_digest=ground.base_digest)
+            ),
             schedule=schedule,
             channel=build_channel(recipe),
-            seeds=seeds,
+            seeds=Seeds(recipe.seed),
             folder=folder,
             about={
-                "base_digest": model.base_digest,
+                "base_digest": ground.base_digest,
                 "recipe_digest": recipe_digest(recorded.recipe),
             },
             reporter=reporter,
             title=recorded.recipe.strategy.name,
             cost=Costs(recipe, sizes).after if recipe.privacy.unit else None,
         )
+        is_unchanged = ground.is_unchanged()
     federation, truncated = experiment.federation, count_truncated(experiment)
     facts: dict[str, Any] = {
         **facts_of(recorded),
         "data_digest": experiment.digest.overall,
-        "base_digest": model.base_digest,
-        "base_is_unchanged": digest(model.base_state) == model.base_digest,
+        "base_digest": ground.base_digest,
+        "base_is_unchanged": is_unchanged,
         "shared_digest": digest(state.shared),
         "test_digest": experiment.digest.test,
-        "learning_rate": learning_rate(recipe, model.view),
+        "learning_rate": ground.rate,
         **privacy_facts(recipe, sizes, rounds=state.round_number),
         "parameters": {
             "shared": sum(tensor.numel() for tensor in state.shared.values()),
-            "private": {client.client_id: _num_private(client) for client in clients},
+            "private": {
+                name: _num_private(client_store(folder / CLIENTS, name, recipe, ground.base_digest))
+                for name in experiment.train
+            },
         },
         "clients": {
-            client.client_id: {
-                "num_train": len(client.train),
-                "num_test": len(client.test),
-                "data_digest": experiment.digest.clients[client.client_id],
+            name: {
+                "num_train": sizes[name],
+                "num_test": len(experiment.test[name]),
+                "data_digest": experiment.digest.clients[name],
             }
-            for client in clients
+            for name in experiment.train
         },
         "data": {
             "test_examples_also_in_training": federation.duplicates.num_across_splits,
@@ -315,10 +404,10 @@ def run_experiment(
     return result
 
 
-def _num_private(client: Client) -> int:
+def _num_private(store: ClientStore) -> int:
     """Return how many numbers a client trained and keeps after the last round."""
-    rounds = client.store.rounds()
-    kept = client.store.load(before_round=rounds[-1] + 1) if rounds else None
+    rounds = store.rounds()
+    kept = store.load(before_round=rounds[-1] + 1) if rounds else None
     if kept is None:
         return 0
     return sum(

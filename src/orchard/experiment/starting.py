@@ -22,6 +22,8 @@ class Start:
         address: ``host:port`` of a coordinator; empty for a run of the simulator.
         keys: A coordinator's folder of keys; empty = without TLS.
         is_insecure: Whether a coordinator was to cross a network without keys.
+        workers: How many processes compute the clients of the simulator.
+        ray: Address of the Ray cluster that they are on; empty = this machine.
     """
 
     directory: str
@@ -29,6 +31,8 @@ class Start:
     address: str = ""
     keys: str = ""
     is_insecure: bool = False
+    workers: int = 1
+    ray: str = ""
 
 
 def record_start(folder: Path, start: Start) -> None:
