@@ -453,11 +453,13 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or a study's.", show_default=False)
+    ],
     html: Annotated[Path, typer.Option(help="The page's file; one that is there is replaced.")],
     traceback: Traceback = False,
 ) -> None:
-    """Write a page about runs: one file for any browser, which needs no network."""
+    """Write a page about runs or a study: one file for any browser, which needs no network."""
     with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.extras import require
 
