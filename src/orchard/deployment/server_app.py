@@ -24,6 +24,7 @@ from orchard.experiment.run_folder import (
 )
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.settings import learning_rate
+from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import load_tokenizer, threads
 from orchard.recipe.options import Recipe
@@ -73,7 +74,8 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.model.path)
     with threads(recipe.model.num_threads):
         model = load_model(recipe, tokenizer)
-        fresh, base_digest = dict(model.fresh), model.base_digest
+        base_digest = model.base_digest
+        fresh = dict(starting_values(recipe, model.fresh, base_digest=base_digest))
         rate = learning_rate(recipe, model.view)
         del model
         coordinator = build_coordinator(
