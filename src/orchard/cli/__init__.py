@@ -283,6 +283,9 @@ def serve(
     max_models: Annotated[
         int, typer.Option(help="At most so many personal models in memory.", min=1)
     ] = 64,
+    max_rows: Annotated[
+        int, typer.Option(help="At most so many answers are written at once.", min=1)
+    ] = 64,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve other machines without a key.")
     ] = False,
@@ -301,6 +304,7 @@ def serve(
             port=port,
             key_file=api_key_file,
             max_models=max_models,
+            max_rows=max_rows,
             is_insecure=insecure,
         )
     server.run()
