@@ -184,9 +184,9 @@ class Requirements:
             held += experts * _FLOAT // width
         # Logits as the model makes them, in float32, and their softmax.
         logits = num_answered * sizes.vocabulary * (width + 2 * _FLOAT)
-        state = config.hidden_size * width
+        state = int(config.hidden_size) * width
         # Keys and values of each layer, at the most; and what one layer works with.
-        cache = 2 * config.num_hidden_layers * (num_tokens + num_new) * state
+        cache = 2 * int(config.num_hidden_layers) * (num_tokens + num_new) * state
         return PROCESS_BYTES + held + batch_size * (logits + cache + 8 * num_tokens * state)
 
     def trainable(self, experts: Sequence[int], *, kind: str = "all") -> int:
