@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from orchard.models.kernels.frozen_experts import FrozenWeights, run_frozen
+from orchard.models.kernels.grouped_experts import can_group, run_grouped
 from orchard.trees import SlicedTensor
 
 # The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
@@ -181,7 +182,9 @@ class FusedExperts:
         held = {name: self._parameter(name) for name in names}
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in held.values())
         if not is_trained and not self.has_post_norm:
-            return run_frozen(self._frozen(held), x_TD, choices_TK, weights_TK)
+            frozen = self._frozen(held)
+            run = run_grouped if can_group(frozen, x_TD) else run_frozen
+            return run(frozen, x_TD, choices_TK, weights_TK)
         parameters = {name: parameter.unbind() for name, parameter in held.items()}
         y_TD = torch.zeros_like(x_TD)
         # One transfer of the choices, not one for each expert.
