@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,9 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
+from orchard.models.stored.deepseek_moe import to_published_tensors
 from orchard.models.stored.sources import resolve
 
 EXPERTS, WIDTH, EXPERT_WIDTH = 8, 64, 48
@@ -57,10 +60,25 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = MappingProxyType(
         ),
         "gpt_oss": ("GptOssConfig", {**_LOCAL, "head_dim": 32, "sliding_window": 32}),
         "granitemoe": ("GraniteMoeConfig", _LOCAL),
+        "deepseek": (
+            "Qwen2MoeConfig",
+            {
+                "num_experts": EXPERTS,
+                "moe_intermediate_size": EXPERT_WIDTH,
+                "shared_expert_intermediate_size": 2 * EXPERT_WIDTH,
+                "intermediate_size": 96,
+                "qkv_bias": False,
+                "norm_topk_prob": False,
+                "mlp_only_layers": [0],
+                "num_hidden_layers": 3,
+            },
+        ),
     }
 )
 """Family to the name of its configuration and what is not as in every other."""
 LATENT = ("deepseek_v2", "deepseek_v3")
+DEEPSEEK_MOE = "deepseek"
+"""DeepSeek-MoE-16B, which is written in its published layout."""
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
@@ -91,7 +109,37 @@ def write_base(family: str, folder: Path) -> str:
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.1 * noise) if parameter.ndim == 1 else parameter.copy_(0.2 * noise)
+            if family == DEEPSEEK_MOE and parameter.shape == (1, WIDTH):
+                parameter.zero_()  # it has no gate before its shared experts
     model.save_pretrained(folder)
+    if family == DEEPSEEK_MOE:
+        _publish(folder, config)
     for file in _TOKENIZER:
         shutil.copyfile(packaged / file, folder / file)
     return str(folder)
+
+
+def _publish(folder: Path, config: Any) -> None:
+    """Give a Qwen2-MoE the layout in which DeepSeek-MoE-16B was published."""
+    file = folder / "model.safetensors"
+    save_file(to_published_tensors(load_file(file)), file, metadata={"format": "pt"})
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size"),
+        *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        *("num_experts_per_tok", "max_position_embeddings", "rms_norm_eps"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    )
+    about = {name: getattr(config, name) for name in same} | {
+        "model_type": DEEPSEEK_MOE,
+        "architectures": ["DeepseekForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekConfig"},
+        "rope_theta": config.rope_parameters["rope_theta"],
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "norm_topk_prob": False,
+        "scoring_func": "softmax",
+    }
+    (folder / "config.json").write_text(json.dumps(about))

@@ -110,7 +110,7 @@ def ask_harness(python: Path, model: str, arguments: str, work: Path) -> tuple[f
     """Return the accuracy that the harness finds, and of how many examples."""
     out = work / "harness" / f"{model}-{time.time_ns()}"
     command = [
-        *(str(python), "-m", "lm_eval", "run", "--model", model, "--model_args", arguments),
+        *(str(python), "-I", "-m", "lm_eval", "run", "--model", model, "--model_args", arguments),
         *("--tasks", TASK, "--include_path", str(work / "task"), "--batch_size", "1"),
         *("--output_path", str(out), "--device", "cpu"),
     ]

@@ -20,6 +20,7 @@ def page() -> Page:
         {
             "alone": _alone_table(alone["models"] if alone else []),
             "alone_findings": findings(_alone_findings(alone["models"] if alone else [])),
+            "ways": _ways_table(alone["models"] if alone else []),
             "harness": _harness_table(harness["tasks"] if harness else []),
             "harness_findings": findings(_harness_findings(harness["tasks"] if harness else [])),
             "engine": _engine_table(engine["folders"] if engine else []),
@@ -44,6 +45,23 @@ def _alone_table(models: Sequence[Record]) -> str:
                 f"{own['same_answers']} of {own['num_prompts']}",
             ]
             for own in models
+        ],
+    )
+
+
+def _ways_table(models: Sequence[Record]) -> str:
+    return table(
+        ("base", "trained", 'device_map="auto"', "cache", "bfloat16", "checkpointing, gradients"),
+        [
+            [
+                *(own["family"], own["kind"]),
+                *(
+                    f"{own['ways'][way]:.1e}"
+                    for way in ("device_map", "cache", "bfloat16", "checkpointing")
+                ),
+            ]
+            for own in models
+            if "ways" in own
         ],
     )
 

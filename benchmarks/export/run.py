@@ -6,7 +6,9 @@
 Trains short runs of each kind on the packaged model, and of two kinds on a small random base of
 each family; exports their models and adapters; makes an environment by ``python -m venv`` and pip,
 with torch, transformers and PEFT at this project's versions; and compares logits and 20 greedy
-answers. What came of it is kept in results/ here.
+answers. A folder with a modeling file is also loaded with ``device_map="auto"`` and in bfloat16,
+continued from its cache, and trained with gradient checkpointing. What came of it is kept in
+results/ here.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.export.bases import FAMILIES, LATENT, write_base
+from benchmarks.export.bases import DEEPSEEK_MOE, FAMILIES, LATENT, write_base
 from benchmarks.export.report import HERE, page
 from benchmarks.records import Record, keep, origin
 from benchmarks.running import arguments_of
@@ -60,10 +62,16 @@ KINDS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
             "fedavg",
             ("model.lora_targets=", "model.full_targets=experts,router,q_proj", "client.lr=1e-3"),
         ),
+        "ditto": ("ditto", (_ALL,)),
+        "finetune": ("finetune", (_ALL,)),
+        "orchard": ("orchard", ("strategy.calibration_blocks=8",)),
+        "names kept by pattern": ("fedavg", (_ALL, "strategy.kept=*.v_proj.*,*.lora_B")),
     }
 )
 """Kind to method and what differs from the packaged recipe."""
-WITH_ADAPTER = ("global", "experts and routers", "local")
+WITH_ADAPTER = (
+    *("global", "experts and routers", "local", "ditto", "finetune", "names kept by pattern"),
+)
 
 
 def train(kind: str, family: str | None, work: Path) -> Path:
@@ -137,7 +145,8 @@ def compare(chosen: Sequence[tuple[str, str | None]], work: Path, *, python: Pat
         name = run.name
         out = work / "exported" / name
         if not out.is_dir():
-            export_model(state, out)
+            # What a DeepSeek-MoE was published with is on a hub; a Qwen2-MoE computes the same.
+            export_model(state, out, layout="qwen2_moe" if _is_deepseek(family, kind) else "auto")
         logits, answers, prompts, ends = say(state)
         common = {"prompts": prompts, "ends": ends, "tokenizer": str(out), "kind": kind}
         common |= {"family": family or "qwen2_moe (packaged)"}
@@ -146,7 +155,7 @@ def compare(chosen: Sequence[tuple[str, str | None]], work: Path, *, python: Pat
             {**common, "name": name, "folder": str(out), "has_code": has_code, "is_adapter": False}
         )
         expected[name] = logits, answers
-        if kind in WITH_ADAPTER:
+        if kind in WITH_ADAPTER and family != DEEPSEEK_MOE:
             adapter = work / "exported" / f"{name}-adapter"
             if not adapter.is_dir():
                 export_adapter(state, adapter)
@@ -159,8 +168,12 @@ def compare(chosen: Sequence[tuple[str, str | None]], work: Path, *, python: Pat
     work.mkdir(parents=True, exist_ok=True)
     asked = {"cases": cases, "max_new_tokens": MAX_NEW_TOKENS}
     (work / "asked.json").write_text(json.dumps(asked))
-    subprocess.run([str(python), str(HERE / "alone.py"), str(work)], check=True, cwd=work)
+    subprocess.run([str(python), "-I", str(HERE / "alone.py"), str(work)], check=True, cwd=work)
     return [_record(case, work, *expected[case["name"]]) for case in cases]
+
+
+def _is_deepseek(family: str | None, kind: str) -> bool:
+    return family == DEEPSEEK_MOE and kind != "flex"
 
 
 def _base_folder(state: ModelState) -> str:
@@ -184,6 +197,7 @@ def _record(
         "largest_logit": float(logits.abs().max()),
         "same_answers": sum(a == b for a, b in zip(written, answers, strict=True)),
         "num_prompts": len(answers),
+        **({"ways": got["ways"]} if got["ways"] else {}),
     }
 
 

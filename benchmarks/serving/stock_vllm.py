@@ -71,7 +71,8 @@ def measure(kind: str, family: str | None, name: str, work: Path, *, python: Pat
     about.write_text(json.dumps(asked))
     got.unlink(missing_ok=True)
     quiet = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    command = [str(python), str(Path(__file__).parent / "in_vllm.py"), str(about), str(got)]
+    script = str(Path(__file__).parent / "in_vllm.py")
+    command = [str(python), "-I", script, str(about), str(got)]
     with (work / "vllm.log").open("a") as log:
         subprocess.run(
             command, check=True, env={**os.environ, **quiet}, cwd=work, stdout=log, stderr=log

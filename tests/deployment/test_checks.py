@@ -11,6 +11,7 @@ from orchard.deployment.consent import Consent
 from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
 from orchard.deployment.key_files import AUTHORITY
 from orchard.deployment.keys import make_coordinator_keys, make_site_keys
+from orchard.deployment.server_app import build_coordinator
 from orchard.deployment.site import SiteOptions, check_site
 
 
@@ -73,3 +74,20 @@ def test_a_site_needs_its_own_key_and_the_authority(tmp_path: Path) -> None:
         check_site(options)
     make_site_keys(keys, "north")
     check_site(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "fewest", "wanted"),
+    [
+        ((), 3, 5),
+        (("server.clients_per_round=3",), 2, 3),
+        (("deployment.quorum=4",), 4, 0),
+        (("deployment.quorum=1", "server.clients_per_round=3"), 1, 0),
+    ],
+)
+def test_more_than_half_are_enough_where_nobody_has_set_a_quorum(
+    options: tuple[str, ...], fewest: int, wanted: int, tmp_path: Path
+) -> None:
+    recipe = quick_recipe("fedavg", *options)
+    own = build_coordinator(recipe, tmp_path, run="x", base_digest="x", num_sites=5)
+    assert (own.patience.quorum, own.patience.wanted) == (fewest, wanted)

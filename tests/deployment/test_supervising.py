@@ -16,15 +16,24 @@ from orchard.deployment.hosting import CoordinatorOptions, RoundsFailedError
 ROUND = """
 echo start >> starts
 [ {completes} = yes ] && echo '{{"round": '$(wc -l < starts)', "kind": "round"}}' >> metrics.jsonl
+mkdir -p quarantine
+number=$(( ($(wc -l < starts) + 1) / 3 ))
+[ {sets_apart} = yes ] && echo '{{}}' > quarantine/round_000001_$number.json
 [ $(wc -l < starts) -ge {enough} ] && echo '{{"rounds": {enough}}}' > result.json
 kill -9 $$
 """
 
 
 def supervise(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, completes: bool, enough: int
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    completes: bool,
+    enough: int,
+    sets_apart: bool = False,
 ) -> dict[str, int]:
-    script = ROUND.format(completes="yes" if completes else "no", enough=enough)
+    says = {True: "yes", False: "no"}
+    script = ROUND.format(completes=says[completes], sets_apart=says[sets_apart], enough=enough)
     sleep = time.sleep
     monkeypatch.setattr(hosting, "time", SimpleNamespace(sleep=lambda seconds: sleep(0.002)))
     superlink = SimpleNamespace(is_running=True, num_failures=0, stop=lambda: None)
@@ -48,3 +57,11 @@ def test_five_crashes_of_one_round_do(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(RoundsFailedError, match="tried 5 times"):
         supervise(tmp_path, monkeypatch, completes=False, enough=9)
     assert len((tmp_path / "starts").read_text().splitlines()) == 5
+
+
+def test_a_crash_whose_update_was_set_apart_is_none_of_five(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three crashes are laid at an update's door: three such updates in one round end no run."""
+    result = supervise(tmp_path, monkeypatch, completes=False, sets_apart=True, enough=11)
+    assert result == {"rounds": 11}

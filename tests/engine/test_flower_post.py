@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from orchard.engine import flower
 from orchard.engine.exchange import Reply
 from orchard.engine.flower import FlowerPost
 from orchard.engine.flower_messages import pack, unpack
+from orchard.engine.journal import WatchedPost
 from orchard.recipe.run_options import DeploymentOptions
 
 
@@ -150,5 +152,6 @@ def test_an_answer_that_comes_while_its_probe_is_looked_at_is_not_missed() -> No
 
     grid = Late(pack({"site": "north"}, b""))
     grid.ready = set()
-    found = FlowerPost(grid).collect(["ticket", "probe"])  # type: ignore[arg-type]
+    post = WatchedPost(FlowerPost(grid), reading=lambda site, number: nullcontext())  # type: ignore[arg-type]
+    found = post.collect(["ticket", "probe"])
     assert {reply.ticket for reply in found} == {"ticket", "probe"}

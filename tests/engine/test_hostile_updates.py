@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -349,6 +350,57 @@ def test_an_update_that_was_damaged_on_disk_is_set_apart(tmp_path: Path) -> None
     state, _ = run(folder, ScriptedPost(full(3.0)), num_rounds=1)
     # Its site was asked again.
     assert state.shared[FIRST].unique().tolist() == [2.0]
+
+
+ALL_WANTED = replace(PATIENCE, wanted=3, attempts=3)
+
+
+@pytest.mark.parametrize("bad", [None, full(3.0, 1e9)], ids=["refuses", "poisons"])
+def test_a_site_that_is_never_let_in_is_asked_again_and_then_left_out(
+    bad: Bad | None, tmp_path: Path
+) -> None:
+    """The fault was a run of three that one of them ended, where nobody had set a quorum."""
+    post = ScriptedPost(bad)
+    state, _ = run(tmp_path / "run", post, patience=ALL_WANTED)
+    assert same(state.shared, without(tmp_path))
+    asked = [site for site, own in post.asked if own["kind"] == "round" and own["train"]]
+    assert {site: asked.count(site) for site in SITES} == {"a": 2, "b": 2, "bad": 2 * 3}
+
+
+def test_all_are_waited_for_where_nobody_has_set_a_quorum(tmp_path: Path) -> None:
+    tries = iter(range(99))
+
+    def late(asked: Header) -> Any:
+        return full(3.0)(asked) if next(tries) else ({"refused": "no_memory", "site": "bad"}, b"")
+
+    state, _ = run(tmp_path / "run", ScriptedPost(late), patience=ALL_WANTED, num_rounds=1)
+    assert state.shared[FIRST].unique().tolist() == [2.0]
+    assert next(tries) == 2
+
+
+def test_a_silent_site_is_waited_for_once_a_round(tmp_path: Path) -> None:
+    post, patience = ScriptedPost(lambda asked: None), replace(ALL_WANTED, round_seconds=0.2)
+    started = time.monotonic()
+    state, _ = run(tmp_path / "run", post, patience=patience, num_rounds=1)
+    assert same(state.shared, without(tmp_path, num_rounds=1))
+    assert len([own for site, own in post.asked if site == "bad" and own["kind"] == "round"]) == 1
+    assert time.monotonic() - started < 2 * 0.2 + 1.0
+
+
+def test_half_of_the_sites_are_not_enough(tmp_path: Path) -> None:
+    post = ScriptedPost(None)
+    with pytest.raises(TimeoutError, match="at least 3 updates, got 2 in 3 attempts"):
+        run(tmp_path / "run", post, patience=replace(ALL_WANTED, quorum=3))
+
+
+def test_a_run_that_goes_on_does_not_wait_for_who_will_not_join_again(tmp_path: Path) -> None:
+    folder, patience = tmp_path / "run", replace(ALL_WANTED, join_seconds=60.0)
+    run(folder, ScriptedPost(full(3.0)), patience=patience, num_rounds=1)
+    started = time.monotonic()
+    post = ScriptedPost(None, joins=lambda asked: {"refused": "limit", "site": "bad"})
+    state, _ = run(folder, post, patience=patience, num_rounds=2)
+    assert state.round_number == 2
+    assert time.monotonic() - started < 30.0
 
 
 def test_a_failure_that_no_update_causes_is_told_as_it_is(tmp_path: Path) -> None:

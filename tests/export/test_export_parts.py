@@ -112,7 +112,7 @@ def test_what_does_not_fit_a_run_is_refused(
         (("--global", "--out", "HERE"), "must be a new folder"),
         (("--client", "nort", "--out", "new"), "did you mean"),
         (("--global", "--round", "7", "--out", "new"), "must hold a finished round 7"),
-        (("--out", "new"), "one of --client and --global"),
+        (("--out", "new"), "one of --client ID and --global"),
         (("--global", "--graft", "--out", "new"), "must be asked of a client with grafts"),
     ],
 )

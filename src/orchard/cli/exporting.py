@@ -8,7 +8,9 @@ from typing import Annotated
 import typer
 
 from orchard.cli.errors import BAD_INPUT, clear_errors
+from orchard.cli.models import ModelOption, RoundOption
 from orchard.cli.parameters import Traceback
+from orchard.cli.resuming import is_run
 
 
 def export(
@@ -18,9 +20,7 @@ def export(
     out: Annotated[Path, typer.Option(help="The new folder.", show_default=False)],
     client: Annotated[str, typer.Option(help="Whose personal model.")] = "",
     is_global: Annotated[bool, typer.Option("--global", help="The global model.")] = False,
-    round_number: Annotated[
-        int | None, typer.Option("--round", help="After this round; by default the last.", min=1)
-    ] = None,
+    round_number: RoundOption = None,
     adapter: Annotated[
         bool, typer.Option("--adapter", help="What was trained of the base, for PEFT.")
     ] = False,
@@ -34,12 +34,17 @@ def export(
         str,
         typer.Option("--as", help="family or qwen2_moe; by default one without code if there is."),
     ] = "auto",
+    model: ModelOption = None,
     traceback: Traceback = False,
 ) -> None:
     """Write a trained model as a folder that transformers, or PEFT, loads without Orchard."""
     with clear_errors(code=BAD_INPUT, traceback=traceback):
-        if bool(client) == is_global:
-            raise ValueError("one of --client and --global must be given, got both or neither")
+        if bool(client) == is_global and (client or is_run(run)):
+            raise ValueError(
+                f"one of --client ID and --global must be given, got "
+                f"{'both' if client else 'neither'}; a run has a model for each client, and one "
+                "for all"
+            )
         if adapter and graft:
             raise ValueError("one of --adapter and --graft must be given, got both")
         if dtype not in ("", "float32", "bfloat16"):
@@ -58,10 +63,17 @@ def export(
             )
         from orchard.export.parts import export_adapter, export_graft
         from orchard.export.writing import check_new
-        from orchard.personal.state import read_state
+        from orchard.personal.choosing import choose_state
 
         check_new(out)
-        state = read_state(run, client=client or None, round_number=round_number)
+        state = choose_state(
+            run,
+            client=client or None,
+            model="global" if is_global else None,
+            round_number=round_number,
+        )
+        if model is not None:
+            state = state.on_base(model)
         if graft:
             num_bytes = export_graft(state, out)
             print(f"{out}: {num_bytes:,} bytes, for the base {state.base_digest[:12]}")
@@ -88,13 +100,37 @@ def export(
 
 
 def import_part(
-    part: Annotated[Path, typer.Argument(help="A folder of orchard export --graft or --adapter.")],
-    into: Annotated[Path, typer.Option("--into", help="The run's folder.", show_default=False)],
+    parts: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of orchard export --graft or --adapter.", show_default=False),
+    ],
+    into: Annotated[
+        Path,
+        typer.Option(
+            "--into",
+            help="A run's folder or a site's store, for grafts; a new folder becomes a run.",
+            show_default=False,
+        ),
+    ],
     client: Annotated[str, typer.Option(help="Whose grafts they become.")] = "",
+    model: Annotated[str, typer.Option(help="Where the base of a new run is.")] = "",
     traceback: Traceback = False,
 ) -> None:
-    """Put exported grafts, or an adapter, back into a run on the same base."""
+    """Put exported grafts back into a run on the same base, or make a run of exported parts."""
     with clear_errors(code=BAD_INPUT, traceback=traceback):
-        from orchard.export.importing import import_into
+        from orchard.export.importing import import_into, make_run
 
-        print(import_into(part, into, client=client or None))
+        if not into.exists():
+            print(make_run(parts, into, model=model or None, client=client or None))
+            return
+        if model:
+            raise ValueError(
+                f"--model must be left out where --into is a run, got {model}; the run knows its "
+                "base"
+            )
+        if len(parts) != 1:
+            raise ValueError(
+                f"PART must be one folder where --into is a run, got {len(parts)}; import one "
+                "after the other"
+            )
+        print(import_into(parts[0], into, client=client or None))

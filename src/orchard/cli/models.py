@@ -55,8 +55,6 @@ def _choose(
     model: str | None,
     store: Path | None,
 ) -> ModelState:
-    from dataclasses import replace
-
     from orchard.personal.choosing import choose_state
 
     if is_global and is_base:
@@ -69,10 +67,7 @@ def _choose(
     assert folder is not None
     kind: Literal["base", "global"] | None = "global" if is_global else "base" if is_base else None
     state = choose_state(folder, client=client, model=kind, round_number=round_number)
-    if model is not None:
-        own = replace(state.recipe, model=replace(state.recipe.model, path=model))
-        state = replace(state, recipe=own)
-    return state
+    return state if model is None else state.on_base(model)
 
 
 def _options(**options: Any) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 from orchard.deployment.addresses import check_proxies, check_security, split_address
 from orchard.deployment.key_files import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
 from orchard.deployment.server_app import FAILURE_FILE, LOCK_FILE, RESULT_FILE, RUN_FILE
+from orchard.engine.inbox import Inbox
+from orchard.engine.journal import num_tried
 from orchard.engine.processes import Child, child_environment, free_port, only_one
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
@@ -163,7 +165,7 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
     """Keep the SuperLink and the rounds running until there is a result."""
     superlink = _superlink(options, folder)
     app: subprocess.Popen[bytes] | None = None
-    failures, last_round, num_starts, is_ready = 0, _last_round(folder), 0, False
+    failures, last, num_starts, is_ready = 0, _steps(folder), 0, False
     try:
         while not (folder / RESULT_FILE).exists():
             if not superlink.is_running:
@@ -186,16 +188,17 @@ def _supervise(options: CoordinatorOptions, folder: Path) -> dict[str, Any]:
                 app = _submit(folder)
             elif app.poll() is not None and not (folder / RESULT_FILE).exists():
                 app = None
-                now = _last_round(folder)
-                failures = 1 if now > last_round else failures + 1
-                last_round = now
+                now = _steps(folder)
+                has_moved = any(new > old for new, old in zip(now, last, strict=True))
+                failures = 1 if has_moved else failures + 1
+                last = now
                 reason = _failure(folder)
                 if failures >= options.attempts:
                     raise RoundsFailedError(
                         f"{reason or 'the rounds ended without a result'}; tried {failures} "
                         f"times; see {folder / 'logs'}"
                     )
-                log.warning("rounds ended (%s); going on after round %d", reason, last_round)
+                log.warning("rounds ended (%s); going on after round %d", reason, last[0])
                 time.sleep(min(2.0**failures, 30.0))
             time.sleep(_LOOK_SECONDS)
     finally:
@@ -309,9 +312,14 @@ def _stop(process: subprocess.Popen[bytes] | None) -> None:
         process.wait(10.0)
 
 
-def _last_round(folder: Path) -> int:
+def _steps(folder: Path) -> tuple[int, int, int]:
+    """Return what says that an end of the rounds was not in vain, each of which only grows so far.
+
+    The last round; how many updates were set apart, and tried, because a process ended in them.
+    Without these, whoever sends what ends a process would soon end the run.
+    """
     rounds = [line["round"] for line in MetricsLog(folder / "metrics.jsonl").read()]
-    return max(rounds, default=0)
+    return max(rounds, default=0), Inbox(folder / "inbox").num_set_apart(), num_tried(folder)
 
 
 def _failure(folder: Path) -> str:

@@ -24,6 +24,7 @@ from orchard.experiment.run_folder import (
 )
 from orchard.experiment.running import build_schedule, load_model
 from orchard.experiment.settings import learning_rate
+from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import load_tokenizer, threads
 from orchard.recipe.options import Recipe
@@ -73,7 +74,8 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
     tokenizer = load_tokenizer(recipe.model.path)
     with threads(recipe.model.num_threads):
         model = load_model(recipe, tokenizer)
-        fresh, base_digest = dict(model.fresh), model.base_digest
+        base_digest = model.base_digest
+        fresh = dict(starting_values(recipe, model.fresh, base_digest=base_digest))
         rate = learning_rate(recipe, model.view)
         del model
         coordinator = build_coordinator(
@@ -119,6 +121,7 @@ def build_coordinator(
 ) -> Coordinator:
     """Return what runs the rounds of a recipe."""
     options = recipe.deployment
+    cohort = min(recipe.server.clients_per_round or num_sites, num_sites)
     return Coordinator(
         schedule=build_schedule(recipe, rate=rate),
         channel=build_channel(recipe),
@@ -132,7 +135,8 @@ def build_coordinator(
             join_seconds=options.join_seconds,
             round_seconds=options.round_seconds,
             probe_seconds=options.probe_seconds,
-            quorum=options.quorum or recipe.server.clients_per_round or num_sites,
+            quorum=options.quorum or cohort // 2 + 1,
+            wanted=0 if options.quorum else cohort,
             attempts=options.attempts,
             accept_late=options.stragglers == "late",
             staleness=options.staleness,

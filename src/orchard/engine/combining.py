@@ -54,6 +54,8 @@ class Combiner:
         check: Raises where a state must not be committed.
         coverage: Begins to count what a round covers.
         working: Is told how many updates were read.
+        noting: Of the journal: is told which update is read and added to others from now on; None
+            where all are together.
     """
 
     strategy: Strategy
@@ -62,6 +64,7 @@ class Combiner:
     check: Check
     coverage: Callable[[], Coverage]
     working: Callable[[int], None] = lambda number: None
+    noting: Callable[[Arrived | None], None] = lambda own: None
 
     def combine(self, arrived: Sequence[Arrived]) -> Combined | None:
         """Return what updates make, without those that bring it down; None where all do.
@@ -103,12 +106,14 @@ class Combiner:
         """Yield updates from disk, one at a time, and note their metrics."""
         number = self.state.round_number + 1
         for position, own in enumerate(arrived):
+            self.noting(own)
             update = self.read(own)
             line = {"kind": "client", "round": number, "client": update.client_id}
             lines.append({**update.metrics, **line})
             coverage.add(update)
             self.working(position)
             yield update
+        self.noting(None)
 
     def _culprits(
         self, arrived: Sequence[Arrived], error: Exception

@@ -27,6 +27,7 @@ from orchard.engine.exchange import Answer, Patience, Post, Request, exchange
 from orchard.engine.inbox import Arrived, Inbox
 from orchard.engine.intake import Asked, Intake, describe
 from orchard.engine.joining import wait_for_sites
+from orchard.engine.journal import Journal, WatchedPost
 from orchard.engine.progress import Reporter
 from orchard.engine.rounds import Rounds, summarize
 from orchard.engine.simulator import Schedule, sample_clients
@@ -89,6 +90,7 @@ class Coordinator:
         """Open the logs."""
         self._log = MetricsLog(self.folder / "metrics.jsonl")
         self._audit = AuditLog(self.folder / "audit.jsonl")
+        self._journal = Journal(self.folder)
         self._intake = Intake(
             self.channel,
             self.admission,
@@ -97,6 +99,7 @@ class Coordinator:
             audit=self._audit,
             ranges=self.ranges,
             has_preferences=self.has_preferences,
+            journal=self._journal,
         )
         self._stragglers = Stragglers()
 
@@ -162,6 +165,8 @@ class Coordinator:
             TimeoutError: Too few sites joined, or answered, in time.
             ValueError: The checkpoint belongs to another run.
         """
+        post = WatchedPost(post, self._journal.reading)
+        self._intake.set_apart_blamed()
         saved = load_checkpoint(self.folder / "checkpoints", about=self.about)
         done = saved.round_number if saved else 0
         self._log.rewind(done)
@@ -198,7 +203,7 @@ class Coordinator:
             sites,
             round_number=number,
             look=lambda message, own: self._intake.look_again(message, own, asked, state.shared),
-            refuse=lambda own, error: rounds.set_apart(own, describe(error)),
+            refuse=lambda own, error: self._intake.set_apart(own, describe(error)),
         )
         self.channel.uplink_bytes += sum(own.num_bytes for own in arrived)
         refused = set(inbox.set_apart_in(number))
@@ -209,7 +214,10 @@ class Coordinator:
             arrived += self._ask_round(post, sites, state, broadcast, settled)
             arrived, odd = rounds.settle(arrived, sites)
             refused |= odd
-            made = rounds.combine(strategy, state, arrived) if len(arrived) >= fewest else None
+            has_time = time.monotonic() - started < self.patience.round_seconds
+            wanted = self._wanted(sites, number, refused) if has_time else 0
+            enough = max(wanted if attempt < self.patience.attempts else 0, fewest)
+            made = rounds.combine(strategy, state, arrived) if len(arrived) >= enough else None
             if made is not None:
                 refused |= {own.client_id for own, _ in made.culprits}
                 arrived = list(made.counted)
@@ -220,7 +228,7 @@ class Coordinator:
                 number,
                 attempt,
                 len(arrived),
-                fewest,
+                enough,
             )
             time.sleep(self.patience.poll_seconds * 2**attempt)
         else:
@@ -240,12 +248,18 @@ class Coordinator:
         keep = self.schedule.keep_rounds
         save_checkpoint(self.folder / "checkpoints", state, about=self.about, keep=keep)
         inbox.throw_away(arrived)
+        self._journal.forget()
         self.reporter.completed(
             number,
             loss=summary.get("round/train_loss"),
             uplink_bytes=int(summary["round/uplink_bytes"]),
         )
         return state
+
+    def _wanted(self, sites: Sequence[str], number: int, refused: Set[str]) -> int:
+        """Return how many updates a round is tried for; those set apart are not asked again."""
+        cohort = set(sample_clients(sites, self.schedule, self.seeds, number))
+        return min(self.patience.wanted, len(cohort - refused))
 
     def _asked(
         self, round_number: int, *, trains: bool = True, models: Collection[str] = ()
@@ -278,10 +292,11 @@ class Coordinator:
         arrived = self._collect_late(post, state)
         busy = self._stragglers.busy
         cohort = set(sample_clients(sites, self.schedule, self.seeds, number)) - settled - busy
+        away = busy | self._intake.inbox.set_apart_in(number)
         asked = {
             site: self._asked(number, trains=site in cohort, models=due.get(site, ()))
             for site in sites
-            if site in cohort or (site in due and site not in busy)
+            if site in cohort or (site in due and site not in away)
         }
         late: dict[str, str] = {}
         measured: dict[str, RoundDone] = {}
@@ -357,8 +372,11 @@ class Coordinator:
         number = state.round_number + 1
         task = Task(number, state.shared, LocalSettings(0, 0, 0.0))
         body = self.channel.broadcast(task, {}).whole
+        away = self._intake.inbox.set_apart_in(number)
         asked = {
-            site: self._asked(number, trains=False, models=models) for site, models in due.items()
+            site: self._asked(number, trains=False, models=models)
+            for site, models in due.items()
+            if site not in away
         }
         requests = {site: self._request(site, sites, body, own) for site, own in asked.items()}
         measured: dict[str, RoundDone] = {}

@@ -25,6 +25,8 @@ class Patience:
         round_seconds: For the answers of one round.
         probe_seconds: After so long without an answer a site is asked whether it still works.
         quorum: Fewest updates of a round that counts.
+        wanted: Updates that a round is tried for again while there are tries and time left, before
+            ``quorum`` is enough, and fewest sites that begin a run; 0 = ``quorum``.
         attempts: How often one site is asked, and one round is tried.
         accept_late: Whether an answer that came after its round counts in the next one.
         staleness: What it counts then, to the power of the rounds that it is late, in (0, 1].
@@ -35,6 +37,7 @@ class Patience:
     round_seconds: float = 3600.0
     probe_seconds: float = 30.0
     quorum: int = 1
+    wanted: int = 0
     attempts: int = 3
     accept_late: bool = False
     staleness: float = 0.5

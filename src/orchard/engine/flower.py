@@ -81,12 +81,7 @@ class FlowerPost:
 
     def collect(self, tickets: Collection[str]) -> list[Reply]:
         """Return the replies that are there."""
-        replies = [reply for ticket in tickets for reply in self._pull(ticket)]
-        if replies:
-            # What came meanwhile for those that were looked at first.
-            there = {reply.ticket for reply in replies}
-            replies += [own for t in tickets if t not in there for own in self._pull(t)]
-        return replies
+        return [reply for ticket in tickets for reply in self._pull(ticket)]
 
     def _pull(self, ticket: str) -> list[Reply]:
         """Return the reply to one ticket, if it is there.

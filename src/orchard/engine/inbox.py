@@ -136,6 +136,10 @@ class Inbox:
                 log.warning("the quarantine is full; its oldest reason goes: %s", path.name)
                 path.unlink(missing_ok=True)
 
+    def num_set_apart(self) -> int:
+        """Return how many reasons the quarantine has."""
+        return len(list(self.quarantine.glob("round_*.json")))
+
     def set_apart_in(self, round_number: int) -> frozenset[str]:
         """Return whose updates of a round are in the quarantine; they are not asked for again."""
         found = self.quarantine.glob(f"round_{round_number:06d}_*.json")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from orchard.communication import door
 from orchard.communication.audit import AuditLog, content_digest
@@ -15,6 +17,7 @@ from orchard.communication.refusals import explain
 from orchard.engine.evaluations import Ranges, measured_ranges
 from orchard.engine.exchange import Answer
 from orchard.engine.inbox import Arrived, Inbox
+from orchard.engine.journal import Journal
 from orchard.server.admission import Admission, check_measured
 from orchard.strategies.expert_names import expert_of, is_router
 from orchard.trees import Tree
@@ -68,6 +71,7 @@ class Intake:
         examples: Site to how many examples it joined with; None where it did not say.
         accepted: Site to how many examples it counts for; None where no site said how many it has.
         has_preferences: Whether routers count by preference, not by examples.
+        journal: Is told whose message is read.
     """
 
     channel: Channel
@@ -79,6 +83,7 @@ class Intake:
     examples: dict[str, int | None] = field(default_factory=dict)
     accepted: dict[str, int | None] = field(default_factory=dict)
     has_preferences: bool = False
+    journal: Journal | None = None
 
     def take(self, answer: Answer, asked: Asked, shared: Tree, *, is_last: bool = True) -> Taken:
         """Check what a site answers, and keep its update on disk.
@@ -91,6 +96,18 @@ class Intake:
             shared: The global tree, whose names and shapes an update must have.
             is_last: Whether a site that lacks values cannot be sent them now.
         """
+        with self.reading(answer.site, asked.round_number, message=answer.body):
+            return self._take(answer, asked, shared, is_last=is_last)
+
+    def reading(
+        self, site: str, round_number: int, *, path: Path | None = None, message: bytes = b""
+    ) -> AbstractContextManager[None]:
+        """See ``Journal.reading``; nothing where there is no journal."""
+        if self.journal is None:
+            return nullcontext()
+        return self.journal.reading(site, round_number, path=path, message=message)
+
+    def _take(self, answer: Answer, asked: Asked, shared: Tree, *, is_last: bool) -> Taken:
         try:
             reply = self._read(answer, is_last=is_last)
             if isinstance(reply, door.LacksValues):
@@ -178,7 +195,8 @@ class Intake:
         Raises:
             ValueError: It must not be aggregated.
         """
-        update, norm = self.look(message, own.client_id, asked, shared)
+        with self.reading(own.client_id, own.round_number, path=own.path):
+            update, norm = self.look(message, own.client_id, asked, shared)
         return self._weighed(own, update, norm)
 
     def most(self, site: str, shared: Tree, *, is_said: bool = True) -> dict[str, float] | None:
@@ -201,6 +219,17 @@ class Intake:
             # What nobody prefers weighs far less than one, so that examples bound nothing here.
             router = float(max(len({expert_of(name) for name in shared} - {None}), 1))
         return {name: router if is_router(name) else limit for name in shared}
+
+    def set_apart(self, own: Arrived, reason: str) -> None:
+        """Move an update to the quarantine, and say why."""
+        self.refuse(own.client_id, own.round_number, f"{reason}; set apart in quarantine/")
+        self.inbox.set_apart(own, reason)
+
+    def set_apart_blamed(self) -> None:
+        """Set apart what the process ended in too often, before it is met again."""
+        for own in self.journal.blamed() if self.journal else ():
+            arrived = Arrived(own.site, own.round_number, own.path, 0)
+            self.set_apart(arrived, own.reason)
 
     def refuse(self, site: str, round_number: int, reason: str) -> None:
         """Write down that something of a site was refused, and why."""

@@ -47,6 +47,9 @@ def wait_for_sites(
     end = time.monotonic() + patience.join_seconds
     joined: dict[str, int | None] = {}
     refused: dict[str, str] = {}
+    # Whose answers ended the process; and a run that has begun goes on without who stays away now.
+    barred = intake.inbox.set_apart_in(0)
+    fewest = min(patience.quorum if known else max(patience.quorum, patience.wanted), expected)
     asked: set[str] = set()
     say_at = time.monotonic() + min(_SAY_SECONDS, patience.join_seconds / 2)
 
@@ -57,12 +60,17 @@ def wait_for_sites(
             silent = sorted(asked - joined.keys() - refused.keys())
             _say(len(joined), expected, silent, left=end - time.monotonic())
             say_at = time.monotonic() + _SAY_SECONDS
-        new = set(online) - joined.keys() - refused.keys() - asked
+        new = set(online) - joined.keys() - refused.keys() - asked - barred
         new = {site for site in new if not known or site in known}
         asked.update(new)
         return {site: request for site in sorted(new)}
 
-    while len(joined) < expected and time.monotonic() < end:
+    def is_settled() -> bool:
+        """Say whether nobody else can join: of a run that has begun, each site said yes or no."""
+        no_more = bool(known) and not known.keys() - joined.keys() - refused.keys() - barred
+        return len(joined) >= expected or no_more
+
+    while not is_settled() and time.monotonic() < end:
         reporter.working(f"{len(joined)} of {expected} sites joined", share=0.0)
         asked.clear()
         left = max(end - time.monotonic(), 0.0)
@@ -80,16 +88,16 @@ def wait_for_sites(
                 continue
             joined[answer.site] = number
             intake.audit.write("joined", site=answer.site, round=0, num_examples=number)
-            if len(joined) >= expected:
+            if is_settled():
                 break  # one more that was asked and is silent keeps nobody waiting
-        if len(joined) < expected:
+        if not is_settled():
             time.sleep(patience.poll_seconds)
-    if joined and patience.quorum <= len(joined) < expected:
+    if joined and fewest <= len(joined) < expected:
         log.warning("the run begins with %d of %d sites", len(joined), expected)
-    if len(joined) < min(patience.quorum, expected) or not joined:
+    if len(joined) < fewest or not joined:
         why = "; ".join(f"{site}: {reason}" for site, reason in sorted(refused.items()))
         raise TimeoutError(
-            f"at least {max(patience.quorum, 1)} sites must join within "
+            f"at least {max(fewest, 1)} sites must join within "
             f"{patience.join_seconds:g} seconds, got {len(joined)} of {expected}"
             f"{' (' + why + ')' if why else ''}; start more sites, raise "
             "deployment.join_seconds, or lower deployment.quorum"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,15 +140,39 @@ class Rounds:
         self.intake.refuse(own.client_id, own.round_number, reason)
         self.intake.inbox.throw_away([own])
 
-    def set_apart(self, own: Arrived, reason: str) -> None:
-        """Move an update to the quarantine, and say why."""
-        self.intake.refuse(own.client_id, own.round_number, f"{reason}; set apart in quarantine/")
-        self.intake.inbox.set_apart(own, reason)
-
     def combine(
         self, strategy: Strategy, state: ServerState, arrived: Sequence[Arrived]
     ) -> Combined | None:
-        """Return what the updates of a round make, and set apart those that bring it down."""
+        """Return what the updates of a round make, and set apart those that bring it down.
+
+        Raises:
+            RuntimeError: The process ended before, whichever update was left out.
+        """
+        number, journal = state.round_number + 1, self.intake.journal
+        likely = sorted(arrived, key=lambda own: -own.norm * max(own.weight, 1.0))
+        suspect = journal.suspect(number, [own.client_id for own in likely]) if journal else ""
+        kept = [own for own in arrived if own.client_id != suspect]
+        with journal.combining(number, left_out=suspect) if journal else nullcontext():
+            made = self._combine(strategy, state, kept)
+        for own in (own for own in arrived if own.client_id == suspect):
+            reason = "the process ended again and again in this round, and did not without this"
+            made = made or Combined(state, (), {}, ())
+            made = replace(made, culprits=(*made.culprits, (own, reason)))
+        for own, reason in made.culprits if made else ():
+            self.intake.set_apart(own, reason)
+        return made
+
+    def _note(self, own: Arrived | None) -> None:
+        if self.intake.journal is None:
+            return
+        if own is None:
+            self.intake.journal.together()
+        else:
+            self.intake.journal.adding(own.client_id, own.round_number, own.path)
+
+    def _combine(
+        self, strategy: Strategy, state: ServerState, arrived: Sequence[Arrived]
+    ) -> Combined | None:
 
         def working(position: int) -> None:
             self.reporter.working("updates are aggregated", share=position / len(arrived))
@@ -159,17 +184,15 @@ class Rounds:
             longest = max(norms, default=0.0) if is_held else 0.0
             check_move(state, after, longest=longest, max_move=self.max_move)
 
-        made = Combiner(
+        return Combiner(
             strategy,
             state,
             read=lambda own: self._read(own, state),
             check=check,
             coverage=lambda: Coverage(state.shared, rounds_since_sent(self.log)),
             working=working,
+            noting=self._note,
         ).combine(arrived)
-        for own, reason in made.culprits if made else ():
-            self.set_apart(own, reason)
-        return made
 
     def _read(self, own: Arrived, state: ServerState) -> Update:
         """Return an update from disk, as much as it counts; a name without weight is left alone."""

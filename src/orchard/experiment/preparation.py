@@ -28,6 +28,7 @@ from orchard.experiment.holdings import (
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.protecting import check_privacy
 from orchard.experiment.settings import lora_settings, placement_of
+from orchard.experiment.start_values import check_start
 from orchard.experiment.wiring import check_communication
 from orchard.models.stored.loading import (
     check_checkpoint,
@@ -134,6 +135,8 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     placement_of(recipe)  # what cannot be placed there is refused
     checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
     _check_names(recipe)
+    if seat is None:  # a site is sent what a run starts from
+        check_start(recipe)
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)
     if seat:
         budgets = budgets[seat.index : seat.index + 1]

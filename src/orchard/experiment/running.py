@@ -39,6 +39,7 @@ from orchard.experiment.run_folder import (
     recorded_as,
 )
 from orchard.experiment.settings import learning_rate, lora_settings, placement_of
+from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
 from orchard.experiment.workers import IN_THIS_PROCESS, WorkerOptions, open_team, threads_note
 from orchard.experts.submodel_source import SubmodelSource
@@ -346,7 +347,9 @@ def run_experiment(
         state = run_rounds(
             method,
             ground.crew,
-            start_server(method, ground.fresh),
+            start_server(
+                method, starting_values(recipe, ground.fresh, base_digest=ground.base_digest)
+            ),
             schedule=schedule,
             channel=build_channel(recipe),
             seeds=Seeds(recipe.seed),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from orchard.export.card import portable_toml
 from orchard.export.writing import new_folder
 from orchard.models.stored.conversion import find_path, match_checkpoint
 from orchard.models.stored.deepseek_moe import is_rewritten
+from orchard.models.stored.exported_parts import ADAPTER_FORMAT, ADAPTER_PREFIX, GRAFT_FORMAT
 from orchard.models.trainable.slots import canonical
 from orchard.models.trainable.targets import find_targets
 from orchard.models.view.moe import MoEView
 from orchard.models.view.storage import FusedExperts
 from orchard.personal.state import ModelState
 from orchard.results import write_json
-
-GRAFT_FORMAT = "orchard-graft-1"
-_PREFIX = "base_model.model."
 
 
 def export_graft(state: ModelState, out: Path) -> int:
@@ -117,7 +114,7 @@ def export_adapter(state: ModelState, out: Path) -> int:
         write_json(
             folder / "orchard.json",
             {
-                "format": "orchard-adapter-1",
+                "format": ADAPTER_FORMAT,
                 "base_digest": state.base_digest,
                 "client": state.client_id,
                 "round": state.round_number,
@@ -154,8 +151,8 @@ def adapter_tensors(
             b = torch.stack(rows)
         else:
             continue
-        found[f"{_PREFIX}{path}.lora_A.weight"] = a.contiguous()
-        found[f"{_PREFIX}{path}.lora_B.weight"] = b.contiguous()
+        found[f"{ADAPTER_PREFIX}{path}.lora_A.weight"] = a.contiguous()
+        found[f"{ADAPTER_PREFIX}{path}.lora_B.weight"] = b.contiguous()
     by_module: dict[str, list[str]] = {}
     for path in parameters:
         owner, _, name = path.rpartition(".")
@@ -175,8 +172,8 @@ def adapter_tensors(
                 own = [rest.pop(f"{layer.name}.router.{e}.lora_B") for e in layer.expert_ids]
                 b = torch.stack(own)
             inside = owner + ".base_layer" * depth
-            found[f"{_PREFIX}{inside}.lora_A.weight"] = a.contiguous()
-            found[f"{_PREFIX}{inside}.lora_B.weight"] = b.contiguous()
+            found[f"{ADAPTER_PREFIX}{inside}.lora_A.weight"] = a.contiguous()
+            found[f"{ADAPTER_PREFIX}{inside}.lora_B.weight"] = b.contiguous()
     if rest or not found:
         raise ValueError(
             f"every trained tensor must have a place in an adapter, got "
@@ -191,27 +188,3 @@ def _depths(view: MoEView, owner: str, names: list[str]) -> list[tuple[str, int]
     order = [n for n, _ in view.model.get_submodule(owner).named_parameters(recurse=False)]
     placed = sorted(names, key=order.index)
     return [(name, len(placed) - 1 - index) for index, name in enumerate(placed)]
-
-
-def read_about(part: Path) -> dict[str, Any]:
-    """Read what an exported part says of itself.
-
-    Raises:
-        ValueError: It is none, or is damaged.
-    """
-    for name in ("graft.json", "orchard.json"):
-        file = part / name
-        if file.is_file():
-            try:
-                about: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-                if str(about["format"]).startswith("orchard-") and str(about["base_digest"]):
-                    return about
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{file} must be as orchard export wrote it, got what does not parse; "
-                    "export it again"
-                ) from error
-    raise ValueError(
-        f"{part} must be a folder of orchard export --graft or --adapter, got another; "
-        "name one of these"
-    )

@@ -60,6 +60,11 @@ class ModelState:
     graft_experts: Mapping[str, tuple[int, ...]]
     held_experts: Mapping[str, tuple[int, ...]] | None
 
+    def on_base(self, path: str) -> ModelState:
+        """Return the same model with its base in another place."""
+        own = replace(self.recipe.model, path=path)
+        return replace(self, recipe=replace(self.recipe, model=own))
+
     def as_base(self) -> ModelState:
         """Return the base that this was trained on, as a model of which nothing was trained."""
         return replace(self, client_id=None, shared={}, own={}, graft_experts={}, held_experts=None)
@@ -92,6 +97,11 @@ def find_clients(folder: Path) -> Sequence[str]:
             f"{path} must be as the run wrote it, got what does not parse; bring it back from a "
             "copy"
         ) from error
+
+
+def client_store(folder: Path, client: str, base_digest: str) -> ClientStore:
+    """Return where a client of a run, or of a site's store, keeps its part of the model."""
+    return ClientStore(_client_folder(_run_of(folder), client), base_digest)
 
 
 def find_models(folder: Path) -> Sequence[str]:

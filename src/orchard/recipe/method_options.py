@@ -288,3 +288,8 @@ class ServerOptions:
         "and of each client what it needs to go on from either.",
         minimum=0,
     )
+    start: str = option(
+        "",
+        "Folder of orchard export --adapter on the same base, whose values the first round starts "
+        "from; empty = fresh adapters, which change nothing.",
+    )

@@ -321,8 +321,8 @@ class DeploymentOptions:
     sites: int = option(0, "Sites that take part; 0 = those with a key.", minimum=0)
     quorum: int = option(
         0,
-        "Fewest sites that join, and fewest updates of a round that counts; 0 = all of them, so "
-        "that every run has the same sites.",
+        "Fewest sites that join, and fewest updates of a round that counts; 0 = all of them join, "
+        "and all of a round are asked deployment.attempts times before more than half are enough.",
         minimum=0,
     )
     join_seconds: float = option(600.0, "Wait for sites to join.", above=0)
