@@ -187,7 +187,8 @@ class Requirements:
         state = config.hidden_size * width
         # Keys and values of each layer, at the most; and what one layer works with.
         cache = 2 * config.num_hidden_layers * (num_tokens + num_new) * state
-        return PROCESS_BYTES + held + batch_size * (logits + cache + 8 * num_tokens * state)
+        needed: int = PROCESS_BYTES + held + batch_size * (logits + cache + 8 * num_tokens * state)
+        return needed
 
     def trainable(self, experts: Sequence[int], *, kind: str = "all") -> int:
         """Return the trainable elements of everything with so many experts in each layer.
