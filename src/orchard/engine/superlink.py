@@ -31,6 +31,9 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMEST
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
 from flwr.superlink.main import create_app
 
+from orchard.engine.bell import Bell
+from orchard.process_memory import loading_to_stay
+
 log = logging.getLogger(__name__)
 _FLEET = "/v1/fleet/"
 _SAY_AGAIN_SECONDS, _MAX_HOSTS = 60.0, 1000
@@ -216,7 +219,10 @@ def main() -> None:
     config = _parse_superlink_lifespan_config()
     trusted = tuple(ipaddress.ip_network(one) for one in given.trusted_proxy)
     host, _, port = given.public.rpartition(":")
-    served = FrontDoor(create_app(config, SuperLinkLifespan), own_port=config.port, trusted=trusted)
+    # It serves for as long as it lives: what was loaded is not looked through for garbage.
+    with loading_to_stay():
+        app = Bell(create_app(config, SuperLinkLifespan), own_port=config.port)
+    served = FrontDoor(app, own_port=config.port, trusted=trusted)
     sockets = [listening(host.strip("[]"), int(port)), listening(config.host, config.port)]
     server = server_of(served, ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile)
     server.run(sockets=sockets)
