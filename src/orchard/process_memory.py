@@ -70,6 +70,22 @@ def available_memory_bytes() -> int | None:
     return min(found, default=None)
 
 
+def machine_memory_bytes() -> int | None:
+    """Return what this machine has, or this process's control group where that is less.
+
+    None where the system does not say.
+    """
+    found = []
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemTotal:"):
+                found.append(1024 * int(line.split()[1]))
+    limit = _GROUP / "memory.max"
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        found.append(int(text))
+    return min(found, default=None)
+
+
 def forget_peak_memory() -> None:
     """Let ``peak_memory_bytes`` begin anew from what is resident now; on Linux only.
 

@@ -205,6 +205,29 @@ def test_data_of_another_kind_of_training_is_refused_by_name(tmp_path: Path, kin
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": []}, r"must have a list of turns in 'messages' of a row \(format messages\)"),
+        ({"messages": "[]"}, "must have a list of turns in 'messages' of a row"),
+        ({"conversations": ["q", "a"]}, "must have a list of turns in 'conversations' of a row"),
+        (
+            {"instruction": "q", "response": None},
+            "must have values in 'instruction' and 'response'",
+        ),
+        (
+            {"prompt": "q", "completion": None},
+            r"must have values in 'prompt' and 'completion' of a",
+        ),
+    ],
+)
+def test_columns_of_a_format_without_its_values_are_refused_by_name(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, row)
+
+
 def test_the_better_answers_of_preferences_can_be_named(tmp_path: Path) -> None:
     fields = Fields(instruction="prompt", response="chosen")
     reading = read(tmp_path, REFUSED["preferences"], reader=Reader(fields))

@@ -132,8 +132,18 @@ def test_class_labels_of_a_parquet_file_are_names(tmp_path: Path) -> None:
     assert [example.category for example in found] == ["law", ""]
 
 
-def test_a_header_says_what_stands_between_cells(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("\ufeffinstruction;response\nWhat, then?;This\n", "utf-8")
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffinstruction;response\nWhat, then?;This\n",
+        "instruction|response\nWhat, then?|This\n",
+        'instruction;response;"notes, more"\nWhat, then?;This;\n',
+        "sep=;\r\ninstruction;response\r\nWhat, then?;This\r\n",
+        '\ufeffsep=,\ninstruction,response\n"What, then?",This\n',
+    ],
+)
+def test_a_header_says_what_stands_between_cells(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text, "utf-8", newline="")
     assert read_file(tmp_path / "a.csv", Reader()).examples == [Example("What, then?", "This")]
 
 

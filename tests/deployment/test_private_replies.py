@@ -21,12 +21,14 @@ from hypothesis import strategies as st
 
 from federations import short_model
 from orchard.client.client import Client
+from orchard.client.requirements import Requirements
 from orchard.communication.audit import read_audit
 from orchard.communication.messages import LocalSettings, decode_update, encode_task
 from orchard.communication.refusals import Code, explain
 from orchard.data.encoded import Encoded
 from orchard.data.examples import Example
 from orchard.data.templates import Wording
+from orchard.deployment import fits
 from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.measures import let_out, rounded, rows_read
 from orchard.deployment.site_worker import SiteWorker
@@ -373,6 +375,91 @@ def test_a_round_tells_of_few_global_trees(worker: SiteWorker) -> None:
     assert "refused" not in started_again.handle(header, task_of(recipe))[0]
 
 
+def test_a_site_is_asked_so_often_in_an_hour(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whoever asks more often fills no audit."""
+    now = 1000.0
+    worker = make_worker(tmp_path, write_rows(tmp_path), requests_per_hour=3)
+    monkeypatch.setattr(worker._pace, "_clock", lambda: now)
+    asked: list[dict[str, Any]] = [join(asked_recipe()), {"kind": "what"}, join(asked_recipe())]
+    said = [worker.handle(header, b"")[0].get("refused") for header in asked * 10]
+    assert said == [None, "request", None, *["rate"] * 27]
+    assert worker.handle({"kind": "alive"}, b"")[0] == {"site": "north"}
+    refused = [event for event in events(worker) if event["event"] == "refused"]
+    assert [event["refused"] for event in refused] == ["request", "rate"]
+    assert refused[-1]["option"] == "--requests-per-hour"
+    now += 3600.0
+    assert "refused" not in worker.handle(join(asked_recipe()), b"")[0]
+
+
+def test_the_audit_says_how_many_global_trees_a_round_came_with(worker: SiteWorker) -> None:
+    recipe = asked_recipe(evaluation__every=0)
+    worker.handle(join(recipe), b"")
+    header = round_of(recipe, evaluate=[])
+    for move in (0.0, 0.0, 1e-2):
+        worker.handle(header, task_of(recipe, move=move))
+    said = [event["trees"] for event in events(worker) if event["event"] == "sent"]
+    assert said == [f"{number} of at most 2 in this round" for number in (1, 1, 2)]
+
+
+SMALL_STEPS = {"client.batch_size": 1, "client.steps": 20}
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_bytes", "option"),
+    [
+        ({}, 10**9, None),
+        ({"client.batch_size": 512}, 8 * 10**8, "client.batch_size"),
+        ({"model.lora_rank": 512}, 390_000_000, "client.batch_size"),
+        ({**SMALL_STEPS}, 379_000_000, "evaluation.batch_size"),
+        ({**SMALL_STEPS, "evaluation.batch_size": 1}, 379_000_000, None),
+    ],
+)
+@pytest.mark.parametrize("is_said", [False, True])
+def test_what_does_not_fit_is_not_joined(
+    is_said: bool,
+    asked: Mapping[str, Any],
+    num_bytes: int,
+    option: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without --memory nothing was predicted, and measuring was not with it."""
+    own = {"memory": f"{num_bytes}"} if is_said else {}
+    if not is_said:
+        monkeypatch.setattr(fits, "machine_memory_bytes", lambda: num_bytes)
+    recipe = asked_recipe()
+    for key, value in asked.items():
+        recipe = changed(recipe, key, value)
+    reply = make_worker(tmp_path, write_rows(tmp_path), **own).handle(join(recipe), b"")[0]
+    expected = (None, None) if option is None else ("memory", option)
+    if is_said and option == "client.batch_size":  # as before the rows were read
+        expected = ("memory", "strategy.name")
+    assert (reply.get("refused"), reply.get("option")) == expected
+
+
+def test_a_list_of_budgets_is_looked_at_once_it_is_known_whose_is_whose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(asked_recipe(evaluation__models=""), "strategy.name", "fedavg_random")
+    recipe = changed(recipe, "model.lora_targets", "experts")
+    recipe = changed(changed(recipe, "client.budget", "2,100%"), "client.batch_size", 8)
+    worker = make_worker(tmp_path, write_rows(tmp_path))
+    seen: list[int] = []
+
+    def peak(self: Requirements, budget: int) -> Any:
+        seen.append(budget)
+        return SimpleNamespace(total=10**9 if budget > 2 else 1)
+
+    monkeypatch.setattr(Requirements, "peak", peak)
+    monkeypatch.setattr(fits, "machine_memory_bytes", lambda: 10**8)
+    assert "refused" not in worker.handle(join(recipe), b"")[0]
+    header = round_of(recipe, evaluate=[], index=1, num_clients=2)
+    assert worker.handle(header, task_of(recipe))[0]["refused"] == "memory"
+    assert seen == [2, 16]
+
+
 def test_new_runs_are_counted_by_the_day(tmp_path: Path) -> None:
     worker = make_worker(tmp_path, write_rows(tmp_path), runs_per_day=3)
     replies = [worker.handle(join(asked_recipe(), run=f"{n}"), b"")[0] for n in range(5)]
@@ -675,7 +762,7 @@ def look_at(reply: Mapping[str, Any], body: bytes) -> None:
             assert value == round(value, 4)
 
 
-_FLAGS = ("--model", "--trees-per-round", "--runs-per-day")
+_FLAGS = ("--model", "--trees-per-round", "--runs-per-day", "--requests-per-hour")
 _ANSWERS = {
     *("site", "num_examples", "base_digest", "evaluation", "evaluation_seconds"),
     *("lacks_values", "changed"),
@@ -701,7 +788,8 @@ def _only(header: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def joined(tmp_path_factory: pytest.TempPathFactory) -> SiteWorker:
     folder = tmp_path_factory.mktemp("joined")
-    worker = make_worker(folder, write_rows(folder), runs_per_day=10**6, trees_per_round=10**6)
+    often = dict.fromkeys(("runs_per_day", "trees_per_round", "requests_per_hour"), 10**6)
+    worker = make_worker(folder, write_rows(folder), **often)
     worker.handle(join(asked_recipe()), b"")
     return worker
 

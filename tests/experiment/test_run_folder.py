@@ -64,4 +64,7 @@ def test_plain_ids_keep_their_names_and_others_stay_readable(tmp_path: Path) -> 
     assert folder_name("ward-14") == "ward-14"
     assert folder_name("Ward 14").startswith("ward-14~")
     assert folder_name("Peñón/Süd").startswith("penon-sud~")
+    assert folder_name("con").startswith("con~")
+    assert folder_name("lpt1").startswith("lpt1~")
+    assert folder_name("contact") == "contact"
     (tmp_path / folder_name("ñandú-" * 40)).mkdir()

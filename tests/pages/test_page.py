@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,11 +11,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from browsers import browser
 from made_runs import CLIENTS, write_run
 from orchard.cli import app
 from orchard.pages.writing import write_page
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 WIDTHS = (400, 1000, 1600)
 
 
@@ -101,17 +98,6 @@ def test_a_page_that_is_there_is_replaced_whole(page: Path, tmp_path: Path) -> N
     old.write_text("x" * 10**7)
     write_page([page.parent / "run"], old)
     assert old.read_text() == page.read_text()
-
-
-@contextmanager
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("needs Chromium, such as Debian's package of that name")
-    with playwright.sync_playwright() as started:
-        chromium = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.mark.long

@@ -60,6 +60,8 @@ def choices_and_weights(output: tuple) -> tuple[Tensor, Tensor]:
         return first, second
     if not second.is_floating_point():  # Switch before transformers 5.22: no logits
         return second.argmax(-1).view(-1, 1), third.view(-1, 1)
+    if not first.is_floating_point() and first.shape == second.shape:
+        return first, second  # GraniteMoe of transformers 5.17: choices, weights, logits
     if not first.is_floating_point():  # Switch: one-hot choices, weight, logits
         return first.argmax(-1).view(-1, 1), second.view(-1, 1)
     return third, second  # the fused interface: logits, weights, choices

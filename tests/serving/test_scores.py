@@ -155,12 +155,13 @@ def _wait_until(holds: Any) -> None:
 
 
 def _running(url: str) -> int:
-    return _number(url, "orchard_requests")
+    names = ("orchard_requests_waiting", "orchard_requests_running")
+    return sum(_number(url, name) for name in names)
 
 
 def _number(url: str, name: str) -> int:
     lines = httpx.get(f"{url}/metrics").text.splitlines()
-    return next(int(line.split()[1]) for line in lines if line.split()[0] == name)
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def _read(ids: list[int], stops: tuple[str, ...], step: int) -> tuple[str, str, int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 import orchard.engine.simulator as simulator
 from federations import short_model
+from orchard.pages.writing import write_page
 from orchard.studies.design import read_design
 from orchard.studies.reporting import Row, as_record, build_rows, write_report
 from orchard.studies.running import Progress, check_study, run_study
@@ -128,6 +130,13 @@ def test_a_report_says_what_runs_say(tmp_path: Path) -> None:
     csv = (tmp_path / "out" / "report.csv").read_text().splitlines()
     assert len(csv) == 1 + 4
     assert csv[2].split(",")[1] == "kept"
+    record = json.loads((tmp_path / "out" / "study.json").read_text())
+    assert [row["method"] for row in record["rows"]] == ["fedavg", "kept", "same", "still"]
+    assert record["rows"][1]["difference"]["mean"] == kept.interval.mean
+    assert fmean(record["rows"][1]["clients"].values()) == pytest.approx(kept.mean)
+    write_page([tmp_path / "out"], tmp_path / "page.html")
+    html = (tmp_path / "page.html").read_text()
+    assert all(f'data-value="{row.mean!r}"' in html for row in (fedavg, kept, ditto, other))
 
 
 def test_tuning_chooses_on_rows_that_nobody_tests_and_records_its_grid(tmp_path: Path) -> None:

@@ -283,6 +283,9 @@ def serve(
     max_models: Annotated[
         int, typer.Option(help="At most so many personal models in memory.", min=1)
     ] = 64,
+    max_rows: Annotated[
+        int, typer.Option(help="At most so many answers are written at once.", min=1)
+    ] = 64,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Serve other machines without a key.")
     ] = False,
@@ -301,6 +304,7 @@ def serve(
             port=port,
             key_file=api_key_file,
             max_models=max_models,
+            max_rows=max_rows,
             is_insecure=insecure,
         )
     server.run()
@@ -449,11 +453,13 @@ def compare(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run folders.", show_default=False)],
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, or a study's.", show_default=False)
+    ],
     html: Annotated[Path, typer.Option(help="The page's file; one that is there is replaced.")],
     traceback: Traceback = False,
 ) -> None:
-    """Write a page about runs: one file for any browser, which needs no network."""
+    """Write a page about runs or a study: one file for any browser, which needs no network."""
     with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.extras import require
 

@@ -98,6 +98,9 @@ def site(
     runs_per_day: Annotated[
         int, typer.Option(help="New runs that are joined in 24 hours.", min=1)
     ] = 20,
+    requests_per_hour: Annotated[
+        int, typer.Option(help="Requests to join or to do something, in an hour.", min=1)
+    ] = 3600,
     keep_answers: Annotated[
         bool,
         typer.Option("--keep-answers", help="Keep answers that are generated over rows, if asked."),
@@ -138,6 +141,7 @@ def site(
             decimals=decimals,
             trees_per_round=trees_per_round,
             runs_per_day=runs_per_day,
+            requests_per_hour=requests_per_hour,
             keeps_answers=keep_answers,
             limits=parse_limits(limit or ()),
         )

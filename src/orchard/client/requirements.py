@@ -162,6 +162,33 @@ class Requirements:
             loading=0 if shape.is_carved else self._stored_bytes,
         )
 
+    def evaluation(
+        self, *, batch_size: int, num_tokens: int, num_answered: int, num_new: int = 0
+    ) -> int:
+        """Return the bytes of a process that measures a whole model, at the most.
+
+        Args:
+            batch_size: Examples at a time.
+            num_tokens: Of the longest example.
+            num_answered: Of the longest response, whose logits are made.
+            num_new: Generated for each, at the most.
+        """
+        config, sizes = self._config.get_text_config(), self.footprint
+        width = DTYPES[self._shape.dtype].itemsize
+        experts = sum(
+            size * number
+            for size, number in zip(sizes.expert_bytes.values(), sizes.layers.values(), strict=True)
+        )
+        held = sizes.dense_bytes + experts + _FLOAT * (sum(sizes.trainable.values()) * 2)
+        if EXPERTS in self._shape.lora.targets:
+            held += experts * _FLOAT // width
+        # Logits as the model makes them, in float32, and their softmax.
+        logits = num_answered * sizes.vocabulary * (width + 2 * _FLOAT)
+        state = config.hidden_size * width
+        # Keys and values of each layer, at the most; and what one layer works with.
+        cache = 2 * config.num_hidden_layers * (num_tokens + num_new) * state
+        return PROCESS_BYTES + held + batch_size * (logits + cache + 8 * num_tokens * state)
+
     def trainable(self, experts: Sequence[int], *, kind: str = "all") -> int:
         """Return the trainable elements of everything with so many experts in each layer.
 

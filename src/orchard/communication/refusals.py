@@ -33,6 +33,7 @@ class Code(StrEnum):
     RECIPE_CHANGED = "recipe_changed"
     NOT_JOINED = "not_joined"
     RUNS = "runs"
+    RATE = "rate"
     SITE = "site"
     ROUND = "round"
     SETTINGS = "settings"
@@ -55,7 +56,8 @@ _SENTENCES = {
     Code.MODEL: "the site does not have this base model; its owner names one with --model",
     Code.DEVICE: "the site has no such device",
     Code.BUDGET: "the owner's --budget is not kept by this; choose a method that fits a budget",
-    Code.MEMORY: "training is predicted to take more than the owner's --memory; lower its sizes",
+    Code.MEMORY: "predicted to take more memory than the site's owner gives, or its machine has; "
+    "lower its sizes",
     Code.LIMIT: "above the owner's limit; lower it, or ask for more",
     Code.OWN_FILE: "the owner has named no file of the site's own for this",
     Code.TERMS: "not as the owner of the data has agreed; the data section is the site's own",
@@ -69,6 +71,7 @@ _SENTENCES = {
     Code.RECIPE_CHANGED: "not the recipe that the site has joined this run with",
     Code.NOT_JOINED: "the site has not joined this run; start the coordinator again with --resume",
     Code.RUNS: "the site has joined as many new runs today as its owner allows",
+    Code.RATE: "asked more often in an hour than its owner allows; ask again later",
     Code.SITE: "the request is for another site",
     Code.ROUND: "not a round of the recipe that the site has joined with",
     Code.SETTINGS: "the task trains otherwise than the recipe that the site has joined with",

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,12 @@ from typing import Any
 from orchard.data.examples import Example as Example
 from orchard.data.examples import Fields as Fields
 from orchard.data.reading import Reader, Reading, read_source
-from orchard.data.rows import SUFFIXES, Row, first_line, read_rows
-from orchard.hub import can_only_be_path
+from orchard.data.rows import SUFFIXES, Row, read_rows
+from orchard.hub import cached_copy, can_only_be_path
+from orchard.library_errors import first_line
+
+# A parquet file says the types of its columns itself.
+_TEXT_SUFFIXES = tuple(suffix for suffix in SUFFIXES if suffix != ".parquet")
 
 
 @dataclass(frozen=True)
@@ -149,8 +153,9 @@ def read_dataset(
     """Read a data set of the Hugging Face hub, or a folder in one of its formats.
 
     Columns of class labels are read as their names, not as their numbers. Files in a folder of
-    this machine are read as ``read_file`` reads them, so that no cell changes; of a data set of the
-    hub, the hub's library guesses the types of columns.
+    this machine, and files of text on the hub, are read as ``read_file`` reads them, so that no
+    cell changes: the hub's library guesses types of columns. Where the hub cannot be reached, the
+    copy in its cache is read.
 
     Args:
         name: ``owner/name`` on the hub, or a local folder of parquet, CSV or JSON files.
@@ -166,11 +171,13 @@ def read_dataset(
     """
     import datasets
 
+    files: Mapping[str, Sequence[str | Path]] | None
     unread: tuple[str, ...] = ()
     try:
-        files = None
         if Path(name).is_dir():
             files, unread = _local_files(name, subset)
+        else:
+            files = _hub_files(name, subset)
         table = datasets.load_dataset(name, subset, split=split) if files is None else None
     except FileNotFoundError as error:
         raise FileNotFoundError(
@@ -178,6 +185,9 @@ def read_dataset(
             f"check the spelling, and log in if it is private ({first_line(error)})"
         ) from error
     except ConnectionError as error:
+        copy = None if Path(name).is_dir() else cached_copy(name, kind="dataset")
+        if copy is not None:
+            return read_dataset(str(copy), reader, split=split, subset=subset)
         raise ConnectionError(
             f"dataset must be at hand or the hub must be reachable, got {name!r}; "
             f"check the network, or name a local file ({first_line(error)})"
@@ -230,11 +240,6 @@ def _local_files(
         for split, paths in (builder.config.data_files or {}).items()
     }
     every = [file for paths in files.values() for file in paths]
-    # A card beside the files may say what is a class label.
-    has_labels = any(
-        isinstance(feature, datasets.ClassLabel)
-        for feature in (builder.info.features or {}).values()
-    )
     can_read = all(file.suffix.lower() in SUFFIXES and file.is_file() for file in every)
     folder, taken = Path(name), {os.path.realpath(file) for file in every}
     others = sorted(
@@ -245,16 +250,44 @@ def _local_files(
         and path.name != "README.md"  # the card, which is read
         and os.path.realpath(path) not in taken
     )
-    return files if every and can_read and not has_labels else None, tuple(others)
+    is_ours = bool(every) and can_read and not _has_labels(builder)
+    return files if is_ours else None, tuple(others)
 
 
-def _split_rows(files: Mapping[str, list[Path]], spec: str, *, name: str) -> Iterator[Row]:
+def _hub_files(name: str, subset: str | None) -> dict[str, list[str]] | None:
+    """Return where the files of each split lie on the hub; None unless all of them are text."""
+    import datasets
+
+    builder = datasets.load_dataset_builder(name, subset)
+    files = {
+        str(split): [str(file) for file in paths]
+        for split, paths in (builder.config.data_files or {}).items()
+    }
+    every = [file for paths in files.values() for file in paths]
+    is_text = all(
+        file.startswith("hf://") and Path(file).suffix.lower() in _TEXT_SUFFIXES for file in every
+    )
+    return files if every and is_text and not _has_labels(builder) else None
+
+
+def _has_labels(builder: Any) -> bool:
+    """Say whether a card beside the files says that a column holds class labels."""
+    import datasets
+
+    features = (builder.info.features or {}).values()
+    return any(isinstance(feature, datasets.ClassLabel) for feature in features)
+
+
+def _split_rows(
+    files: Mapping[str, Sequence[str | Path]], spec: str, *, name: str
+) -> Iterator[Row]:
     """Yield the rows of a split, or of slices of several."""
     import datasets
 
     rows: dict[str, list[Row]] = {}
     for split, paths in files.items():
-        rows[split] = [row for path in paths for row in read_rows(path)] if split in spec else []
+        own = [_at_hand(path) for path in paths] if split in spec else []
+        rows[split] = [row for path in own for row in read_rows(path)]
     try:
         wanted = datasets.ReadInstruction.from_spec(spec)
         parts = wanted.to_absolute({split: len(found) for split, found in rows.items()})
@@ -264,6 +297,15 @@ def _split_rows(files: Mapping[str, list[Path]], spec: str, *, name: str) -> Ite
             f"{', '.join(map(repr, files))} ({first_line(error)})"
         ) from error
     return (row for part in parts for row in rows[part.splitname][part.from_ : part.to])
+
+
+def _at_hand(place: str | Path) -> Path:
+    """Return a file, after downloading it where it lies on the hub."""
+    import datasets
+
+    if isinstance(place, Path):
+        return place
+    return Path(datasets.DownloadManager().download(place))
 
 
 def _table_rows(table: Any, *, where: str) -> Iterator[Row]:

@@ -169,7 +169,7 @@ def choose_layout(
     fitting = [sum(_fits(layout, row) for row in rows) for layout in layouts]
     if format == "auto":
         if rows and not any(fitting):
-            _refuse(columns, rows, fields, where=where)
+            _refuse(columns, rows, fields, layouts, where=where)
         best = fitting.index(max(fitting))
         layout = layouts[best]
         if layout.name == "prompt_completion" and _is_judged(rows):
@@ -229,10 +229,13 @@ def _layout(
 
 
 def _fits(layout: Layout, row: Mapping[str, object]) -> bool:
-    fields = layout.fields
-    if fields.conversation:
-        return _are_turns(row.get(fields.conversation))
-    return all(row.get(column) is not None for column in (*fields.asked, fields.response))
+    if layout.fields.conversation:
+        return _are_turns(row.get(layout.fields.conversation))
+    return all(row.get(column) is not None for column in _needed(layout.fields))
+
+
+def _needed(fields: Fields) -> tuple[str, ...]:
+    return (fields.conversation,) if fields.conversation else (*fields.asked, fields.response)
 
 
 def _are_turns(value: object) -> bool:
@@ -252,6 +255,7 @@ def _refuse(
     columns: Sequence[str],
     rows: Sequence[Mapping[str, object]],
     fields: Fields,
+    layouts: Sequence[Layout],
     *,
     where: str,
 ) -> None:
@@ -261,13 +265,22 @@ def _refuse(
         getattr(fields, part) != getattr(Fields, part)
         for part in ("instruction", "response", "wording", "conversation")
     )
+    for layout in () if is_named else layouts:
+        needed = _needed(layout.fields)
+        if set(needed) <= set(columns):
+            what = "a list of turns" if layout.fields.conversation else "values"
+            raise ValueError(
+                f"{where} must have {what} in {' and '.join(map(repr, needed))} of a row (format "
+                f"{layout.name}), got none in {len(rows)}; fill them, or say in data.instruction "
+                "and data.response which columns hold what"
+            )
     for needed, kind, remedy in () if is_named else _REFUSED:
         if set(needed) <= set(columns):
             raise ValueError(
                 f"{where} must be data for supervised fine-tuning, got {kind} (columns {shown}); "
                 f"{remedy}"
             )
-    asked = " and ".join(map(repr, (*fields.asked, fields.response)))
+    asked = " and ".join(map(repr, _needed(fields)))
     if is_named:
         raise ValueError(
             f"{where} must have the columns {asked} with values in a row, got the columns {shown}; "

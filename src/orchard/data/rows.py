@@ -11,6 +11,7 @@ import codecs
 import csv
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from typing import Any
 
 from orchard.data.json_rows import array_rows, is_array, line_rows
 from orchard.data.turns import shorten
+from orchard.library_errors import first_line
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """How the names of files end that are read as data."""
@@ -36,6 +38,7 @@ _MARKS = {
     b"PK\x03\x04": ("a zip archive or a spreadsheet", "unpack it, or save the sheet as CSV"),
 }
 _HEAD_BYTES = 4096
+_SEPARATOR = re.compile(r"sep=([,;|\t])")
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,7 @@ def _text(path: Path) -> str:
 
 def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
     text = _text(path)
-    first = text.lstrip("\r\n").splitlines()[:1]
-    if not delimiter:
-        # One column is no example, so a header without a comma says what stands between cells.
-        found = [mark for mark in (",", ";", "\t") if first and mark in first[0]]
-        delimiter = found[0] if found else ","
+    delimiter = delimiter or _delimiter(text)
     before = csv.field_size_limit(len(text) + 1)
     try:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -119,7 +118,8 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
         try:
             for cells in reader:
                 where, start = f"line {start} of {path}", reader.line_num + 1
-                if not cells:
+                # A first line sep=; tells spreadsheets what stands between cells, and is no row.
+                if not cells or (not header and _SEPARATOR.fullmatch(delimiter.join(cells))):
                     continue
                 if not header:
                     header = _header(cells, where=where)
@@ -132,6 +132,16 @@ def _csv_rows(path: Path, delimiter: str) -> Iterator[Row]:
             ) from error
     finally:
         csv.field_size_limit(before)
+
+
+def _delimiter(text: str) -> str:
+    """Return what stands between the cells of a table, as its first line says."""
+    first = next(iter(text.lstrip("\r\n").splitlines()), "")
+    if found := _SEPARATOR.fullmatch(first):
+        return found[1]
+    # One column is no example, so a header without a comma says it; inside quotes is no border.
+    bare = re.sub(r'"[^"]*"', "", first)
+    return next((mark for mark in (",", ";", "\t", "|") if mark in bare), ",")
 
 
 def _header(cells: list[str], *, where: str) -> list[str]:
@@ -218,8 +228,3 @@ def _plain(value: object, *, is_narrow: bool) -> object:
     if isinstance(value, date | time):
         return value.isoformat()
     return str(value) if isinstance(value, Decimal) else value
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says."""
-    return str(error).strip().partition("\n")[0]

@@ -51,6 +51,7 @@ class Consent:
         decimals: Digits after the point of every measure that leaves.
         trees_per_round: How many different global trees it measures or trains in one round.
         runs_per_day: How many runs that it does not know yet it joins in 24 hours.
+        requests_per_hour: How often it is asked to join or to do something, in an hour.
         keeps_answers: Whether answers that are generated over its rows may be kept in its store,
             where the recipe asks for it.
         limits: Largest values of options, beside or in the place of ``limits.LIMITS``.
@@ -68,6 +69,7 @@ class Consent:
     decimals: int = 4
     trees_per_round: int = 2
     runs_per_day: int = 20
+    requests_per_hour: int = 3600
     keeps_answers: bool = False
     limits: Mapping[str, float] = field(default_factory=dict)
 

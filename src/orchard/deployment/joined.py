@@ -136,8 +136,8 @@ class Runs:
             )
         self._write(replace(joined, base_digest=base_digest))
 
-    def note_tree(self, run: str, round_number: int, digest: str, *, most: int) -> None:
-        """Remember which global tree came for a round.
+    def note_tree(self, run: str, round_number: int, digest: str, *, most: int) -> int:
+        """Remember which global tree came for a round, and return how many different ones did.
 
         Raises:
             Refusal: There were as many others as the owner allows.
@@ -145,7 +145,7 @@ class Runs:
         joined, key, short = self._read(run), str(round_number), digest[:_PREFIX]
         known = joined.trees.get(key, ())
         if short in known:
-            return
+            return len(known)
         if len(known) >= most:
             raise Refusal(
                 Code.REPEATED,
@@ -154,6 +154,7 @@ class Runs:
                 option="--trees-per-round",
             )
         self._write(replace(joined, trees={**joined.trees, key: (*known, short)}))
+        return len(known) + 1
 
     @staticmethod
     def _check_recipe(joined: Joined, recipe_digest: str) -> None:

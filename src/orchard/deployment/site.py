@@ -132,6 +132,7 @@ def check_site(options: SiteOptions) -> None:
         ("--decimals", consent.decimals, 0),
         ("--trees-per-round", consent.trees_per_round, 1),
         ("--runs-per-day", consent.runs_per_day, 1),
+        ("--requests-per-hour", consent.requests_per_hour, 1),
     ):
         if value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}; raise it")

@@ -40,9 +40,11 @@ from orchard.deployment.accepted import check_request, check_task, check_tree, s
 from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
 from orchard.deployment.data_files import FileState, states_of
 from orchard.deployment.failures import as_refusal, code_of, in_words
+from orchard.deployment.fits import check_fits
 from orchard.deployment.joined import Runs
 from orchard.deployment.looking import LookingError, describe
 from orchard.deployment.measures import check_rows, let_out, rounded, rows_read
+from orchard.deployment.pace import Pace
 from orchard.deployment.site_recipe import (
     check_methods,
     check_sources,
@@ -101,6 +103,7 @@ class SiteWorker:
         self._audit = AuditLog(settings.store / AUDIT_FILE)
         self._agreement = Agreement(settings.store / AGREED_FILE)
         self._runs = Runs(settings.store)
+        self._pace = Pace(settings.consent.requests_per_hour)
         self._models: dict[str, AdaptedModel] = {}
         self._sessions: dict[str, _Session] = {}
 
@@ -131,9 +134,13 @@ class SiteWorker:
             try:
                 request = read_request(header)
             except MalformedError as error:
+                if not self._pace.allows():
+                    return self._too_often(), b""
                 raise Refusal(Code.REQUEST, str(error)) from error
             if isinstance(request, Who | Alive):
                 return {"site": self._settings.name}, b""
+            if not self._pace.allows():
+                return self._too_often(), b""
             own = {"run": request.run, "kind": request.__struct_config__.tag}
             if isinstance(request, Join):
                 return self._join(request), b""
@@ -155,6 +162,15 @@ class SiteWorker:
         except LookingError as looked:
             return self._looked(str(looked)), b""
         return {**refused, "site": self._settings.name}, b""
+
+    def _too_often(self) -> Mapping[str, Any]:
+        """Refuse, and write it down once an hour: the audit is what a flood would fill."""
+        refused = {"refused": str(Code.RATE), "option": "--requests-per-hour"}
+        if self._pace.is_news():
+            most = self._consent.requests_per_hour
+            reason = f"requests must be at most {most} in an hour, got more; said once an hour"
+            self._audit.write("refused", **refused, reason=reason)
+        return {**refused, "site": self._settings.name}
 
     def _looked(self, report: str) -> Mapping[str, Any]:
         """Write down for the owner what was asked, and tell whoever asked that nobody joins yet."""
@@ -190,6 +206,8 @@ class SiteWorker:
             if not self._settings.only_looks:
                 self._agreement.failed()
             raise
+        is_seated = "," not in recipe.client.budget + recipe.client.memory_bytes
+        check_fits(self._consent, experiment, client_id=name, is_seated=is_seated)
         differs = differences(asked, recipe)
         if self._settings.only_looks:
             text = describe(experiment, self._settings, run=request.run, differs=differs)
@@ -255,9 +273,8 @@ class SiteWorker:
             except MissingCopyError:
                 return {"site": name, "lacks_values": True}, b""
             check_task(task, request, session.schedule)
-            self._runs.note_tree(
-                request.run, number, digest(task.shared), most=self._consent.trees_per_round
-            )
+            most = self._consent.trees_per_round
+            tree = self._runs.note_tree(request.run, number, digest(task.shared), most=most)
             self._keep_values(request.run, session, task)
             if request.evaluate:
                 reply |= self._evaluate(session, task, request.evaluate)
@@ -267,6 +284,7 @@ class SiteWorker:
             "sent",
             run=request.run,
             round=number,
+            trees=f"{tree} of at most {most} in this round",
             names=sorted(update.delta) if update else [],
             **({"settings": asdict(task.settings)} if update else {}),
             evaluation=reply.get("evaluation", {}),
@@ -375,6 +393,7 @@ class SiteWorker:
             raise as_refusal(Code.DATA, error) from error
         folder = self._pin_data(request.run, experiment)
         check_rows(experiment, self._consent, client_id=name)
+        check_fits(self._consent, experiment, client_id=name)
         model = self._model(recipe, experiment.tokenizer)
         for sentence in slow_ways_of(experiment, model):
             log.warning("%s", sentence)

@@ -22,6 +22,7 @@ from orchard.strategies.strategy import Strategy
 
 # An id that is safe as a name: it holds no ~, which sets all other names apart from it.
 _PLAIN = re.compile(r"[a-z0-9_][a-z0-9_-]{0,63}")
+_DEVICE = re.compile(r"con|prn|aux|nul|(com|lpt)[0-9]")
 
 _LATER: Mapping[str, Any] = MappingProxyType(
     {
@@ -142,9 +143,10 @@ def folder_name(client_id: str) -> str:
 
     An id of up to 64 lowercase ASCII letters, digits, ``_`` and ``-`` is its own name. Any other
     becomes what is readable of it, ``~`` and a digest of the whole id, so that names differ too
-    where a file system ignores case, normalizes Unicode or bounds the length of a name.
+    where a file system ignores case, normalizes Unicode or bounds the length of a name. So do names
+    that Windows keeps for devices, such as ``con``.
     """
-    if _PLAIN.fullmatch(client_id):
+    if _PLAIN.fullmatch(client_id) and not _DEVICE.fullmatch(client_id):
         return client_id
     ascii_letters = unicodedata.normalize("NFKD", client_id).encode("ascii", "ignore").decode()
     readable = re.sub(r"[^a-z0-9]+", "-", ascii_letters.lower())[:32].strip("-")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from orchard.extras import require
 from orchard.results import environment
 
 
@@ -65,10 +66,11 @@ def _step(repeats: int, *, model: str = "", data: str = "") -> dict[str, Any]:
 def _serve(
     repeats: int, *, model: str = "", data: str = "", seconds: float = 60.0
 ) -> dict[str, Any]:
-    from orchard.measurements.serving import bench_serving
-
     if data:
         raise ValueError(f"--data must be left out of serve, got {data}; prompts are random")
+    require("serve", to="measure a server")
+    from orchard.measurements.serving import bench_serving
+
     return bench_serving(
         repeats=repeats,
         model=model or "orchard:tiny",

@@ -8,21 +8,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from orchard.experts.grafting import GraftSettings
 from orchard.measurements.serving_load import load_server
-from orchard.models.stored.loading import load_base, load_tokenizer
-from orchard.models.trainable.slots import canonical
-from orchard.models.trainable.targets import LoraSettings, find_targets
+from orchard.measurements.serving_models import random_model
+from orchard.measurements.serving_peer import beside_transformers
+from orchard.models.stored.loading import load_base
 from orchard.models.view.moe import MoEView
 from orchard.process_memory import peak_memory_bytes
 from orchard.serving.engine import Engine, Row
-from orchard.serving.values import RowValues, read_values
+from orchard.serving.values import RowValues
 
-_NUM_CLIENTS, _MANY, _PROMPT_TOKENS, _NEW_TOKENS, _RANK = 8, 100, 32, 48, 16
+_NUM_CLIENTS, _MANY, _PROMPT_TOKENS, _NEW_TOKENS = 8, 100, 32, 48
 
 
 def bench_serving(
@@ -41,7 +41,7 @@ def bench_serving(
         with the reason.
     """
     view = load_base(model, dtype="float32").view
-    models = [_random_model(view, seed) for seed in range(_NUM_CLIENTS)]
+    models = [random_model(view, seed) for seed in range(_NUM_CLIENTS)]
     say(f"serve: {_NUM_CLIENTS} clients on {model}")
     sides = {
         "mixed": [models],
@@ -57,9 +57,12 @@ def bench_serving(
     say(f"serve: memory of 1, 8 and {_MANY} models")
     memory = {number: _memory_of(model, number) for number in (1, _NUM_CLIENTS, _MANY)}
     say(f"serve: 50 requests at a time over HTTP, {seconds:g} s")
-    load = load_server(view, load_tokenizer(model), models, seconds=seconds)
+    load = load_server(model, num_models=_NUM_CLIENTS, seconds=seconds)
+    beside = beside_transformers(model, repeats=repeats, seconds=seconds / 6, say=say)
     return {
-        "model": model,
+        "model": model if model.startswith("orchard:") else Path(model).name,
+        "repeats": repeats,
+        "num_threads": torch.get_num_threads(),
         **{f"{name}_tokens_per_second": speed for name, speed in speeds.items()},
         "mixed_over_sequential": speeds["mixed"] / speeds["sequential"],
         "mixed_over_single": speeds["mixed"] / speeds["single"],
@@ -68,8 +71,7 @@ def bench_serving(
         "memory_8_over_1": memory[_NUM_CLIENTS] / memory[1],
         "memory_100_over_1": memory[_MANY] / memory[1],
         **load,
-        "over_transformers_serve": None,
-        "why_none": "over_transformers_serve: no peer is started by this measurement",
+        **beside,
     }
 
 
@@ -82,7 +84,7 @@ def _memory_of(model: str, number: int) -> int:
 
 def _serve_and_print_peak(model: str, number: int) -> None:
     view = load_base(model, dtype="float32").view
-    models = [_random_model(view, seed) for seed in range(number)]
+    models = [random_model(view, seed) for seed in range(number)]
     starts = range(0, number, _NUM_CLIENTS)
     _speed(view, [models[start : start + _NUM_CLIENTS] for start in starts])
     print(peak_memory_bytes())
@@ -101,34 +103,6 @@ def _speed(view: MoEView, batches: Sequence[Sequence[RowValues]]) -> float:
             while not engine.is_idle:
                 engine.step()
     return num_tokens / (time.perf_counter() - started)
-
-
-def _random_model(view: MoEView, seed: int) -> RowValues:
-    generator = torch.Generator().manual_seed(seed)
-    tree: dict[str, torch.Tensor] = {}
-
-    def adapt(name: str, weight: torch.Tensor) -> None:
-        out, width = weight.shape
-        tree[f"{name}.lora_A"] = 0.05 * torch.randn(_RANK, width, generator=generator)
-        tree[f"{name}.lora_B"] = 0.05 * torch.randn(out, _RANK, generator=generator)
-
-    lora = LoraSettings(_RANK, 2.0 * _RANK, 0.0, ("q_proj", "v_proj"))
-    for path in find_targets(view, lora.targets)[0]:
-        adapt(canonical(path), view.model.get_parameter(f"{path}.weight"))
-    for layer in view.layers:
-        for local, tensor in layer.expert_tensors(0).items():
-            if tensor.ndim == 2:
-                adapt(f"{layer.name}.graft.{local}", tensor)
-        gate_D = 0.05 * torch.randn(layer.width, generator=generator)
-        tree[f"{layer.name}.graft.gate.weight"] = gate_D
-    return read_values(
-        view,
-        tree,
-        lora=lora,
-        graft=GraftSettings(rank=_RANK, alpha=2.0 * _RANK),
-        graft_experts={layer.name: (seed % layer.num_experts,) for layer in view.layers},
-        body="",
-    )
 
 
 if __name__ == "__main__":

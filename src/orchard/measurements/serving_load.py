@@ -5,23 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import socket
 import statistics
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
 
-from orchard.models.view.moe import MoEView
-from orchard.serving.engine import Engine
-from orchard.serving.http import Served, make_app
-from orchard.serving.registry import Registry, Source
-from orchard.serving.values import RowValues
-from orchard.serving.worker import Worker
+from orchard.measurements.serving_process import client_name, orchard_server
 
 _NUM_AT_ONCE, _PROMPT_TOKENS, _NEW_TOKENS = 50, 32, 16
 
@@ -36,48 +28,22 @@ class _Heard:
     errors: list[str] = field(default_factory=list)
 
 
-def load_server(
-    view: MoEView, tokenizer: Any, models: Sequence[RowValues], *, seconds: float
-) -> dict[str, Any]:
-    """Ask a server for streams of all these models, 50 at a time, and return what was seen.
-
-    Server and asker share this process, so the times are no better than those of a server alone.
+def load_server(model: str, *, num_models: int, seconds: float) -> dict[str, Any]:
+    """Ask a server in a process of its own for streams of many models, and return what was seen.
 
     Args:
-        view: The base.
-        tokenizer: Its tokenizer.
-        models: What is served beside it.
+        model: The base.
+        num_models: Random models beside it; each request is for one of them by chance.
         seconds: No request starts after so many; those that run are finished.
+
+    Raises:
+        RuntimeError: The server does not come up.
     """
-    names = [f"client_{number}" for number in range(len(models))]
-    registry = Registry(view, "", {name: Source() for name in names}, len(models))
-    registry.held.update(zip(names, models, strict=True))
-    model: Any = view.model
-    config = model.config.get_text_config()
-    served = Served(
-        worker=Worker(Engine(view), registry),
-        tokenizer=tokenizer,
-        encode_chat=lambda name, turns: [],
-        end_ids=frozenset(),
-        context=int(config.max_position_embeddings),
-        vocabulary=int(config.vocab_size),
-        keys={},
-    )
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = uvicorn.Server(
-        uvicorn.Config(make_app(served), host="127.0.0.1", port=port, log_level="warning")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        while not server.started and thread.is_alive():
-            time.sleep(0.02)
-        heard = asyncio.run(_ask(f"http://127.0.0.1:{port}/v1/completions", names, seconds))
-    finally:
-        server.should_exit = True
-        thread.join()
+    names = [client_name(number) for number in range(num_models)]
+    with orchard_server(model, num_models=num_models) as url:
+        address = f"{url}/v1/completions"
+        asyncio.run(_ask(address, names, 0.5))  # also pays for what is made once
+        heard = asyncio.run(_ask(address, names, seconds))
     return {
         "load_seconds": seconds,
         "load_at_once": _NUM_AT_ONCE,

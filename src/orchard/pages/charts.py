@@ -6,17 +6,13 @@ blindness tell apart, and shape or text says the same again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import altair as alt
 
 from orchard.pages import gathering
+from orchard.pages.drawing import ROWS, Chart, as_spec, in_order, tips, value_axis
 from orchard.pages.gathering import Gathered, Row
-
-VERSION = alt.SCHEMA_VERSION.removeprefix("v")
-"""Of Vega-Lite, in which the charts are written."""
 
 _MODEL_COLORS = {
     "base": "#8a8a8a",
@@ -31,35 +27,6 @@ _PHASE_COLORS = {
     "evaluation": "#0072b2",
     "overhead": "#8a8a8a",
 }
-_BAND = 26  # pixels; a page multiplies it by how many there are
-_ROWS = alt.NamedData("rows")
-# A page sets it with the metric: losses are numbers, everything else is a share.
-_IS_SHARE = alt.param(name="isShare", value=False)
-_VALUE_LABEL = "isShare ? format(datum.value, '.0%') : format(datum.value, '.3~f')"
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One chart, and the numbers in it.
-
-    Attributes:
-        name: Of its element in the page.
-        title: Above it.
-        about: What it shows and how to read it, in a sentence or two.
-        spec: In Vega-Lite, over the named data ``rows``.
-        rows: What it shows.
-        columns: Of the table that says the same in numbers.
-        bands: The field whose values are below each other, each in a band of its own; empty where
-            the chart has a fixed height.
-    """
-
-    name: str
-    title: str
-    about: str
-    spec: Mapping[str, Any]
-    rows: Sequence[Row]
-    columns: Sequence[str]
-    bands: str = ""
 
 
 def make_charts(gathered: Gathered) -> list[Chart]:
@@ -85,24 +52,22 @@ def _quality(gathered: Gathered) -> Chart:
     several = len(gathered.comparison.rows) > 1
     for row in rows:
         row["band"] = f"{row['method']}, {row['model']}" if several else row["model"]
-    at = alt.Y("band:N", sort=_in_order(rows), title=None)
+    at = alt.Y("band:N", sort=in_order(rows), title=None)
     color = _model_color(rows)
-    drawn = alt.Chart(_ROWS).encode(y=at)
+    drawn = alt.Chart(ROWS).encode(y=at)
     means = drawn.transform_filter("datum.kind == 'mean'")
     chart = alt.layer(
         drawn.transform_filter("datum.kind == 'client'")
         .mark_circle(size=45, opacity=0.45)
-        .encode(
-            x=_value("value"), color=color, tooltip=_tips("method", "model", "client", "value")
-        ),
+        .encode(x=_value("value"), color=color, tooltip=tips("method", "model", "client", "value")),
         means.mark_rule(strokeWidth=3).encode(x=_value("low"), x2="high:Q", color=color),
         means.mark_tick(thickness=2, size=16).encode(
-            x=_value("worst"), color=color, tooltip=_tips("method", "model", "worst")
+            x=_value("worst"), color=color, tooltip=tips("method", "model", "worst")
         ),
         means.mark_point(shape="diamond", size=140, filled=True, opacity=1).encode(
             x=_value("value"),
             color=color,
-            tooltip=_tips("method", "model", "value", "low", "high", "worst"),
+            tooltip=tips("method", "model", "value", "low", "high", "worst"),
         ),
     )
     return Chart(
@@ -110,7 +75,7 @@ def _quality(gathered: Gathered) -> Chart:
         "How good each model is",
         "Diamond: the mean over clients, with its 95 % interval over seeds where there are "
         "several. Circle: one client. Bar: the worst client.",
-        _spec(chart),
+        as_spec(chart),
         rows,
         ("method", "model", "metric", "kind", "client", "value", "low", "high", "worst", "seeds"),
         bands="band",
@@ -118,31 +83,31 @@ def _quality(gathered: Gathered) -> Chart:
 
 
 def _curves(rows: list[Row], *, several: bool) -> Chart:
-    line = alt.Chart(_ROWS).encode(
+    line = alt.Chart(ROWS).encode(
         x=_round(),
-        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=_value_axis()),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=value_axis()),
         detail=["client:N", "run:N", "model:N"],
         color=_run_color() if several else _model_color(rows),
-        tooltip=_tips("run", "client", "model", "round", "value"),
+        tooltip=tips("run", "client", "model", "round", "value"),
     )
     chart = alt.layer(line.mark_line(opacity=0.6), line.mark_circle(size=30, opacity=0.8))
     return Chart(
         "curves",
         "Over the rounds",
         "A line for each client and model that was measured then. Round 0 is before any training.",
-        _spec(chart, height=280),
+        as_spec(chart, height=280),
         rows,
         ("run", "client", "model", "metric", "round", "value"),
     )
 
 
 def _cost(rows: list[Row], *, several: bool) -> Chart:
-    base = alt.Chart(_ROWS).encode(
+    base = alt.Chart(ROWS).encode(
         x=alt.X("megabytes:Q", title="megabytes, both ways, all clients"),
-        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=_value_axis()),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=value_axis()),
         detail=["run:N", "model:N"],
         color=_run_color() if several else _model_color(rows),
-        tooltip=_tips("run", "model", "round", "megabytes", "value"),
+        tooltip=tips("run", "model", "round", "megabytes", "value"),
     )
     shape = alt.Shape("model:N", scale=alt.Scale(domain=_models(rows)), title="model")
     chart = alt.layer(base.mark_line(), base.mark_point(filled=True, size=60).encode(shape=shape))
@@ -150,7 +115,7 @@ def _cost(rows: list[Row], *, several: bool) -> Chart:
         "cost",
         "Bytes against quality",
         "The mean over clients, and what had crossed the network by then.",
-        _spec(chart, height=260),
+        as_spec(chart, height=260),
         rows,
         ("run", "model", "metric", "round", "megabytes", "value"),
     )
@@ -164,18 +129,18 @@ def _grafts(rows: list[Row]) -> Chart:
         scale=alt.Scale(scheme="viridis", domain=[0, 1], clamp=True),
         legend=alt.Legend(format=".0%"),
     )
-    tips = _tips("client", "layer", "expert", "restored", "loss", "second", "none", "gate")
+    said = tips("client", "layer", "expert", "restored", "loss", "second", "none", "gate")
     text = alt.condition("datum.restored > 0.6", alt.value("black"), alt.value("white"))
     chart = alt.layer(
-        cell.mark_rect().encode(color=color, tooltip=tips),
-        cell.mark_text(fontSize=11).encode(text="expert:N", color=text, tooltip=tips),
+        cell.mark_rect().encode(color=color, tooltip=said),
+        cell.mark_text(fontSize=11).encode(text="expert:N", color=text, tooltip=said),
     )
     return Chart(
         "grafts",
         "Which expert each client grafted",
         "The number is the expert; the color, how much of the layer's output it restores alone "
         "(0 and below: no better than no expert).",
-        _spec(chart),
+        as_spec(chart),
         rows,
         ("run", "client", "layer", "expert", "restored", "loss", "second", "none", "gate"),
         bands="band",
@@ -193,14 +158,14 @@ def _gates(rows: list[Row]) -> Chart:
     chart = (
         _cells(shown, x="layer")
         .mark_rect()
-        .encode(color=color, tooltip=_tips("client", "layer", "round", "gate"))
+        .encode(color=color, tooltip=tips("client", "layer", "round", "gate"))
     )
     return Chart(
         "gates",
         "How far each gate opens",
         "Mean over tokens in the client's last round: 0 % shuts the graft off, 100 % adds all of "
         "it. Of a carved or open graft there is none.",
-        _spec(chart),
+        as_spec(chart),
         shown,
         ("run", "client", "layer", "round", "gate"),
         bands="band",
@@ -216,20 +181,20 @@ def _moved(rows: list[Row]) -> Chart:
     )
     experts = sorted({row["expert"] for row in rows})
     chart = (
-        alt.Chart(_ROWS)
+        alt.Chart(ROWS)
         .mark_rect()
         .encode(
             x=alt.X("expert:O", sort=experts, axis=alt.Axis(labelOverlap=True)),
             y=_bands(rows, "layer", order=_layers(rows)),
             color=color,
-            tooltip=_tips("layer", "expert", "times", "share"),
+            tooltip=tips("layer", "expert", "times", "share"),
         )
     )
     return Chart(
         "moved",
         "Which experts were trained",
         "In how many rounds any client sent the expert, so that it was aggregated.",
-        _spec(chart),
+        as_spec(chart),
         rows,
         ("run", "layer", "expert", "times", "share"),
         bands="band",
@@ -246,13 +211,13 @@ def _active(rows: list[Row]) -> Chart:
     chart = (
         _cells(rows, x="layer")
         .mark_rect()
-        .encode(color=color, tooltip=_tips("client", "layer", "share"))
+        .encode(color=color, tooltip=tips("client", "layer", "share"))
     )
     return Chart(
         "active",
         "Who trained how many experts",
         "The share of a layer's experts that a step of the client trained; mean over rounds.",
-        _spec(chart),
+        as_spec(chart),
         rows,
         ("run", "client", "layer", "share"),
         bands="band",
@@ -261,7 +226,7 @@ def _active(rows: list[Row]) -> Chart:
 
 def _phases(rows: list[Row]) -> Chart:
     chart = (
-        alt.Chart(_ROWS)
+        alt.Chart(ROWS)
         .mark_bar()
         .encode(
             x=alt.X("round:O", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
@@ -273,14 +238,14 @@ def _phases(rows: list[Row]) -> Chart:
             ),
             xOffset="run:N",
             order="order:Q",
-            tooltip=_tips("run", "round", "phase", "seconds"),
+            tooltip=tips("run", "round", "phase", "seconds"),
         )
     )
     return Chart(
         "phases",
         "Where the time went",
         "Seconds of each round.",
-        _spec(chart, height=220),
+        as_spec(chart, height=220),
         rows,
         ("run", "round", "phase", "seconds"),
     )
@@ -288,21 +253,21 @@ def _phases(rows: list[Row]) -> Chart:
 
 def _events(rows: list[Row]) -> Chart:
     chart = (
-        alt.Chart(_ROWS)
+        alt.Chart(ROWS)
         .mark_point(size=90, filled=True)
         .encode(
             x=_round(),
             y=_bands(rows, "client"),
             color=alt.Color("what:N", scale=alt.Scale(range=["#d55e00", "#0072b2"])),
             shape="what:N",
-            tooltip=_tips("run", "round", "client", "what", "reason"),
+            tooltip=tips("run", "round", "client", "what", "reason"),
         )
     )
     return Chart(
         "events",
         "Failures and refusals",
         "Who left a round, and what was refused.",
-        _spec(chart),
+        as_spec(chart),
         rows,
         ("run", "round", "client", "what", "reason"),
         bands="band",
@@ -310,7 +275,7 @@ def _events(rows: list[Row]) -> Chart:
 
 
 def _cells(rows: Sequence[Row], *, x: str) -> alt.Chart:
-    return alt.Chart(_ROWS).encode(
+    return alt.Chart(ROWS).encode(
         x=alt.X(f"{x}:N", sort=_layers(rows), title=None, axis=alt.Axis(labelAngle=-45)),
         y=_bands(rows, "client"),
     )
@@ -322,11 +287,7 @@ def _bands(rows: Sequence[Row], field: str, *, order: Sequence[str] = ()) -> alt
     for row in rows:
         row["band"] = f"{row[field]}, {row['run']}" if several else row[field]
     ordered = sorted(rows, key=lambda row: order.index(row[field])) if order else rows
-    return alt.Y("band:N", sort=_in_order(ordered), title=None)
-
-
-def _in_order(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["band"] for row in rows))
+    return alt.Y("band:N", sort=in_order(ordered), title=None)
 
 
 def _layers(rows: Sequence[Row]) -> list[str]:
@@ -342,11 +303,7 @@ def _round() -> alt.X:
 
 
 def _value(field: str) -> alt.X:
-    return alt.X(f"{field}:Q", title=None, scale=alt.Scale(zero=False), axis=_value_axis())
-
-
-def _value_axis() -> alt.Axis:
-    return alt.Axis(labelExpr=_VALUE_LABEL, title=None, tickCount=8)
+    return alt.X(f"{field}:Q", title=None, scale=alt.Scale(zero=False), axis=value_axis())
 
 
 def _model_color(rows: Sequence[Row]) -> alt.Color:
@@ -364,43 +321,3 @@ def _run_color() -> alt.Color:
         range=["#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a8a8a", "#e69f00", "#56b4e9"]
     )
     return alt.Color("run:N", scale=scale, title="run")
-
-
-_NUMBERS = {
-    "value": "~g",
-    "low": "~g",
-    "high": "~g",
-    "worst": "~g",
-    "megabytes": ".3f",
-    "restored": ".1%",
-    "gate": ".2%",
-    "share": ".1%",
-    "loss": ".4f",
-    "second": ".4f",
-    "none": ".4f",
-    "seconds": ".2f",
-    "round": "d",
-    "times": "d",
-}
-
-
-def _tips(*fields: str) -> list[alt.Tooltip]:
-    """Return what a tooltip says; names of clients come from elsewhere and are shown as text."""
-    return [
-        alt.Tooltip(f"{field}:Q", format=form)
-        if (form := _NUMBERS.get(field))
-        else alt.Tooltip(f"{field}:N")
-        for field in fields
-    ]
-
-
-def _spec(chart: Any, *, height: int = 0) -> dict[str, Any]:
-    """Return the chart for validation and drawing; without a height it is that of its bands."""
-    made = chart.properties(
-        width="container",
-        height=height or _BAND,
-        autosize=alt.AutoSizeParams(type="fit-x", contains="padding"),
-    ).add_params(_IS_SHARE)
-    spec: dict[str, Any] = made.to_dict(validate=True)
-    del spec["config"]  # the page has one for light and one for dark
-    return spec

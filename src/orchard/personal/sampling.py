@@ -40,8 +40,10 @@ def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generato
     """Return the next token; of equal ones the first, where the most probable is taken."""
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    scaled_V = logits_V.double() / sampling.temperature
-    probabilities_V = (scaled_V - scaled_V.max()).softmax(dim=-1).cpu()
+    # The largest is taken off first: whatever the temperature, it stays zero and none is infinite.
+    logits_V = logits_V.double()
+    scaled_V = (logits_V - logits_V.max()) / sampling.temperature
+    probabilities_V = scaled_V.softmax(dim=-1).cpu()
     if sampling.top_p < 1:
         ordered_V, token_V = probabilities_V.sort(descending=True, stable=True)
         before_V = ordered_V.cumsum(dim=-1) - ordered_V

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from orchard.personal.writing import StopTexts
+from orchard.serving.counting import Counts
 from orchard.serving.engine import Row
 from orchard.serving.protocol import Chat, RefusedError, StreamOptions
 from orchard.serving.protocol import Request as Asked
@@ -42,6 +44,9 @@ class Served:
         context: At most so many tokens of prompt and answer.
         vocabulary: Rows of the embedding.
         keys: Key to the models that it may use, None = all; no key = whoever asks may use all.
+        counts: Of what was answered.
+        longest_token: Characters of the vocabulary's longest; a text of more than this for each
+            token of the context is too long without being read.
     """
 
     worker: Worker
@@ -51,6 +56,14 @@ class Served:
     context: int
     vocabulary: int
     keys: Mapping[str, frozenset[str] | None]
+    counts: Counts = field(default_factory=Counts)
+    longest_token: int = 0
+
+    def __post_init__(self) -> None:
+        """Measure the vocabulary."""
+        if not self.longest_token:
+            longest = max(map(len, self.tokenizer.get_vocab()))
+            object.__setattr__(self, "longest_token", longest)
 
 
 @dataclass(eq=False)
@@ -146,6 +159,7 @@ async def answer(
     answering = _begin(served, asked, prompts, wanted=wanted, top=top, is_echo=is_echo)
     told = _Told(served, answering, shapes, prompts, asked.copies(), top, is_echo)
     num_read = sum(map(len, prompts))
+    served.counts.num_prompt_tokens += num_read
     if asked.stream:
         events = _events(told, request, asked.stream_options or StreamOptions(), num_read)
         return _Stream(events, answering)
@@ -223,6 +237,8 @@ class _Told:
         top: Scores at each place; -1 = none.
         is_echo: Whether an answer begins with its prompt.
         offsets: Where the next token's text starts, by answer; those that have begun.
+        last: When the last of each answer came.
+        began: When it was asked.
     """
 
     served: Served
@@ -233,11 +249,14 @@ class _Told:
     top: int
     is_echo: bool
     offsets: dict[int, int] = field(default_factory=dict)
+    last: dict[int, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
 
     async def choices(self, request: Request) -> AsyncIterator[dict[str, Any]]:
         """Yield what is new, a choice at a time."""
         async for number, piece in self.answering.pieces(request):
             is_first = number not in self.offsets
+            self._count(number, is_first=is_first)
             tokens: list[int] = list(piece.tokens)
             scores: list[Any] = list(piece.scores)
             text = piece.text
@@ -257,6 +276,12 @@ class _Told:
             yield self.shapes.choice(
                 number, text, piece.finish, logprobs=logprobs, is_first=is_first
             )
+
+    def _count(self, number: int, *, is_first: bool) -> None:
+        now, counts = time.monotonic(), self.served.counts
+        seconds = now - self.last.get(number, self.began)
+        (counts.first_seconds if is_first else counts.between_seconds).add(seconds)
+        self.last[number] = now
 
     async def collected(self, request: Request) -> list[dict[str, Any]] | None:
         """Return all choices when they have ended; None where whoever asked has gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor
 from orchard.models.kernels.caches import cache_name
 from orchard.models.kernels.row_cache import empty_cache, joined, selected
 from orchard.models.view.moe import MoEView
+from orchard.models.view.unbinding import unbound_experts
 from orchard.personal.sampling import Sampling, choose_token
 from orchard.serving.rows import Assignment, Rows
 from orchard.serving.values import RowValues
@@ -95,7 +97,7 @@ class Engine:
         self,
         view: MoEView,
         *,
-        max_rows: int = 32,
+        max_rows: int = 64,
         prefill_tokens: int = 512,
         keeps_logits: bool = False,
     ) -> None:
@@ -119,7 +121,7 @@ class Engine:
     @contextmanager
     def running(self) -> Iterator[Engine]:
         """Hook the base while the context lasts."""
-        with self.rows.hooked():
+        with unbound_experts(self.view), self.rows.hooked():
             yield self
 
     @property
@@ -235,12 +237,15 @@ class Engine:
 
     def _choose(self, rows: Sequence[Row], logits_BV: Tensor) -> None:
         """Write the next token of each row, and say which have ended."""
-        best_B = logits_BV.argmax(dim=-1).tolist()
-        is_sound_B = logits_BV.isfinite().any(dim=-1) & ~logits_BV.isnan().any(dim=-1)
-        for index, (row, is_sound) in enumerate(zip(rows, is_sound_B.tolist(), strict=True)):
+        # The largest of a row is a number just where all of it can be drawn from: none that is no
+        # number, no infinite one, and not all minus infinity.
+        most_B, best_B = (found.tolist() for found in logits_BV.max(dim=-1))
+        for index, (row, most) in enumerate(zip(rows, most_B, strict=True)):
             if self._keeps_logits:
                 row.logits_V = logits_BV[index].clone()
-            if not is_sound:  # such as by a graft that a run left broken; others are not harmed
+            if not math.isfinite(
+                most
+            ):  # such as by a graft that a run left broken; others are not harmed
                 row.failure = ValueError("logits must be numbers, got others from this model")
                 row.finish = "failed"
                 continue
@@ -248,10 +253,13 @@ class Engine:
                 row.finish = "length"
                 continue
             logits_V = logits_BV[index].float()
-            is_greedy = row.sampling.temperature == 0
-            token = (
-                best_B[index] if is_greedy else choose_token(logits_V, row.sampling, row.generator)
-            )
+            try:
+                token = best_B[index]
+                if row.sampling.temperature > 0:
+                    token = choose_token(logits_V, row.sampling, row.generator)
+            except RuntimeError as error:  # what one row asks for must not end the others
+                row.failure, row.finish = error, "failed"
+                continue
             if row.num_top >= 0:  # before the token, for another thread reads as many
                 row.scores.append(_score(logits_V.log_softmax(dim=-1), token, row.num_top))
             row.tokens.append(token)

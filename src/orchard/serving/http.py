@@ -5,19 +5,23 @@ from __future__ import annotations
 import asyncio
 import difflib
 import hmac
-from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from orchard.serving.answering import Served, answer
+from orchard.serving.counting import plain
 from orchard.serving.protocol import MAX_BODY_BYTES, Chat, Completion, RefusedError, decode
 
 __all__ = ["Served", "make_app"]
 
+# A body of the largest size at what a slow line carries.
+_BODY_SECONDS = 60.0
 # A body that is refused is read to its end, so that the reason arrives: who still sends when the
 # connection is closed may see nothing of it.
 _MAX_DRAINED_BYTES, _DRAIN_SECONDS = 512 * 2**20, 30.0
@@ -25,15 +29,21 @@ _MAX_DRAINED_BYTES, _DRAIN_SECONDS = 512 * 2**20, 30.0
 
 def make_app(served: Served) -> FastAPI:
     """Return the application; while it lives, the engine's thread runs."""
-    answers: Counter[int] = Counter()  # by status, of which there are few
+    answers = served.counts.answers
+    # Tokenizers change their settings while they read, so one thread has them; the loop goes on.
+    reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="orchard-tokens")
+
+    async def read(call: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(reader, call, *arguments)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         served.worker.start()
         yield
         await asyncio.to_thread(served.worker.stop)
+        reader.shutdown(cancel_futures=True)
 
-    app = FastAPI(lifespan=lifespan, openapi_url=None)
+    app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
 
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, RefusedError)
@@ -44,7 +54,9 @@ def make_app(served: Served) -> FastAPI:
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         said = f"{request.method} and the address must be of those that are served"
-        return await refused(request, RefusedError(error.status_code, said))
+        made = await refused(request, RefusedError(error.status_code, said))
+        made.headers.update(error.headers or {})
+        return made
 
     app.add_exception_handler(RefusedError, refused)
     app.add_exception_handler(HTTPException, unknown)
@@ -58,21 +70,22 @@ def make_app(served: Served) -> FastAPI:
         _visible(served, request)
         worker = served.worker
         lines = [
-            "# TYPE orchard_requests gauge",
-            f"orchard_requests {worker.num_waiting_or_running}",
-            "# TYPE orchard_models_in_memory gauge",
-            f"orchard_models_in_memory {len(worker.registry.held)}",
-            "# TYPE orchard_tokens_written_total counter",
-            f"orchard_tokens_written_total {worker.num_tokens}",
-            "# TYPE orchard_answers_total counter",
-            *(f'orchard_answers_total{{status="{s}"}} {n}' for s, n in sorted(answers.items())),
+            *plain("requests_waiting", worker.num_waiting, "Answers that wait for a row."),
+            *plain("requests_running", worker.num_running, "Answers that are written."),
+            *plain("models_in_memory", len(worker.registry.held), "Beside the base."),
+            *plain("tokens_written_total", worker.num_tokens, "Of answers."),
+            *served.counts.lines(),
         ]
-        return PlainTextResponse("\n".join(lines) + "\n")
+        text = "\n".join(lines) + "\n"
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def models(request: Request) -> Response:
         names = _visible(served, request)
-        listed = [{"id": n, "object": "model", "created": 0, "owned_by": "orchard"} for n in names]
-        return JSONResponse({"object": "list", "data": listed})
+        return JSONResponse({"object": "list", "data": [_told(name) for name in names]})
+
+    async def model(request: Request, name: str) -> Response:
+        _check_model(name, _visible(served, request))
+        return JSONResponse(_told(name))
 
     async def completions(request: Request) -> Response:
         names = _visible(served, request)
@@ -80,9 +93,7 @@ def make_app(served: Served) -> FastAPI:
         _check_model(asked.model, names)
         asked.check(16)
         asked.num_top()
-        prompts = [
-            served.tokenizer(p)["input_ids"] if isinstance(p, str) else p for p in asked.prompts()
-        ]
+        prompts = await read(_encode, served, asked.prompts())
         made = await answer(served, request, asked, prompts)
         answers[made.status_code] += 1
         return made
@@ -93,9 +104,10 @@ def make_app(served: Served) -> FastAPI:
         _check_model(asked.model, names)
         asked.check(256)
         asked.num_top()
-        turns = [(message.role, message.text()) for message in asked.messages]
+        turns = [(message.speaker(), message.text()) for message in asked.messages]
+        _check_length(served, sum(len(text) for _, text in turns), parameter="messages")
         try:
-            prompt = served.encode_chat(asked.model, turns)
+            prompt = await read(served.encode_chat, asked.model, turns)
         except ValueError as error:
             raise RefusedError(400, str(error), parameter="messages") from error
         made = await answer(served, request, asked, [prompt])
@@ -105,9 +117,41 @@ def make_app(served: Served) -> FastAPI:
     app.add_api_route("/health", health)
     app.add_api_route("/metrics", metrics)
     app.add_api_route("/v1/models", models)
+    app.add_api_route("/v1/models/{name:path}", model)
     app.add_api_route("/v1/completions", completions, methods=["POST"])
     app.add_api_route("/v1/chat/completions", chat, methods=["POST"])
     return app
+
+
+def _told(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "orchard"}
+
+
+def _encode(served: Served, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    """Return prompts as tokens, of which none that is too long is read.
+
+    Raises:
+        RefusedError: One is too long for the context, whatever its tokens are.
+    """
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            _check_length(served, len(prompt), parameter="prompt")
+    return [
+        list(served.tokenizer(prompt)["input_ids"]) if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+
+
+def _check_length(served: Served, num_characters: int, *, parameter: str) -> None:
+    most = served.context * served.longest_token
+    if num_characters > most:
+        raise RefusedError(
+            400,
+            f"{parameter} must have up to {most} characters, got {num_characters}; the context has "
+            f"{served.context} tokens",
+            code="context_length_exceeded",
+            parameter=parameter,
+        )
 
 
 def _visible(served: Served, request: Request) -> list[str]:
@@ -134,13 +178,18 @@ async def _body(request: Request) -> bytes:
     """Read a body of bounded size.
 
     Raises:
-        RefusedError: It is larger.
+        RefusedError: It is larger, or does not come.
     """
     content = bytearray()
-    async for part in _parts(request):
-        content += part
-        if len(content) > MAX_BODY_BYTES:
-            raise RefusedError(413, f"the body must have up to {MAX_BODY_BYTES} bytes")
+    try:
+        async with asyncio.timeout(_BODY_SECONDS):
+            async for part in _parts(request):
+                content += part
+                if len(content) > MAX_BODY_BYTES:
+                    raise RefusedError(413, f"the body must have up to {MAX_BODY_BYTES} bytes")
+    except TimeoutError as error:
+        request.state.is_read = True  # nobody waits for the rest
+        raise RefusedError(408, f"the body must come within {_BODY_SECONDS:g} s") from error
     return bytes(content)
 
 

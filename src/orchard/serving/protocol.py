@@ -49,6 +49,9 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "best_of": (None, 1),
         "suffix": (None, ""),
         "tools": (None, []),
+        "tool_choice": (None, "none", "auto"),
+        "function_call": (None, "none", "auto"),
+        "reasoning_effort": (None, "none"),
         "functions": (None, []),
         "response_format": (None, {"type": "text"}),
         "modalities": (None, ["text"]),
@@ -79,7 +82,11 @@ class Request(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     best_of: Any = None
     suffix: Any = None
     tools: Any = None
+    tool_choice: Any = None
+    parallel_tool_calls: Any = None
     functions: Any = None
+    function_call: Any = None
+    reasoning_effort: Any = None
     response_format: Any = None
     modalities: Any = None
     user: Any = None
@@ -206,6 +213,10 @@ class Message(msgspec.Struct):
 
     role: str
     content: str | list[Part]
+
+    def speaker(self) -> str:
+        """Return whose turn it is; what OpenAI calls a developer is the system of templates."""
+        return "system" if self.role == "developer" else self.role
 
     def text(self) -> str:
         """Return what is said.

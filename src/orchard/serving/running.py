@@ -15,6 +15,7 @@ from orchard.experiment.encoding import end_ids, make_wording
 from orchard.models.kernels.row_cache import why_not_in_rows
 from orchard.models.stored.loading import load_base, load_tokenizer
 from orchard.personal.state import read_state
+from orchard.serving.connections import MAX_HEAD_BYTES, BoundedProtocol
 from orchard.serving.engine import Engine
 from orchard.serving.http import Served, make_app
 from orchard.serving.registry import Registry, find_sources
@@ -59,6 +60,7 @@ def make_server(
     key_file: Path | None,
     max_models: int,
     is_insecure: bool,
+    max_rows: int = 64,
 ) -> uvicorn.Server:
     """Load the base of runs and return what serves them; its ``run`` ends with SIGTERM.
 
@@ -104,7 +106,10 @@ def make_server(
     config = model.config.get_text_config()
     ends = {index for f, recipe in recipes.items() for index in end_ids(recipe, wordings[f])}
     served = Served(
-        worker=Worker(Engine(base.view), Registry(base.view, base.digest, sources, max_models)),
+        worker=Worker(
+            Engine(base.view, max_rows=max_rows),
+            Registry(base.view, base.digest, sources, max_models),
+        ),
         tokenizer=tokenizer,
         encode_chat=encode_chat,
         end_ids=frozenset(ends),
@@ -112,8 +117,21 @@ def make_server(
         vocabulary=int(config.vocab_size),
         keys=keys,
     )
+    return listener(served, host=host, port=port)
+
+
+def listener(served: Served, *, host: str, port: int) -> uvicorn.Server:
+    """Return what listens; strangers cannot fill its log, its connections or its memory."""
     return uvicorn.Server(
-        uvicorn.Config(make_app(served), host=host, port=port, log_level="warning")
+        uvicorn.Config(
+            make_app(served),
+            host=host,
+            port=port,
+            http=BoundedProtocol,
+            ws="none",
+            h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+            log_level="error",  # a line for each broken request is one that a stranger writes
+        )
     )
 
 

@@ -88,9 +88,14 @@ class Worker:
         return True
 
     @property
-    def num_waiting_or_running(self) -> int:
-        """Jobs that were taken on and have not ended."""
-        return len(self._jobs) + len(self._rows)
+    def num_waiting(self) -> int:
+        """Jobs that were taken on and have no row yet."""
+        return len(self._jobs)
+
+    @property
+    def num_running(self) -> int:
+        """Jobs whose rows are written."""
+        return len(self._rows)
 
     @property
     def is_alive(self) -> bool:

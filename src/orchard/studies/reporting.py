@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -45,6 +45,7 @@ class Row:
         mean: Over seeds of the mean over clients.
         spread: Standard deviation over seeds of that mean; None with one seed.
         worst: Mean over seeds of the worst client's.
+        clients: Client to its mean over the seeds that have it.
         interval: Of the paired difference to the reference; None for the reference.
         corrected_p: Its p by Holm over all comparisons of the report.
         private: Numbers that a client trained and keeps, mean over clients.
@@ -63,6 +64,7 @@ class Row:
     mean: float
     spread: float | None
     worst: float
+    clients: Mapping[str, float]
     interval: Interval | None
     corrected_p: float | None
     private: float
@@ -130,12 +132,18 @@ def _metrics(made: Made) -> list[str]:
 
 
 def _values(own: Column, seeds: Sequence[int], metric: str) -> dict[str, Any]:
-    found = [own.runs[seed].result["summary"]["personal"][metric] for seed in seeds]
+    results = [own.runs[seed].result for seed in seeds]
+    found = [result["summary"]["personal"][metric] for result in results]
     means = [one["mean"] for one in found]
+    by_client: dict[str, list[float]] = {}
+    for result in results:
+        for client, value in result["metrics"]["personal"][metric].items():
+            by_client.setdefault(client, []).append(value)
     return {
         "mean": fmean(means),
         "spread": stdev(means) if len(means) > 1 else None,
         "worst": fmean(one["worst"] for one in found),
+        "clients": {client: fmean(values) for client, values in by_client.items()},
     }
 
 
@@ -354,8 +362,16 @@ def as_record(design: Design, progress: Progress, rows: Sequence[Row]) -> dict[s
         **environment(),
         "base_digest": progress.base_digest,
         "columns": columns,
+        "rows": [_row_record(row) for row in rows],
         "digest": hashlib.sha256(text.encode()).hexdigest(),
     }
+
+
+def _row_record(row: Row) -> dict[str, Any]:
+    """Return a row for a page, with its difference and its verdict."""
+    values = asdict(row)
+    values["difference"] = values.pop("interval")
+    return {**values, "verdict": row.verdict}
 
 
 _DIGESTS = ("recipe_digest", "data_digest", "base_digest", "shared_digest", "test_digest")

@@ -227,6 +227,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         configured(num_experts="many"),
         r"must lead to a model, got .* \(.*\); check its config",
     ),
+    "more than all": (
+        configured(num_experts_per_tok=9),
+        r"^num_experts_per_tok must be in 1\.\.8, the experts of an MoE layer, got 9; correct conf",
+    ),
+    "none at all": (configured(num_experts_per_tok=0), r"^num_experts_per_tok must be in 1\.\.8, "),
     "negative": (configured(hidden_size=-128), r"^model\.path must lead to a model, got .*"),
 }
 
@@ -368,6 +373,22 @@ def test_tensors_that_the_model_does_not_use_are_named_once(tmp_path: Path) -> N
     assert "2 tensors" in note
     assert all(name in note for name in extra)
     assert plan_sentences(make_plan(recipe)) == [note]
+    loaded = load_base(str(base), dtype="float32")
+    assert loaded.digest == load_base(short_model(), dtype="float32").digest
+
+
+@pytest.mark.parametrize("is_sharded", [True, False])
+def test_a_file_that_the_checkpoint_does_not_list_is_named_once(
+    is_sharded: bool, tmp_path: Path
+) -> None:
+    base = copied(tmp_path)
+    if is_sharded:
+        shard(base)
+    save_file({"model.norm.weight": torch.zeros(2)}, base / "model-00003-of-00003.safetensors")
+    recipe = quick_recipe("fedavg", f"model.path={base}")
+    (note,) = plan_sentences(make_plan(recipe))
+    assert "1 safetensors files beside those of its model; they are not read: model-00003" in note
+    assert data_notes(prepare_experiment(recipe)).count(note) == 1
     loaded = load_base(str(base), dtype="float32")
     assert loaded.digest == load_base(short_model(), dtype="float32").digest
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from orchard.library_errors import first_line
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import ALL_ROWS, TOP_K_NAMES, find_rows
 from orchard.models.view.storage import FusedExperts
@@ -162,7 +163,7 @@ def _check_choice(layer: MoELayer) -> None:
     except _RoutedError:
         pass
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise _uncarvable(
             layer, f"{layer.num_experts} experts to choose from ({reason})"
         ) from error

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from orchard.library_errors import first_line
 from orchard.models.stored.destinations import (
     and_others,
     check_destinations,
@@ -27,7 +28,7 @@ from orchard.models.stored.destinations import (
     incomplete,
     listed,
 )
-from orchard.models.stored.sources import first_line, without_reports
+from orchard.models.stored.sources import without_reports
 from orchard.models.stored.tensors import StoredTensor
 
 
@@ -107,11 +108,23 @@ def check_loaded(found: Mapping[str, Any], *, path: str) -> None:
         )
 
 
-def extra_note(names: Sequence[str], *, path: str) -> str:
-    """Say what of a checkpoint is not used, or nothing where all is."""
-    if not names:
-        return ""
-    return (
-        f"{path} holds {len(names)} tensors that its model does not use, such as layers that "
-        f"predict further tokens; they are not read: {listed(names)}"
-    )
+def extra_notes(names: Sequence[str], files: Sequence[str], *, path: str) -> tuple[str, ...]:
+    """Say what of a checkpoint is not used; nothing where all is.
+
+    Args:
+        names: Tensors that the model has no use for.
+        files: Files beside those that the index lists.
+        path: What the user calls the checkpoint.
+    """
+    notes = []
+    if names:
+        notes.append(
+            f"{path} holds {len(names)} tensors that its model does not use, such as layers that "
+            f"predict further tokens; they are not read: {listed(names)}"
+        )
+    if files:
+        notes.append(
+            f"{path} holds {len(files)} safetensors files beside those of its model; they are not "
+            f"read: {listed(files)}"
+        )
+    return tuple(notes)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from orchard.library_errors import first_line
 from orchard.models.stored.loading import DTYPES
 from orchard.models.trainable.slots import full_slots, lora_slots
 from orchard.models.trainable.targets import LoraSettings, find_targets, inject_lora
@@ -142,7 +143,7 @@ def activation_bytes(
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"memory must be computable without values, got {type(model).__name__}, whose forward "
-            f"pass needs them ({str(error).splitlines()[0]}); measure it on the model itself"
+            f"pass needs them ({first_line(error)}); measure it on the model itself"
         ) from error
     finally:
         handle.remove()

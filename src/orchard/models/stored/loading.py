@@ -12,16 +12,23 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoTokenizer
 
+from orchard.library_errors import first_line
 from orchard.models.stored.alignment import align
-from orchard.models.stored.completeness import check_complete, check_loaded, extra_note
+from orchard.models.stored.completeness import check_complete, check_loaded, extra_notes
 from orchard.models.stored.deepseek_moe import is_rewritten
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.sources import PACKAGED as PACKAGED
-from orchard.models.stored.sources import build_view, first_line, locate, without_reports
+from orchard.models.stored.sources import build_view, locate, without_reports
 from orchard.models.stored.sources import load_config as load_config
 from orchard.models.stored.sources import resolve as resolve
 from orchard.models.stored.sources import without_progress_bars as without_progress_bars
-from orchard.models.stored.tensors import Checkpoint, lazy_tensors, open_checkpoint, read_headers
+from orchard.models.stored.tensors import (
+    Checkpoint,
+    lazy_tensors,
+    open_checkpoint,
+    read_headers,
+    unread_files,
+)
 from orchard.models.trainable.targets import LoraSettings, check_targets
 from orchard.models.view.detection import find_auto_class, view_config, view_moe
 from orchard.models.view.moe import MoEView
@@ -64,7 +71,7 @@ def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ValueError(
             f"model.device must be a device of this machine, got {device} ({reason}); set it to cpu"
         ) from error
@@ -112,10 +119,10 @@ def check_checkpoint(path: str, lora: LoraSettings) -> CheckedModel:
     view = build_view(load_config(path), path)
     check_targets(view, lora)
     extra = check_complete(view.model, read_headers(path), path=path)
-    note = extra_note(extra, path=path)
+    notes = extra_notes(extra, unread_files(path), path=path)
     config: Any = view.model.config
     rows = int(config.get_text_config().vocab_size)
-    return CheckedModel(view, rows, (note,) if note else ())
+    return CheckedModel(view, rows, notes)
 
 
 def check_vocabulary(tokenizer: Any, rows: int, *, path: str) -> str:

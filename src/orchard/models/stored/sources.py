@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from orchard.hub import cached_copy, find_on_hub, looks_like_path, spelled_like
+from orchard.library_errors import first_line
 from orchard.models.stored.deepseek_moe import MODEL_TYPE, to_qwen2_moe
 from orchard.models.view.detection import view_config
 from orchard.models.view.moe import MoEView
@@ -158,14 +159,6 @@ def check_plain(config: Any, path: str) -> None:
                 f"({getattr(method, 'value', method)}); "
                 "choose a checkpoint in float32, float16 or bfloat16"
             )
-
-
-def first_line(error: BaseException) -> str:
-    """Return what an exception of another library says, in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # A line that announces the next one says nothing alone.
-    announced = lines[1:2] if lines and lines[0].endswith(":") else []
-    return " ".join([*lines[:1], *announced]) or type(error).__name__
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from orchard.library_errors import first_line
 from orchard.models.stored.carving import (
     carve_layer,
     check_carvable,
@@ -28,7 +29,7 @@ from orchard.models.stored.completeness import check_loaded
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.loading import DTYPES
-from orchard.models.stored.sources import first_line, without_reports
+from orchard.models.stored.sources import without_reports
 from orchard.models.stored.tensors import Checkpoint, LazyTensor
 from orchard.models.view.detection import view_config, view_moe
 from orchard.models.view.moe import MoELayer, MoEView

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor
 
 from orchard.hub import cached_copy
+from orchard.library_errors import first_line
 from orchard.models.stored.deepseek_moe import (
     MODEL_TYPE,
     is_rewritten,
     to_qwen2_moe_names,
 )
-from orchard.models.stored.sources import first_line, load_config, locate
+from orchard.models.stored.sources import load_config, locate
 
 _DTYPES = {
     "F64": torch.float64,
@@ -217,6 +218,22 @@ def read_headers(path: str) -> Mapping[str, StoredTensor]:
             dtype = _plain_dtype(name, info.dtype)
             found[name] = StoredTensor(Path(file_name), start, dtype, tuple(info.shape))
     return _as_qwen2_moe(found) if is_rewritten(load_config(path)) else found
+
+
+def unread_files(path: str) -> list[str]:
+    """Return the names of safetensors files behind ``path`` that do not count; of a folder alone.
+
+    Such is a shard that the index does not list, or anything beside ``model.safetensors``.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        ValueError: It holds no usable safetensors files.
+    """
+    folder = Path(locate(path))
+    if not folder.is_dir():
+        return []
+    counted, _ = _find_files(folder)
+    return sorted(file.name for file in folder.glob("*.safetensors") if file not in counted)
 
 
 def _is_deepseek_moe(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from orchard.models.view.adopting import adopt
 from orchard.models.view.moe import MoELayer, MoEView
-from orchard.models.view.routers import find_router, find_top_k, probe_top_k
+from orchard.models.view.routers import check_top_k, find_router, probe_top_k
 from orchard.models.view.storage import FusedExperts, ListedExperts, is_fused, is_listed, is_unknown
 
 # What reads images or sound: no token of a text comes there.
@@ -122,7 +122,7 @@ def _build_layer(
         # The sigmoid that weighs a shared expert (Qwen2-MoE) is a linear layer.
         if "shared" in name and child is not router and not isinstance(child, nn.Linear)
     ]
-    top_k = find_top_k(router) or find_top_k(block)
+    top_k = check_top_k(router, block, num_experts)
     return MoELayer(
         name=path,
         path=path,

@@ -103,6 +103,26 @@ def find_top_k(module: nn.Module) -> int | None:
     return None
 
 
+def check_top_k(router: nn.Module, block: nn.Module, num_experts: int) -> int | None:
+    """Return the experts per token that a router or its block states, or None.
+
+    Raises:
+        ValueError: There are fewer experts.
+    """
+    stated = [k for k in (find_top_k(router), find_top_k(block)) if k is not None]
+    if not stated:
+        return None
+    top_k = next((k for k in stated if k), 0)
+    holder = find_router_weight(router, num_experts)
+    num_rows = num_experts if holder is None else len(cast(Tensor, holder.weight))
+    if not 1 <= top_k <= num_rows:
+        raise ValueError(
+            f"num_experts_per_tok must be in 1..{num_rows}, the experts of an MoE layer, got "
+            f"{top_k}; correct config.json"
+        )
+    return top_k
+
+
 def read_router(router: nn.Module, block: nn.Module, *, num_experts: int) -> dict[str, Tensor]:
     """Return a router's tensors with one row per expert; see ``MoELayer.router_tensors``."""
     tensors = {}
