@@ -160,7 +160,7 @@ def test_experts_are_counted_over_all_shards(tmp_path: Path) -> None:
     state = state_of(recipe_on(str(path), "qwen3_moe", "fedavg"))
     export_model(state, tmp_path / "out", shard_bytes=2_000)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["num_experts"] == 8
+    assert config["num_local_experts"] == 8
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(logits_of(loaded), expected_of(state), atol=1e-4, rtol=0)
 
