@@ -142,3 +142,18 @@ def test_nothing_else_of_flower_is_used_that_it_does_not_promise() -> None:
                 used |= {f"{a.name}:" for a in node.names if a.name.split(".")[0] == "flwr"}
     private = {name for name in used if not name.startswith(PROMISED)}
     assert private == USED.keys()
+
+
+def test_the_page_names_all_of_it() -> None:
+    page = (SOURCES.parents[1] / "docs" / "flower.md").read_text()
+    for name in USED:
+        module, _, attribute = name.partition(":")
+        assert f"`{attribute}`" in page, name
+        assert f"`{module}`" in page, name
+
+
+def test_nothing_here_needs_grpc() -> None:
+    """flwr 1.43 drops it."""
+    for path in sorted(SOURCES.rglob("*.py")):
+        if path.relative_to(SOURCES).as_posix() not in NOT_OURS:
+            assert "grpc" not in path.read_text().lower(), path
