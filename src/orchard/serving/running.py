@@ -13,8 +13,10 @@ import uvicorn
 from orchard.data.turns import Role, Turn
 from orchard.experiment.encoding import end_ids, make_wording
 from orchard.models.kernels.row_cache import why_not_in_rows
-from orchard.models.stored.loading import load_base, load_tokenizer
+from orchard.models.stored.loading import Base, load_base, load_tokenizer
+from orchard.personal.exported import is_exported, read_exported
 from orchard.personal.state import read_state
+from orchard.recipe.options import Recipe
 from orchard.serving.connections import MAX_HEAD_BYTES, BoundedProtocol
 from orchard.serving.engine import Engine
 from orchard.serving.http import Served, make_app
@@ -80,9 +82,8 @@ def make_server(
             f"{key_file} must name models that are served, got {unknown[0]}; they are "
             f"{', '.join(list(sources)[:20])}"
         )
-    recipes = {folder: read_state(folder).recipe for folder in folders}
+    recipes, base = _open(folders)
     first = recipes[folders[0]]
-    base = load_base(first.model.path, dtype=first.model.dtype, device=first.model.device)
     model: Any = base.view.model
     if reason := why_not_in_rows(model):
         raise ValueError(
@@ -118,6 +119,16 @@ def make_server(
         keys=keys,
     )
     return listener(served, host=host, port=port)
+
+
+def _open(folders: Sequence[Path]) -> tuple[dict[Path, Recipe], Base]:
+    """Return the recipes of folders, each with its model's place, and what is run."""
+    if is_exported(folders[0]):
+        exported = read_exported(folders[0])
+        return {folders[0]: exported.own_recipe}, exported.load()
+    recipes = {folder: read_state(folder).recipe for folder in folders}
+    first = recipes[folders[0]].model
+    return recipes, load_base(first.path, dtype=first.dtype, device=first.device)
 
 
 def listener(served: Served, *, host: str, port: int) -> uvicorn.Server:
