@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -62,3 +63,11 @@ class BoundedProtocol(H11Protocol):
         self._deadline = None
         if not self._is_answering():
             self.transport.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a name or an address is one that a machine has for itself alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

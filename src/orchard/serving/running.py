@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from orchard.models.stored.loading import Base, load_base, load_tokenizer
 from orchard.personal.exported import is_exported, read_exported
 from orchard.personal.state import read_state
 from orchard.recipe.options import Recipe
-from orchard.serving.connections import MAX_HEAD_BYTES, BoundedProtocol
+from orchard.serving.connections import MAX_HEAD_BYTES, BoundedProtocol, is_loopback
 from orchard.serving.engine import Engine
 from orchard.serving.http import Served, make_app
 from orchard.serving.registry import Registry, find_sources
@@ -71,7 +70,7 @@ def make_server(
             served.
     """
     keys = read_keys(key_file) if key_file else {}
-    if not keys and not is_insecure and not _is_loopback(host):
+    if not keys and not is_insecure and not is_loopback(host):
         raise ValueError(
             f"--api-key-file must be given with an address that others reach, got {host}; "
             "make a file of keys, listen at 127.0.0.1, or add --insecure"
@@ -117,6 +116,7 @@ def make_server(
         context=int(config.max_position_embeddings),
         vocabulary=int(config.vocab_size),
         keys=keys,
+        is_local=not keys and not is_insecure,
     )
     return listener(served, host=host, port=port)
 
@@ -144,10 +144,3 @@ def listener(served: Served, *, host: str, port: int) -> uvicorn.Server:
             log_level="error",  # a line for each broken request is one that a stranger writes
         )
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
