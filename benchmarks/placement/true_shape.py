@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from orchard.models.stored.loading import resolve
+from orchard.process_memory import release_freed_memory
 from orchard.results import environment, write_json
 
 HERE = Path(__file__).parent
@@ -45,7 +46,7 @@ METHODS = {
         *("model.lora_targets=attention", "model.lora_rank=8"),
     ),
     "hfedmoe": (
-        *("strategy.name=hfedmoe", "selection.mode=carve", "selection.cadence=round"),
+        *("strategy.name=hfedmoe", "selection.mode=mask", "selection.cadence=round"),
         *("selection.scoring_batches=1", "client.budget=25%", "model.lora_dropout=0"),
         *("model.lora_targets=attention,experts", "model.lora_rank=4"),
     ),
@@ -209,11 +210,12 @@ def sample(process: subprocess.Popen[Any]) -> tuple[int, int]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write, train, remove, and keep a record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="for the checkpoint and the runs; must be new")
+    parser.add_argument("folder", type=Path, help="for the checkpoint and the runs")
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--cache", default="none", help="as model.expert_cache")
     parser.add_argument("--limit-gb", type=float, default=0.0, help="RLIMIT_DATA of a run")
+    parser.add_argument("--keep", action="store_true", help="the checkpoint, which is used again")
     parser.add_argument("--out", type=Path, default=None, help="the record")
     given = parser.parse_args(arguments)
     model = given.folder / "model"
@@ -223,10 +225,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if out.exists():
         record = json.loads(out.read_text())
     try:
-        start = time.perf_counter()
-        record["model_bytes"] = write_checkpoint(model, given.layers)
-        os.sync()
-        record["write_seconds"] = time.perf_counter() - start
+        if not model.exists():
+            start = time.perf_counter()
+            record["model_bytes"] = write_checkpoint(model, given.layers)
+            release_freed_memory()
+            os.sync()
+            record["write_seconds"] = time.perf_counter() - start
         record["num_threads"] = os.environ.get("OMP_NUM_THREADS", "")
         for method in given.only:
             limit = int(given.limit_gb * 1e9)
@@ -235,7 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(method, json.dumps(run, indent=1), flush=True)
             write_json(out, record)
     finally:
-        shutil.rmtree(model, ignore_errors=True)
+        if not given.keep:
+            shutil.rmtree(model, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -87,11 +87,8 @@ FAMILIES: Mapping[str, str] = {
     "kolibri1": "",
     "laguna": "",
     "lfm2_moe": "",
-    "llama4": "as llama4_text",
-    "llama4_text": (
-        "its experts are one batched product over all tokens, behind no interface that names "
-        "one of them; it would take a storage of its own"
-    ),
+    "llama4": "",
+    "llama4_text": "",
     "longcat_flash": (
         "its experts are stacked, and some of them do nothing, behind no interface that names "
         "one of them; it would take a storage of its own"

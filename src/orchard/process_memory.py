@@ -7,13 +7,14 @@ import gc
 import resource
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _MADV_PAGEOUT = 21  # of linux/mman.h; unlike MADV_DONTNEED it keeps what was written
 _RELEASE_SECONDS = 0.1
+_SAMPLE_SECONDS = 0.02
 _STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
 _ROLLUP, _MEMINFO = Path("/proc/self/smaps_rollup"), Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")
@@ -39,6 +40,44 @@ def resident_memory_bytes() -> int:
             if line.startswith("VmRSS:"):
                 return 1024 * int(line.split()[1])
     return peak_memory_bytes()
+
+
+def anonymous_memory_bytes(status: Path = _STATUS) -> int:
+    """Return what a process has in memory that is no page of a file; Linux only.
+
+    Args:
+        status: What the system says of the process.
+
+    Raises:
+        OSError: There is no such file, or the process ended.
+    """
+    for line in status.read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"no line of anonymous memory in {status}")
+
+
+@contextmanager
+def anonymous_peak() -> Iterator[Callable[[], int]]:
+    """Sample this process's anonymous memory while the context lasts, from a thread.
+
+    Yields:
+        What returns the largest that was seen so far.
+    """
+    seen = [anonymous_memory_bytes()]
+    end = threading.Event()
+
+    def sample() -> None:
+        while not end.wait(_SAMPLE_SECONDS):
+            seen[0] = max(seen[0], anonymous_memory_bytes())
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield lambda: seen[0]
+    finally:
+        end.set()
+        thread.join()
 
 
 def shared_memory_bytes() -> int:

@@ -257,6 +257,7 @@ def plan(
     with clear_errors(code=BAD_INPUT, traceback=traceback):
         from orchard.api import plan as make_plan
         from orchard.engine.progress import make_console
+        from orchard.experiment.placements import placements_table
         from orchard.experiment.planning import plan_as_json, plan_sentences, plan_table
         from orchard.tables import print_table
 
@@ -266,6 +267,8 @@ def plan(
             return
         console = make_console()
         print_table(console, plan_table(made))
+        if made.placements:
+            print_table(console, placements_table(made.placements, free=made.free_bytes))
         for sentence in plan_sentences(made):
             console.print(sentence, style="yellow", highlight=False)
         for note in made.notes:
@@ -315,7 +318,8 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="What to measure: memory, graft, step, aggregate, rounds, wire, start or serve.",
+            help="What to measure: memory, placement, graft, step, aggregate, rounds, wire, start "
+            "or serve.",
             show_default=False,
         ),
     ],

@@ -8,16 +8,24 @@ what was measured.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from orchard.models.stored.footprint import Footprint, activation_bytes, measure_footprint
 from orchard.models.stored.loading import DTYPES
+from orchard.models.stored.placing import Placement
+from orchard.models.stored.precision import bytes_per_value
 from orchard.models.trainable.targets import EXPERTS, LoraSettings
 
-PROCESS_BYTES = 370_000_000
-"""Python with torch, transformers and PEFT imported, on a CPU: 362 MB were measured."""
+PROCESS_BYTES = 560_000_000
+"""Python with torch, transformers and PEFT after training, on a CPU: 557 MB were measured."""
+ANONYMOUS_BYTES = 385_000_000
+"""Of a process that has trained, what is no page of a file: 385 MB were measured."""
+KERNEL_BYTES = 135_000_000
+"""In bfloat16, what oneDNN makes and keeps for products of many sizes: 118 to 143 MB measured."""
+_IN_MEMORY = Placement()
 _FLOAT = 4  # bytes of what is trained, whatever the base's dtype
 
 
@@ -32,9 +40,11 @@ class PeakMemory:
         received: The global values of what is trained.
         optimizer: Moments, of what has moved.
         gradients: Of one optimizer step.
-        folded: Expert weights with their adapters in them, a second copy where experts have any.
+        folded: Expert weights that are made for a moment: with their adapters in them, a copy of
+            all or, where experts are mapped, of one layer; or one that is read back from few bits.
         activations: What autograd keeps of one micro-batch, and the logits.
         loading: Of the file, while the model is read from it; before there is anything else.
+        kernels: What oneDNN makes for products in bfloat16.
     """
 
     process: int
@@ -46,6 +56,7 @@ class PeakMemory:
     folded: int
     activations: int
     loading: int
+    kernels: int = 0
 
     @property
     def training(self) -> int:
@@ -53,13 +64,18 @@ class PeakMemory:
         # The backward pass frees a layer's activations as it makes its gradients; half of what
         # that saves is left for what it needs for a moment.
         overlap = min(self.activations, self.gradients) // 2
-        parts: int = sum(getattr(self, f.name) for f in fields(self)) - self.loading - overlap
-        return parts
+        parts: int = sum(getattr(self, f.name) for f in fields(self))
+        return parts - self.loading - overlap
 
     @property
     def total(self) -> int:
         """The larger of training and loading."""
         return max(self.training, self.process + self.weights + self.loading)
+
+    @property
+    def anonymous(self) -> int:
+        """Of training, what the system cannot take back: no pages of files, mapped or of code."""
+        return self.training - self.process + ANONYMOUS_BYTES
 
 
 @dataclass(frozen=True)
@@ -76,6 +92,7 @@ class TrainingShape:
         num_choices: How often in a round a client chooses experts: what a choice moves for the
             first time gets optimizer state, which stays to the end of the round.
         personal: Elements that are trained and never received, such as a graft.
+        placement: Where the frozen experts of a client that holds all of them are.
     """
 
     lora: LoraSettings
@@ -86,6 +103,7 @@ class TrainingShape:
     is_carved: bool
     num_choices: int
     personal: int = 0
+    placement: Placement = _IN_MEMORY
 
 
 class Requirements:
@@ -106,6 +124,17 @@ class Requirements:
         self.footprint: Footprint = measure_footprint(config, shape.lora, dtype=shape.dtype)
         self._counted: dict[str, tuple[dict[str, int], int]] = {}
         self._traced: dict[tuple[int, ...], int] = {}
+
+    @property
+    def is_carved(self) -> bool:
+        """Whether a client holds only the experts that it trains."""
+        return self._shape.is_carved
+
+    def placed(self, placement: Placement) -> Requirements:
+        """Return the same with frozen experts in another place."""
+        other = copy.copy(self)  # what was counted and traced does not depend on it
+        other._shape = replace(self._shape, placement=placement)
+        return other
 
     @property
     def personal(self) -> int:
@@ -144,23 +173,44 @@ class Requirements:
         )
         own_bytes = zip(sizes.expert_bytes.values(), held, strict=True)
         expert_bytes = [size * number for size, number in own_bytes]
-        has_adapters = EXPERTS in shape.lora.targets
-        # Folding makes one layer's update in float32 before it is added.
-        width = DTYPES[shape.dtype].itemsize
-        update = max(expert_bytes) * _FLOAT // width
+        # What is carved is in memory, wherever the whole model would be.
+        placement = _IN_MEMORY if shape.is_carved else shape.placement
         states = 2 if shape.optimizer == "adamw" else 0
         return PeakMemory(
             process=PROCESS_BYTES,
-            weights=sizes.dense_bytes + sum(expert_bytes),
+            weights=sizes.dense_bytes + self._held(placement, sum(expert_bytes)),
             adapters=_FLOAT * (self.trainable(held, kind="lora") + shape.personal),
             received=_FLOAT * self.trainable(held),
             optimizer=_FLOAT * states * (self.trainable(moved) + shape.personal),
             gradients=_FLOAT * (self.trainable(held) + shape.personal),
-            folded=(sum(expert_bytes) * _FLOAT // width + 2 * update) if has_adapters else 0,
+            folded=self._folded(placement, expert_bytes),
             activations=self._activations(held),
-            # A carved model is read slice by slice, and what was read of a file can be dropped.
-            loading=0 if shape.is_carved else self._stored_bytes,
+            # Read slice by slice, and what was read of a file can be dropped.
+            loading=0 if shape.is_carved or not placement.is_plain else self._stored_bytes,
+            kernels=KERNEL_BYTES if shape.dtype == "bfloat16" else 0,
         )
+
+    def _held(self, placement: Placement, num_bytes: int) -> int:
+        """Return what experts of so many bytes take of a process's own memory."""
+        if placement.kind == "mapped":
+            return 0
+        if placement.precision == "bf16":
+            return num_bytes
+        width = DTYPES[self._shape.dtype].itemsize
+        return round(num_bytes / width * bytes_per_value(placement.precision))
+
+    def _folded(self, placement: Placement, expert_bytes: Sequence[int]) -> int:
+        """Return what experts take beside themselves, a layer's bytes each, while they run."""
+        if EXPERTS in self._shape.lora.targets:
+            # A copy with adapters in it of all layers, or of one at a time; and one of a layer's
+            # gradient, in slices and then in one piece.
+            kept = max(expert_bytes) if placement.kind == "mapped" else sum(expert_bytes)
+            return kept + 2 * max(expert_bytes)
+        if placement.precision == "bf16":
+            return 0
+        # One expert that is read back, in float32 and then in the model's dtype.
+        width = DTYPES[self._shape.dtype].itemsize
+        return max(self.footprint.expert_bytes.values()) * (_FLOAT + width) // width
 
     def evaluation(
         self, *, batch_size: int, num_tokens: int, num_answered: int, num_new: int = 0
@@ -179,14 +229,15 @@ class Requirements:
             size * number
             for size, number in zip(sizes.expert_bytes.values(), sizes.layers.values(), strict=True)
         )
-        held = sizes.dense_bytes + experts + _FLOAT * (sum(sizes.trainable.values()) * 2)
+        placed = self._held(self._shape.placement, experts)
+        held = sizes.dense_bytes + placed + _FLOAT * (sum(sizes.trainable.values()) * 2)
         if EXPERTS in self._shape.lora.targets:
             held += experts * _FLOAT // width
         # Logits as the model makes them, in float32, and their softmax.
         logits = num_answered * sizes.vocabulary * (width + 2 * _FLOAT)
-        state = config.hidden_size * width
+        state: int = config.hidden_size * width
         # Keys and values of each layer, at the most; and what one layer works with.
-        cache = 2 * config.num_hidden_layers * (num_tokens + num_new) * state
+        cache: int = 2 * config.num_hidden_layers * (num_tokens + num_new) * state
         return PROCESS_BYTES + held + batch_size * (logits + cache + 8 * num_tokens * state)
 
     def trainable(self, experts: Sequence[int], *, kind: str = "all") -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from orchard.client.requirements import Requirements, TrainingShape
 from orchard.experiment.methods import METHODS, check_strategy, has_grafts, has_part
-from orchard.experiment.settings import graft_settings, lora_settings
+from orchard.experiment.settings import graft_settings, lora_settings, placement_of
 from orchard.experts.allocation import allocate
 from orchard.experts.grafting import GraftSettings
 from orchard.models.stored.tensors import open_checkpoint
@@ -189,6 +189,7 @@ def build_requirements(recipe: Recipe, view: MoEView) -> Requirements:
         is_carved=chooses and selection.mode == "carve",
         num_choices=num_choices,
         personal=_personal(recipe, view) if has_grafts(methods) else 0,
+        placement=placement_of(recipe),
     )
     stored_bytes = open_checkpoint(recipe.model.path).num_bytes
     return Requirements(view.model.config, shape, stored_bytes=stored_bytes)

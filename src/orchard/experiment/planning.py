@@ -17,9 +17,15 @@ from orchard.experiment.budgets import Limit, build_requirements, client_limits
 from orchard.experiment.encoding import end_ids, make_wording
 from orchard.experiment.holdings import Federation, build_federation, read_elsewhere
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
+from orchard.experiment.placements import (
+    PlacementPlan,
+    placements_as_rows,
+    plan_placements,
+)
 from orchard.experiment.settings import learning_rate, lora_settings
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import check_checkpoint, check_vocabulary, load_tokenizer
+from orchard.process_memory import available_memory_bytes
 from orchard.recipe.options import Recipe
 
 
@@ -59,6 +65,9 @@ class Plan:
         notes: What a person should know about the data and the base.
         learning_rate: Of the first round.
         mapped_bytes: Of the weights, what is mapped from disk and shared between processes.
+        placements: What the largest client needs with its frozen experts elsewhere; empty where
+            clients hold some experts alone.
+        free_bytes: Of memory, now; None where the system does not say.
     """
 
     num_layers: int
@@ -67,6 +76,8 @@ class Plan:
     notes: tuple[str, ...] = ()
     learning_rate: float = 0.0
     mapped_bytes: int = 0
+    placements: tuple[PlacementPlan, ...] = ()
+    free_bytes: int | None = None
 
 
 def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
@@ -122,7 +133,27 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
         size * number
         for size, number in zip(sizes.expert_bytes.values(), sizes.layers.values(), strict=True)
     )
-    return Plan(layers, num_experts, tuple(clients), notes, rate, mapped_bytes if mapped else 0)
+    largest = max((c.budget for c in clients if c.peak is not None), default=0)
+    free = available_memory_bytes()
+    placements: tuple[PlacementPlan, ...] = ()
+    if largest and not requirements.is_carved:
+        placements = plan_placements(
+            requirements,
+            lora_settings(recipe),
+            budget=largest,
+            device=recipe.model.device,
+            free=free,
+        )
+    return Plan(
+        layers,
+        num_experts,
+        tuple(clients),
+        notes,
+        rate,
+        mapped_bytes if mapped else 0,
+        placements,
+        free,
+    )
 
 
 def _trainable(requirements: Requirements, budget: int) -> int:
@@ -214,6 +245,7 @@ def plan_as_json(plan: Plan) -> str:
                 "experts": client.budget,
                 "trainable_parameters": client.trainable,
                 "predicted_peak_bytes": peak.total if peak else None,
+                "predicted_anonymous_bytes": peak.anonymous if peak else None,
                 "predicted_parts_bytes": asdict(peak) if peak else None,
                 "uplink_bytes_at_most": client.uplink_bytes,
                 "downlink_bytes": client.downlink_bytes,
@@ -224,6 +256,8 @@ def plan_as_json(plan: Plan) -> str:
         "experts": plan.num_experts,
         "learning_rate": plan.learning_rate,
         "clients": clients,
+        "placements": placements_as_rows(plan.placements),
+        "free_bytes": plan.free_bytes,
         "notes": list(plan.notes),
     }
     return json.dumps(about, indent=1)

@@ -36,7 +36,7 @@ def check_workers(recipe: Recipe, options: WorkerOptions, *, available: int | No
     if options.number == 1 or options.ray or free is None or recipe.model.device != "cpu":
         return
     peak, mapped = _largest(make_plan(recipe))
-    each = peak.training - mapped if mapped else peak.total
+    each = peak.training if mapped else peak.total
     own = PROCESS_BYTES + _MAIN_TREES * peak.received
     fitting = max((free - own) // each, 0)
     if options.number > fitting:
@@ -107,7 +107,7 @@ def _largest(plan: Plan) -> tuple[PeakMemory, int]:
 
 def _on_device(plan: Plan) -> int:
     peak, _ = _largest(plan)
-    return max(peak.training - peak.process, 0)
+    return max(peak.training - peak.process - peak.kernels, 0)
 
 
 def _size(num_bytes: int) -> str:

@@ -26,12 +26,13 @@ from orchard.communication.messages import LocalSettings
 from orchard.data.encoded import Encoded
 from orchard.experts.masking import detached_experts
 from orchard.experts.submodel_source import SubmodelSource
-from orchard.models.stored.loading import check_model, load_base, load_config, threads
+from orchard.models.stored.loading import check_model, load_config, threads
+from orchard.models.stored.placing import Placement, open_base
 from orchard.models.stored.random_checkpoint import Shape, expert_share, write_random_checkpoint
 from orchard.models.stored.tensors import open_checkpoint
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.targets import LoraSettings
-from orchard.process_memory import peak_memory_bytes, return_memory_at_once
+from orchard.process_memory import anonymous_peak, peak_memory_bytes, return_memory_at_once
 from orchard.strategies.expert_names import expert_of
 
 _WARM_UP = 1  # steps that are not timed
@@ -54,6 +55,8 @@ class Case:
         num_tokens: Of each.
         steps: Timed optimizer steps.
         num_threads: CPU threads; 0 = as many as torch takes.
+        placement: Of frozen experts, as ``model.placement``.
+        precision: Of frozen experts, as ``model.frozen_precision``.
     """
 
     path: str
@@ -67,6 +70,13 @@ class Case:
     num_tokens: int = 128
     steps: int = 3
     num_threads: int = 0
+    placement: str = "memory"
+    precision: str = "bf16"
+
+    @property
+    def placed(self) -> Placement:
+        """Where frozen experts are."""
+        return Placement(self.placement, precision=self.precision)
 
     @property
     def lora(self) -> LoraSettings:
@@ -97,6 +107,7 @@ def predict(case: Case) -> PeakMemory:
         optimizer="adamw",
         is_carved=case.mode == "carve",
         num_choices=1,
+        placement=case.placed,
     )
     stored = open_checkpoint(case.path).num_bytes
     requirements = Requirements(load_config(case.path), shape, stored_bytes=stored)
@@ -127,7 +138,7 @@ def train_and_measure(case: Case) -> dict[str, float]:
     """
     return_memory_at_once()
     before = peak_memory_bytes()
-    with threads(case.num_threads):
+    with threads(case.num_threads), anonymous_peak() as anonymous:
         model = _open(case)
         vocabulary = load_config(case.path).get_text_config().vocab_size
         generator = np.random.default_rng(0)
@@ -161,7 +172,9 @@ def train_and_measure(case: Case) -> dict[str, float]:
                     hold_still=hold_still,
                 )
         delta = {n: t.detach() - shared[n] for n, t in model.parameters(shared).items()}
+        own = anonymous()
     return {
+        "peak_anonymous_bytes": own,
         "peak_memory_bytes": peak_memory_bytes(),
         "process_bytes": before,
         "tokens_per_second": report.num_tokens / report.seconds,
@@ -176,7 +189,7 @@ def _open(case: Case) -> AdaptedModel:
         source = SubmodelSource(case.path, case.dtype, "cpu", case.lora, _Tokenizer(), "", 0)
         view = check_model(case.path, case.lora)
         return source.carve([range(case.experts)] * len(view.layers))
-    base = load_base(case.path, dtype=case.dtype)
+    base = open_base(case.path, dtype=case.dtype, placement=case.placed)
     return AdaptedModel(
         base.view, case.lora, tokenizer=_Tokenizer(), base_digest=base.digest, seed=0
     )

@@ -76,7 +76,8 @@ def _charts(rows: Sequence[Row], record: Mapping[str, Any]) -> list[Chart]:
     several = len({row["cell"] for row in rows}) > 1
     shown = []
     for row in rows:
-        common = {key: row[key] for key in ("grid", "method", "metric", "verdict")}
+        common = {key: row[key] for key in ("method", "metric", "verdict")}
+        common["grid"] = row["cell"]
         common["band"] = f"{row['method']}, {row['cell']}" if several else row["method"]
         # After Holm's correction; what would hold without it is drawn as not seen.
         common["seen"] = row["verdict"] if row["verdict"] in _VERDICTS else "no difference seen"

@@ -42,6 +42,12 @@ class BoundedProtocol(H11Protocol):
         elif not self.transport.is_closing():
             self._wait_for_head()
 
+    def on_response_complete(self) -> None:
+        """Go on to what was sent behind a request."""
+        super().on_response_complete()
+        if self.conn.trailing_data[0] and not self._is_answering():
+            self._wait_for_head()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self._stop_waiting()

@@ -23,6 +23,10 @@ from orchard.serving.registry import Registry, find_sources
 from orchard.serving.worker import Worker
 
 
+_KEPT_SECONDS = 30
+"""A connection that nothing is asked over for so long is closed; clients let theirs go earlier."""
+
+
 def read_keys(path: Path) -> dict[str, frozenset[str] | None]:
     """Read API keys: one a line, and behind it, after blanks, the models that it may use.
 
@@ -140,6 +144,7 @@ def listener(served: Served, *, host: str, port: int) -> uvicorn.Server:
             port=port,
             http=BoundedProtocol,
             ws="none",
+            timeout_keep_alive=_KEPT_SECONDS,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             log_level="error",  # a line for each broken request is one that a stranger writes
         )

@@ -21,6 +21,7 @@ from orchard.experiment.preparation import prepare_experiment
 from orchard.models.stored import expert_cache
 from orchard.models.stored.loading import Base, load_base
 from orchard.models.stored.placing import Placement, open_base
+from orchard.models.view.unbinding import unbound_experts
 from orchard.strategies.strategy import evaluate_client, start_server, train_client
 from orchard.trees import digest
 
@@ -234,3 +235,31 @@ def test_what_does_not_go_with_mapped_experts_is_refused(
     recipe = quick_recipe("fedavg", MAPPED, *overrides)
     with pytest.raises(ValueError, match=said):
         prepare_experiment(recipe)
+
+
+def test_mapped_experts_with_adapters_are_folded_again_and_not_kept(tmp_path: Path) -> None:
+    kept = {}
+    where = (MAPPED, f"model.expert_cache={tmp_path / 'cache'}")
+    for name, options in (("memory", ()), ("mapped", where)):
+        recipe = quick_recipe("hfedmoe", "selection.mode=mask", *options)
+        _, _, model, _ = build(recipe, tmp_path / name)
+        model.set_trainable(model.adapter_names)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage._cdata] = storage.nbytes()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with unbound_experts(model.view), hooks:
+            ids_BS = torch.arange(2, 34)[None]
+            loss = model.model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        loss.backward()
+        layer = model.view.layers[0]
+        own = sum(p.numel() * p.element_size() for p in layer.storage.parameters())
+        gradients = model.gradients(model.adapter_names)
+        kept[name] = (sum(sizes.values()) // own, digest(gradients), loss.item())
+    # Of both layers' experts, and of none.
+    assert kept["memory"][0] >= 2 > kept["mapped"][0]
+    assert kept["memory"][1:] == kept["mapped"][1:]

@@ -16,11 +16,13 @@ from orchard.models.stored.mapping import map_tensors
 from orchard.models.stored.precision import decode, encode, parts_of
 from orchard.models.stored.submodel import experts_dtype, load_skeleton
 from orchard.models.trainable.targets import ALL, EXPERTS, LoraSettings
+from orchard.models.view.held import HeldExperts
 from orchard.models.view.moe import MoEView
-from orchard.models.view.storage import FusedExperts, HeldExperts
+from orchard.models.view.storage import FusedExperts
 from orchard.trees import SlicedTensor, digest
 
 NO_CACHE = "none"
+KINDS = ("memory", "mapped")
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Placement:
     """Where the frozen experts of a base are.
 
     Attributes:
-        kind: ``memory`` or ``mapped``.
+        kind: Of ``KINDS``.
         cache: With ``mapped``, the folder of the fused cache; "" = beside the checkpoint; ``none``
             = they are read where the checkpoint has them.
         precision: What they are kept in, of ``PRECISIONS``; ``bf16`` = the model's dtype.
@@ -144,7 +146,7 @@ def _place(
         for attribute, experts in stored.parameters(layer).items():
             values = nn.Parameter(parts[experts.name][""], requires_grad=False)
             setattr(layer.experts, attribute, values)
-        layers.append(replace(layer, storage=FusedExperts(layer.experts)))
+        layers.append(replace(layer, storage=FusedExperts(layer.experts, refolds=True)))
     return MoEView(skeleton.model, tuple(layers))
 
 

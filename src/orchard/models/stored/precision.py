@@ -57,6 +57,13 @@ def parts_of(precision: str, shape: tuple[int, ...], dtype: torch.dtype) -> dict
     }
 
 
+def bytes_per_value(precision: str) -> float:
+    """Return what a value of a large slice takes in few bits, scales included."""
+    count = 1 << 20
+    parts = parts_of(precision, (count // 1024, 1024), torch.float32).values()
+    return sum(torch.Size(shape).numel() * own.itemsize for shape, own in parts) / count
+
+
 def encode(precision: str, values: Tensor) -> dict[str, Tensor]:
     """Return the parts of one slice."""
     if precision == "bf16" or values.ndim < 2:

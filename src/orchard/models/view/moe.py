@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from orchard.models.view.held import HeldExperts
 from orchard.models.view.routers import (
     Routing,
     find_reading_width,
@@ -22,7 +23,7 @@ from orchard.models.view.routers import (
     read_router,
     read_router_output,
 )
-from orchard.models.view.storage import ExpertStorage, FusedExperts, HeldExperts
+from orchard.models.view.storage import ExpertStorage, FusedExperts
 from orchard.trees import SlicedTensor
 
 

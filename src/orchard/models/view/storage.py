@@ -14,9 +14,11 @@ from typing import Protocol, TypeAlias, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.checkpoint import checkpoint
 
 from orchard.models.kernels.frozen_experts import FrozenWeights, run_frozen
-from orchard.trees import SlicedTensor
+from orchard.models.kernels.grouped_experts import can_group, run_grouped
 
 # The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
 # tried first: a gated MLP also has the two of an ungated one.
@@ -67,13 +69,16 @@ class ExpertStorage(Protocol):
 class FusedExperts:
     """Experts in 3-D parameters, as transformers' experts interface lays them out."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, refolds: bool = False) -> None:
         """Read the layout's flags from ``module``.
 
         Args:
             module: An experts module for which ``is_fused`` holds.
+            refolds: Whether weights with adapters in them, which are as large as the experts, are
+                made again in the backward pass instead of being kept for it.
         """
         self.module = module
+        self.refolds = refolds
         # Flags that joined the interface after its first release default to what was then fixed.
         self.has_gate = bool(getattr(module, "has_gate", True))
         self.has_bias = bool(getattr(module, "has_bias", False))
@@ -178,10 +183,30 @@ class FusedExperts:
             weights_TK: What multiplies their outputs.
         """
         names = dict.fromkeys(self._places().values())
+        # Taken now: PEFT removes the adapters when the module's forward ends, before the backward.
+        folds = {name: self._fold(name) for name in names} if self.refolds else {}
+        if torch.is_grad_enabled() and any(_is_trained(fold) for fold in folds.values()):
+
+            def run_folded(x_TD: Tensor, weights_TK: Tensor) -> Tensor:
+                held = {name: own() if own else self._parameter(name) for name, own in whole}
+                return self._run_each(held, x_TD, choices_TK, weights_TK)
+
+            whole = tuple(folds.items())
+            y_TD: Tensor = checkpoint(
+                run_folded, x_TD, weights_TK, use_reentrant=False, preserve_rng_state=False
+            )
+            return y_TD
         held = {name: self._parameter(name) for name in names}
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in held.values())
         if not is_trained and not self.has_post_norm:
-            return run_frozen(self._frozen(held), x_TD, choices_TK, weights_TK)
+            frozen = self._frozen(held)
+            run = run_grouped if can_group(frozen, x_TD) else run_frozen
+            return run(frozen, x_TD, choices_TK, weights_TK)
+        return self._run_each(held, x_TD, choices_TK, weights_TK)
+
+    def _run_each(
+        self, held: Mapping[str, Tensor], x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor:
         parameters = {name: parameter.unbind() for name, parameter in held.items()}
         y_TD = torch.zeros_like(x_TD)
         # One transfer of the choices, not one for each expert.
@@ -192,6 +217,12 @@ class FusedExperts:
             weighted_PD = own_PD * weights_TK[token_P, place_P, None]
             y_TD = y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
         return y_TD
+
+    def _fold(self, name: str) -> nn.Module | None:
+        """Return what makes a parameter with its adapters; None where it has none now."""
+        if not is_parametrized(self.module, name):
+            return None
+        return cast(nn.ModuleDict, self.module.parametrizations)[name]
 
     def _frozen(self, held: Mapping[str, Tensor]) -> FrozenWeights:
         first = "gate_up_proj" if self.has_gate else "up_proj"
@@ -234,38 +265,6 @@ class FusedExperts:
 
     def _function(self, name: str) -> Callable[[Tensor], Tensor]:
         return cast(Callable[[Tensor], Tensor], getattr(self.module, name))
-
-
-class HeldExperts(FusedExperts):
-    """Fused experts whose weights are not in the model's memory, but read one expert at a time.
-
-    The module keeps its parameters without values, on ``meta``, and in front of each stands what
-    reads it; its own forward indexes that as it would the parameter.
-    """
-
-    def __init__(self, module: nn.Module, held: Mapping[str, SlicedTensor]) -> None:
-        """Let a module read its experts elsewhere, from now on.
-
-        Args:
-            module: For which ``is_fused`` holds, with parameters on ``meta``.
-            held: Attribute of each parameter to what reads it, in the model's layout.
-        """
-        self.held = held
-        # Found before the parameter, which modules keep apart from their attributes.
-        vars(module).update(held)
-        super().__init__(module)
-
-    def slices(self, expert: int) -> dict[str, Slice]:
-        """Refuse: what is read elsewhere cannot be trained."""
-        raise ValueError(
-            f"experts that are trained must be in memory, got expert {expert} elsewhere; "
-            "set model.placement to memory"
-        )
-
-    def parameters(self) -> list[nn.Parameter]:
-        """Return the parameters without values."""
-        own = self.module._parameters
-        return [cast(nn.Parameter, own[name]) for name in self._names()]
 
 
 class ListedExperts:
@@ -362,6 +361,14 @@ def _lies_transposed(module: nn.Module) -> bool:
     if not isinstance(first, Tensor) or not isinstance(down, Tensor):
         return False
     return first.shape[1] == down.shape[2] != first.shape[2]
+
+
+def _is_trained(fold: nn.Module | None) -> bool:
+    """Say whether adapters that are folded in get gradients."""
+    if fold is None:
+        return False
+    values = [value for own in fold.modules() for value in vars(own).values()]
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 def is_listed(module: nn.Module) -> bool:
