@@ -51,7 +51,9 @@ def make_app(served: Served) -> FastAPI:
         assert isinstance(error, RefusedError)
         answers[error.status] += 1
         await _drain(request)
-        return JSONResponse(error.body, status_code=error.status)
+        # Who did not send all of a body in time would send the rest as if it were a request.
+        headers = {"connection": "close"} if error.status == 408 else None
+        return JSONResponse(error.body, status_code=error.status, headers=headers)
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -22,7 +22,6 @@ from orchard.serving.http import Served, make_app
 from orchard.serving.registry import Registry, find_sources
 from orchard.serving.worker import Worker
 
-
 _KEPT_SECONDS = 30
 """A connection that nothing is asked over for so long is closed; clients let theirs go earlier."""
 
