@@ -36,7 +36,7 @@ def page() -> Page:
     seconds = sum(record["seconds"] for record in found)
     cost = (
         f"{len(found)} of the {3 * len(ATTACKS)} records of three seeds are here, which took "
-        f"{seconds / 60:.1f} minutes on one core; the table says how many seeds each row has, and "
+        f"{seconds / 60:.1f} minutes on one core of a machine that did other work; the table says how many seeds each row has, and "
         "a row of one seed has no interval."
     )
     names = ("attack", "rule", "seeds", *_COLUMNS)
