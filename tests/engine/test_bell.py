@@ -119,3 +119,16 @@ def test_the_memory_of_callers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
         assert await took(bell, request(PULL, site=49)) >= 0.5
 
     asyncio.run(play())
+
+
+def test_no_more_of_a_key_is_kept_than_one_has() -> None:
+    """Ten thousand headers of 64 KiB, which anybody may send, were kept."""
+
+    async def play() -> None:
+        bell, _ = make()
+        scope = request(PULL)
+        await bell({**scope, "headers": [(b"flwr-public-key", b"k" * 60_000)]}, nothing, nothing)
+        ((_, key),) = bell._seen
+        assert len(key) == 512
+
+    asyncio.run(play())

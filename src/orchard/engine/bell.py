@@ -19,7 +19,7 @@ HELD_SECONDS = 5.0
 """Flower refuses a question that is older than 10 seconds."""
 _QUIET_SECONDS, _MOST_QUIET_SECONDS = 0.05, 0.5
 """Messages for many sites come one after another: all sites are woken after the last of them."""
-_MOST_CALLERS = 10_000
+_MOST_CALLERS, _LONGEST_KEY = 10_000, 512
 
 
 class Bell:
@@ -52,7 +52,8 @@ class Bell:
 
     async def _wait(self, scope: Any) -> None:
         key = dict(scope.get("headers") or ()).get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode())
-        caller = tuple(scope.get("client") or ()), key or b""
+        # Anybody may send any key: no more of it is kept than the longest that is one.
+        caller = tuple(scope.get("client") or ()), (key or b"")[:_LONGEST_KEY]
         if self._seen.get(caller) == self._count:
             changed = self._changed
             with contextlib.suppress(TimeoutError):
