@@ -60,6 +60,32 @@ def test_a_robust_kernel_needs_three_sites(tmp_path: Path) -> None:
                 check_coordinator(recipe, options, resume=False)
 
 
+@pytest.mark.parametrize(
+    ("protection", "words"),
+    [
+        (("privacy.secure_aggregation=true",), "privacy.secure_aggregation must be false"),
+        (
+            ("privacy.unit=example", "privacy.epsilon=8", "privacy.delta=1e-3"),
+            "privacy.unit must be empty",
+        ),
+        (
+            (
+                *("privacy.unit=client", "server.weighting=uniform"),
+                *("privacy.epsilon=8", "privacy.delta=1e-3"),
+            ),
+            "privacy.unit must be empty",
+        ),
+    ],
+)
+def test_protection_that_sites_would_not_have_is_refused(
+    protection: tuple[str, ...], words: str, tmp_path: Path
+) -> None:
+    options = CoordinatorOptions(tmp_path / "run", "127.0.0.1:1")
+    recipe = quick_recipe("fedavg", "deployment.sites=3", *protection)
+    with pytest.raises(ValueError, match=f"^{words} between sites, got "):
+        check_coordinator(recipe, options, resume=False)
+
+
 def test_a_site_needs_its_own_key_and_the_authority(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.touch()
