@@ -23,6 +23,7 @@ from benchmarks.hfedmoe_fig10.report import page as hfedmoe_fig10
 from benchmarks.kernels.report import page as kernels
 from benchmarks.planner.report import page as planner
 from benchmarks.robustness.report import page as robustness
+from benchmarks.serving.report import page as serving
 from benchmarks.wire.report import page as wire
 
 PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
@@ -40,6 +41,7 @@ PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
         "kernels": kernels,
         "planner": planner,
         "robustness": robustness,
+        "serving": serving,
         "wire": wire,
     }
 )

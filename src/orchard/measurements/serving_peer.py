@@ -43,8 +43,9 @@ def beside_transformers(
         say: Told what is measured.
 
     Returns:
-        Tokens per second and per answer of each, ours over the better of the peer's two ways, and of how many
-        prompts all three wrote the same; None for all where the peer does not run, with the reason.
+        Tokens per second and per answer of each, ours over the better of the peer's two ways, and
+        of how many prompts all three wrote the same; None for these where the peer does not run,
+        with the reason.
     """
     none = {"over_transformers_serve": None, "same_greedy_texts": None}
     if missing := why_no_peer():
