@@ -115,7 +115,9 @@ async def _speed(url: str, model: str, seconds: float) -> tuple[float, float]:
             nonlocal num_tokens, num_answers
             asked = number
             while time.perf_counter() < started + seconds:
-                num_tokens += (await _ask(client, url, model, _prompt(asked)))[1]
+                # Added after it was awaited: what others added meanwhile would be lost.
+                _, written = await _ask(client, url, model, _prompt(asked))
+                num_tokens += written
                 asked += _NUM_AT_ONCE
                 num_answers += 1
 
