@@ -8,7 +8,7 @@ LOWEST := .venv-lowest
 EXTRAS := dev,docs,report,privacy,serve,flower,tensorboard,mlflow
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test test-all test-long test-deployment test-newest test-lowest test-capabilities test-exhaustive mutants bench kill-test check format clean
+.PHONY: demo test test-all test-long test-deployment test-newest test-lowest test-capabilities test-exhaustive mutants bench bench-gpu kill-test check format clean
 
 demo: $(INSTALLED)
 	$(BIN)/orchard demo --out runs/demo
@@ -59,6 +59,10 @@ mutants: $(INSTALLED)
 # All measurements of this machine, and their charts; give MODEL and DATA for a real base.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.kernels.run --model "$(MODEL)" --data "$(DATA)"
+
+# Whatever GPU is here; without one, what can be checked on a CPU, and what was left out.
+bench-gpu: $(INSTALLED)
+	$(BIN)/python -m benchmarks.gpu.run
 
 # Every kind of process killed at random, 30 times in one run: make kill-test MODEL=... DATA=FOLDER
 kill-test: $(INSTALLED)

@@ -17,6 +17,7 @@ from benchmarks.export.report import page as export
 from benchmarks.faults.report import page as faults
 from benchmarks.flex_hfedmoe.report import page as flex_hfedmoe
 from benchmarks.flex_table1.report import page as flex_table1
+from benchmarks.gpu.report import page as gpu
 from benchmarks.hfedmoe_ablation.report import page as hfedmoe_ablation
 from benchmarks.hfedmoe_fig10.report import page as hfedmoe_fig10
 from benchmarks.kernels.report import page as kernels
@@ -34,6 +35,7 @@ PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
         "faults": faults,
         "flex_hfedmoe": flex_hfedmoe,
         "flex_table1": flex_table1,
+        "gpu": gpu,
         "hfedmoe_ablation": hfedmoe_ablation,
         "hfedmoe_fig10": hfedmoe_fig10,
         "kernels": kernels,

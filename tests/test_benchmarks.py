@@ -11,6 +11,8 @@ import pytest
 from benchmarks.blocks import Finding, Page, findings
 from benchmarks.flex_hfedmoe import run as joined
 from benchmarks.flex_table1 import run as table1
+from benchmarks.gpu import report as gpu_report
+from benchmarks.gpu import run as gpu_run
 from benchmarks.hfedmoe_fig10 import run as fig10
 from benchmarks.pages import PAGES
 from benchmarks.records import is_marked, lacks, origin, origins, read
@@ -21,7 +23,7 @@ from orchard.results import environment
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RECORDS = sorted(path for path in BENCHMARKS.rglob("*.json") if "__pycache__" not in path.parts)
 # These measure without a recipe.
-WITHOUT_RECIPE = ("export", "kernels", "placement", "planner")
+WITHOUT_RECIPE = ("export", "gpu", "kernels", "placement", "planner", "workers")
 FULL = {**environment(), "commit": "c0ffee", "recipe_digest": "r", "data_digest": "d"}
 
 
@@ -183,3 +185,32 @@ def test_scripts_keep_what_their_pages_need_and_where_it_comes_from(
         assert set(lacks(record, has_recipe=True)) <= {"commit"}
     losses = [record["loss"] for record in records if record.get("encoding") == "int8"]
     assert len(losses) == 1
+
+
+def test_what_no_gpu_measured_is_called_so_and_what_one_did_is_shown() -> None:
+    assert {row[2] for row in gpu_report.rows(None)} == {"not measured"}
+    record = {
+        "device": "A GPU",
+        "step": {"speedup": 2.5, "peak_ratio": 0.6},
+        "grafts": {"layers": 24, "seconds_of_choice": 31.0},
+    }
+    shown = [row[2] for row in gpu_report.rows(record)]
+    assert shown == ["A GPU", "2.50", "0.60", "31.0 (24 layers)"]
+
+
+def test_without_a_gpu_its_benchmark_checks_what_a_cpu_can_and_says_what_it_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept: dict[Path, dict[str, object]] = {}
+    monkeypatch.setattr(gpu_run, "keep", kept.__setitem__)
+    monkeypatch.setattr(gpu_run, "page", lambda: Page(tmp_path, {}))
+    monkeypatch.setattr("sys.argv", ["run"])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "README.md").write_text("nothing is made\n")
+    gpu_run.main()
+    [record] = kept.values()
+    assert record["left_out"] == ["step", "memory", "grafts"]
+    product = record["product"]
+    assert isinstance(product, dict)
+    assert product["largest_relative_difference"] < 1e-5
+    assert capsys.readouterr().out.startswith("no GPU is here: step, memory and grafts")

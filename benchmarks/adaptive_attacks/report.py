@@ -22,6 +22,7 @@ _COLUMNS = {
     "experts moved, %": ("experts_moved", 100, 1),
     "worst name, honest SD": ("worst_distance", 1, 1),
 }
+_KINDS = ("attention", "routers", "experts")
 
 
 def page() -> Page:
@@ -35,7 +36,7 @@ def page() -> Page:
     seconds = sum(record["seconds"] for record in found)
     cost = (
         f"{len(found)} of the {3 * len(ATTACKS)} records of three seeds are here, which took "
-        f"{seconds / 60:.1f} minutes on one core; the table says how many seeds each row has, and "
+        f"{seconds / 60:.1f} minutes on one core of a machine that did other work; the table says how many seeds each row has, and "
         "a row of one seed has no interval."
     )
     names = ("attack", "rule", "seeds", *_COLUMNS)
@@ -44,6 +45,7 @@ def page() -> Page:
         {
             "findings": findings(_findings(found)),
             "results": table(names, rows, num_words=2),
+            "kinds": table(("attack", "rule", *_KINDS), _by_kind(found), num_words=2),
             "cost": paragraph(cost),
             "origin": paragraph(origins(found)),
         },
@@ -54,39 +56,71 @@ def _findings(found: Sequence[Record]) -> list[Finding]:
     def of(attack: str, rule: str, key: str) -> float:
         return fmean(r["rules"][rule][key] for r in found if r["attack"] == attack)
 
+    def kind_of(attack: str, rule: str, kind: str) -> float:
+        return fmean(r["rules"][rule]["kinds"][kind] for r in found if r["attack"] == attack)
+
     robust = ("median", "trimmed_mean", "krum")
     clean = of("none", "mean", "clean_loss")
+    free, product = (of("inner_product", r, "clean_loss") for r in ("mean_unbounded", "mean"))
+    little = {rule: of("little", rule, "clean_loss") for rule in ("mean_unbounded", "mean")}
     answered = {rule: 100 * of("backdoor", rule, "trigger_exact_match") for rule in RULES}
-    said = ", ".join(f"{rule} {answered[rule]:.1f} %" for rule in RULES[2:])
+    said = ", ".join(f"{rule} {answered[rule]:.1f} %" for rule in RULES[1:])
     worst = {rule: max(of(a, rule, "clean_loss") for a in ATTACKS[1:]) for rule in RULES}
-    product = of("inner_product", "mean", "clean_loss")
+    alone = {rule: of("one_expert", rule, "worst_distance") for rule in RULES}
+    parts = {kind: kind_of("inner_product", "mean", kind) for kind in ("routers", "experts")}
     return [
         Finding(
-            f"The default bounds do not help the mean against inner-product manipulation: a clean "
-            f"loss of {product:.1f} where {clean:.2f} is without an attack. Equal weights lower it "
-            f"to {of('inner_product', 'mean_equal', 'clean_loss'):.1f}, which is no help either.",
-            product > 3 * clean and of("inner_product", "mean_equal", "clean_loss") > 3 * clean,
+            f"Without bounds inner-product manipulation ends a mean at a clean loss of {free:.1f} "
+            f"where {clean:.2f} is without an attack. The default bounds leave it {product:.2f}, "
+            "and equal weights no less: the mean is not for rounds in which some may be hostile.",
+            free > 5 * clean and 2 * clean < product < free / 3,
+        ),
+        Finding(
+            f"A little is enough where nothing is bounded ({little['mean_unbounded']:.1f}); behind "
+            f"the default bounds it moves no name by an honest standard deviation, and the loss "
+            f"stays ({little['mean']:.2f}).",
+            little["mean_unbounded"] > 5 * clean
+            and little["mean"] < 1.15 * clean
+            and of("little", "mean", "names_moved") == 0,
         ),
         Finding(
             "Median, trimmed mean and Krum keep the clean loss under every attack tried: "
             + ", ".join(f"{rule} at most {worst[rule]:.2f}" for rule in robust)
-            + f"; the clipped mean does not ({worst['clipped_mean']:.2f}).",
-            all(worst[rule] < 1.5 * clean for rule in robust) and worst["clipped_mean"] > 2 * clean,
+            + f"; the clipped mean is at {worst['clipped_mean']:.2f} in the worst.",
+            all(worst[rule] < 1.5 * clean for rule in robust)
+            and worst["clipped_mean"] > 1.6 * clean,
         ),
         Finding(
-            f"Where the model still works, Krum alone stops the backdoor, whose trigger gets the "
-            f"attacker's answer: {said}. Under median and trimmed mean the loss on clean text does "
-            "not show it.",
-            min(answered[rule] for rule in RULES[2:6]) > 50 > answered["krum"],
+            f"Krum alone stops the backdoor on one category, greetings, whose trigger gets the "
+            f"attacker's answer: {said}. The loss on clean text does not show it.",
+            min(answered[rule] for rule in RULES[1:6]) > 60 > 40 > answered["krum"],
         ),
         Finding(
-            "The mean and the clipped mean let one expert be taken over with no update too long: "
-            f"{of('one_expert', 'mean', 'worst_distance'):.1f} and "
-            f"{of('one_expert', 'clipped_mean', 'worst_distance'):.1f} honest standard deviations; "
-            f"Krum lets through {of('one_expert', 'krum', 'worst_distance'):.1f}.",
-            of("one_expert", "clipped_mean", "worst_distance") > 3,
+            f"One expert can be taken over with no update too long: {alone['mean_unbounded']:.1f} "
+            f"honest standard deviations without bounds, {alone['mean']:.1f} under the mean, "
+            f"{alone['clipped_mean']:.1f} under the clipped mean and {alone['krum']:.1f} under "
+            f"Krum, which compares whole updates; {alone['median']:.1f} under the median.",
+            alone["mean"] > 3 > alone["krum"] > 1 > alone["median"],
+        ),
+        Finding(
+            f"By kind of name, routers are moved farthest: {parts['routers']:.1f} honest standard "
+            f"deviations under inner-product manipulation and the mean, experts "
+            f"{parts['experts']:.1f}.",
+            parts["routers"] > 1.2 * parts["experts"],
         ),
     ]
+
+
+def _by_kind(found: Sequence[Record]) -> list[list[str]]:
+    """Return how far the farthest name of each kind was moved, where one was by more than 1."""
+    rows = []
+    for attack in ATTACKS:
+        runs = [record["rules"] for record in found if record["attack"] == attack]
+        for rule in RULES if runs else ():
+            own = {kind: [run[rule]["kinds"][kind] for run in runs] for kind in _KINDS}
+            if max(map(fmean, own.values())) > 1:
+                rows.append([attack, rule, *(_interval(own[kind], 1) for kind in _KINDS)])
+    return rows
 
 
 def _cells(runs: Sequence[Record], rule: str) -> list[str]:

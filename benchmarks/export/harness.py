@@ -5,7 +5,8 @@
 Trains FLEx on AG News for a few rounds, and measures the global model and one client's on articles
 that nobody trained on. The harness runs in an environment of its own, without Orchard: on exported
 folders (``hf``), and against ``orchard serve`` (``local-completions``). It asks no hub. Articles
-longer than ``data.max_tokens``, which would be cut here and not there, are left out.
+longer than ``data.max_tokens``, which would be cut here and not there, are left out, and so are
+those that end in blanks: here a prompt is encoded by itself, there together with what follows it.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ def train(model: str, data: str, work: Path, *, rounds: int) -> tuple[Path, Path
     small = (f"server.rounds={rounds}", "data.test_per_category=8", "strategy.graft_rank=8")
     run_recipe("ag_news/fedavg", (*changes, *small, "evaluation.models="), out=run)
     recipe = read_recipe_of(run)
-    wording = make_wording(recipe, load_tokenizer(model))
+    tokenizer = load_tokenizer(model)
+    wording = make_wording(recipe, tokenizer)
     long = replace(recipe.data, path=str(test_file))
     test_file.write_text("\n".join(rows[NUM_TRAIN:]) + "\n", encoding="utf-8")
     kept, docs = [], []
@@ -60,6 +62,9 @@ def train(model: str, data: str, work: Path, *, rounds: int) -> tuple[Path, Path
         if max(len(own.input_ids) for own in encoded) > recipe.data.max_tokens:
             continue
         prompt = render_prompt(example, wording)
+        joined = [tokenizer(prompt + option).input_ids for option in example.options]
+        if joined != [[*own.prompt_ids, *own.response_ids] for own in encoded]:
+            continue
         right = list(example.options).index(example.response)
         kept.append(row)
         docs.append({"prompt": prompt, "options": list(example.options), "right": right})

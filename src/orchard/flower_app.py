@@ -1,23 +1,19 @@
 """The two apps that Flower looks up by name; both hand over at once.
 
 A ClientApp process lives for one message. It passes it to the site's worker and waits. It
-imports no model code.
+imports no model code. Our own SuperNode (``engine/supernode.py``) starts none; Flower's would.
 """
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from orchard.communication.refusals import Code
-from orchard.engine.flower_messages import pack, unpack
-from orchard.engine.worker import WorkerError, ask
+from orchard.engine.handing_over import answered
 
-log = logging.getLogger(__name__)
 client_app = ClientApp()
 server_app = ServerApp()
 
@@ -35,20 +31,11 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _answer(message: Message, context: Context) -> Message:
-    # What this process may say is a code: an error's message may hold what is private here.
-    try:
-        header, body = unpack(message.content)
-        socket = Path(str(context.node_config["socket"]))
-        reply, content = ask(
-            socket, header, body, seconds=float(context.node_config["patience_seconds"])
-        )
-    except WorkerError as error:
-        log.warning("%s", error)
-        reply, content = {"error": str(error.code)}, b""
-    except Exception:
-        log.exception("a message could not be handed to the worker")
-        reply, content = {"error": str(Code.FAILED)}, b""
-    return Message(pack(reply, content), reply_to=message)
+    told = context.node_config
+    seconds = float(told["patience_seconds"])
+    return Message(
+        answered(message.content, Path(str(told["socket"])), seconds=seconds), reply_to=message
+    )
 
 
 @server_app.main()

@@ -151,7 +151,7 @@ BAD_UPDATES: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "a metric that hides another": (
         lambda: rewritten(lambda h: h["metrics"].__setitem__("kind", 1.0)),
-        "client/name",
+        "a method here measures",
     ),
     "a shape below zero": (
         lambda: with_raw_header(lambda h: h[FIRST].__setitem__("shape", [-4, -3])),

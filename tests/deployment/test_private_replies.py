@@ -33,9 +33,11 @@ from orchard.deployment.consent import Consent, SiteSettings
 from orchard.deployment.measures import let_out, rounded, rows_read
 from orchard.deployment.site_worker import SiteWorker
 from orchard.experiment import encoding, preparation
+from orchard.experiment.budgets import build_requirements
 from orchard.experiment.methods import METHODS
 from orchard.experiment.running import build_schedule, load_model
-from orchard.models.stored.loading import load_tokenizer
+from orchard.experiment.settings import lora_settings
+from orchard.models.stored.loading import check_model, load_tokenizer
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import format_value, known_options, option_value, to_toml
 from sites import changed, same, site_recipe
@@ -403,40 +405,49 @@ def test_the_audit_says_how_many_global_trees_a_round_came_with(worker: SiteWork
     assert said == [f"{number} of at most 2 in this round" for number in (1, 1, 2)]
 
 
-SMALL_STEPS = {"client.batch_size": 1, "client.steps": 20}
-
-
+@pytest.mark.parametrize("is_said", [False, True])
 @pytest.mark.parametrize(
-    ("asked", "num_bytes", "option"),
+    ("training", "measuring", "cap", "option"),
     [
-        ({}, 10**9, None),
-        ({"client.batch_size": 512}, 8 * 10**8, "client.batch_size"),
-        ({"model.lora_rank": 512}, 390_000_000, "client.batch_size"),
-        ({**SMALL_STEPS}, 379_000_000, "evaluation.batch_size"),
-        ({**SMALL_STEPS, "evaluation.batch_size": 1}, 379_000_000, None),
+        (None, None, 10**10, None),
+        (None, None, 10**6, "client.batch_size"),
+        (1001, 10, 1000, "client.batch_size"),
+        (10, 1001, 1000, "evaluation.batch_size"),
+        (1000, 1000, 1000, None),
     ],
 )
-@pytest.mark.parametrize("is_said", [False, True])
 def test_what_does_not_fit_is_not_joined(
-    is_said: bool,
-    asked: Mapping[str, Any],
-    num_bytes: int,
+    training: int | None,
+    measuring: int | None,
+    cap: int,
     option: str | None,
+    is_said: bool,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Without --memory nothing was predicted, and measuring was not with it."""
-    own = {"memory": f"{num_bytes}"} if is_said else {}
+    own = {"memory": f"{cap}"} if is_said else {}
     if not is_said:
-        monkeypatch.setattr(fits, "machine_memory_bytes", lambda: num_bytes)
-    recipe = asked_recipe()
-    for key, value in asked.items():
-        recipe = changed(recipe, key, value)
-    reply = make_worker(tmp_path, write_rows(tmp_path), **own).handle(join(recipe), b"")[0]
+        monkeypatch.setattr(fits, "machine_memory_bytes", lambda: cap)
+    if training is not None:
+        peak = SimpleNamespace(total=training)
+        monkeypatch.setattr(Requirements, "peak", lambda self, budget: peak)
+        monkeypatch.setattr(Requirements, "evaluation", lambda self, **own: measuring)
+    worker = make_worker(tmp_path, write_rows(tmp_path), **own)
+    reply = worker.handle(join(asked_recipe()), b"")[0]
     expected = (None, None) if option is None else ("memory", option)
     if is_said and option == "client.batch_size":  # as before the rows were read
         expected = ("memory", "strategy.name")
     assert (reply.get("refused"), reply.get("option")) == expected
+
+
+def test_measuring_takes_more_with_more_at_a_time() -> None:
+    recipe = asked_recipe()
+    view = check_model(recipe.model.path, lora_settings(recipe))
+    needs = build_requirements(recipe, view).evaluation
+    own = {"batch_size": 8, "num_tokens": 64, "num_answered": 8, "num_new": 4}
+    for key in own:
+        assert needs(**{**own, key: 2 * own[key]}) > needs(**own)
 
 
 def test_a_list_of_budgets_is_looked_at_once_it_is_known_whose_is_whose(

@@ -36,6 +36,12 @@ CLOCK = (
     "nothing else changes: drop clock_skew, or state the tolerances of Flower's documentation"
 )
 
+WAITING = (
+    "supernode.py and bell.py let a site wait for messages and hand them to its worker; without "
+    "them `flower-supernode` with node-config socket and patience_seconds does it by the apps of "
+    "flower_app.py, slower: it looks every 3 seconds and starts a process for every message"
+)
+
 USED: dict[str, tuple[tuple[str, ...], str]] = {
     "flwr.superlink.cli.flower_superlink:SuperLinkLifespan": (
         ("config", "state_factory"),
@@ -54,6 +60,22 @@ USED: dict[str, tuple[tuple[str, ...], str]] = {
         NODES,
     ),
     "flwr.supercore.primitives.asymmetric:public_key_to_bytes": (("public_key",), NODES),
+    "flwr.supercore.constant:FLEET_HTTP_PUBLIC_KEY_HEADER": ((), WAITING),
+    "flwr.supercore.inflatable.inflatable_object:get_all_nested_objects": ((), WAITING),
+    "flwr.supercore.inflatable.inflatable_object:get_object_tree": ((), WAITING),
+    "flwr.supercore.inflatable.inflatable_object:no_object_id_recompute": ((), WAITING),
+    "flwr.supercore.inflatable.inflatable_utils:pull_and_inflate_object_from_tree": (
+        ("return_type", "initial_backoff", "backoff_cap"),
+        WAITING,
+    ),
+    "flwr.supercore.inflatable.inflatable_utils:push_object_contents_from_iterable": (
+        ("object_contents", "push_object_fn"),
+        WAITING,
+    ),
+    "flwr.supernode.fleet_http_connection:http_request_response": (
+        ("server_address", "insecure", "root_certificates", "authentication_keys"),
+        WAITING,
+    ),
     "flwr.supernode.fleet_http_client:FleetHttpClient": ((), NODES),
     "flwr.supernode.node_auth_http_interceptor:NodeAuthHttpInterceptor": (
         ("private_key", "public_key"),
@@ -120,3 +142,18 @@ def test_nothing_else_of_flower_is_used_that_it_does_not_promise() -> None:
                 used |= {f"{a.name}:" for a in node.names if a.name.split(".")[0] == "flwr"}
     private = {name for name in used if not name.startswith(PROMISED)}
     assert private == USED.keys()
+
+
+def test_the_page_names_all_of_it() -> None:
+    page = (SOURCES.parents[1] / "docs" / "flower.md").read_text()
+    for name in USED:
+        module, _, attribute = name.partition(":")
+        assert f"`{attribute}`" in page, name
+        assert f"`{module}`" in page, name
+
+
+def test_nothing_here_needs_grpc() -> None:
+    """flwr 1.43 drops it."""
+    for path in sorted(SOURCES.rglob("*.py")):
+        if path.relative_to(SOURCES).as_posix() not in NOT_OURS:
+            assert "grpc" not in path.read_text().lower(), path

@@ -15,7 +15,7 @@ from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, RecordDict
 from orchard.communication.door import MAX_HEADER_BYTES
 from orchard.communication.readable import MAX_TEXT
 from orchard.engine import flower
-from orchard.engine.exchange import Reply
+from orchard.engine.exchange import Patience, Reply, Request, exchange
 from orchard.engine.flower import FlowerPost
 from orchard.engine.flower_messages import pack, unpack
 from orchard.engine.journal import WatchedPost
@@ -155,3 +155,43 @@ def test_an_answer_that_comes_while_its_probe_is_looked_at_is_not_missed() -> No
     post = WatchedPost(FlowerPost(grid), reading=lambda site, number: nullcontext())  # type: ignore[arg-type]
     found = post.collect(["ticket", "probe"])
     assert {reply.ticket for reply in found} == {"ticket", "probe"}
+
+
+def test_large_answers_are_brought_a_part_at_a_time_and_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("orchard.engine.journal._MUCH_BYTES", 100)
+    waiting = {f"ticket {number}": 60 for number in range(7)}
+
+    class Large:
+        def collect(self, tickets: Any) -> list[Reply]:
+            return [Reply(t, {}, bytes(waiting.pop(t))) for t in tickets if t in waiting]
+
+    post = WatchedPost(Large(), reading=lambda site, number: nullcontext())  # type: ignore[arg-type]
+    tickets, sizes = list(waiting), []
+    while found := post.collect(tickets):
+        sizes.append(len(found))
+    assert sizes == [2, 2, 2, 1]
+    assert not waiting
+
+
+def test_an_exchange_does_not_wait_between_parts_and_keeps_no_answer() -> None:
+    asked: dict[str, str] = {}
+    slept: list[float] = []
+
+    class OneAtATime:
+        def online(self) -> frozenset[str]:
+            return frozenset(("a", "b", "c"))
+
+        def send(self, site: str, header: Any, body: bytes) -> str:
+            asked[site] = f"ticket of {site}"
+            return asked[site]
+
+        def collect(self, tickets: Any) -> list[Reply]:
+            return [Reply(ticket, {}, b"x") for ticket in tickets][:1]
+
+    requests = {site: Request({}) for site in ("a", "b", "c")}
+    answers = exchange(OneAtATime(), requests, Patience(), seconds=9.0, sleep=slept.append)
+    found = [answer.site for answer in answers if not answer.failure]
+    assert found == ["a", "b", "c"]
+    assert not slept

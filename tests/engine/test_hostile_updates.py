@@ -46,6 +46,7 @@ from scripted import (
     coordinator,
     header_of,
     honest,
+    metrics_of_honest,
     raw_update,
     reasons,
     run,
@@ -59,34 +60,35 @@ def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda file: None)
 
 
-def sends(make: Callable[[Header], bytes]) -> Bad:
+def sends(make: Callable[[Header], bytes], site: str = "bad") -> Bad:
     """Answer evaluation honestly, and training with what ``make`` returns."""
-    return lambda asked: (header_of("bad", asked), make(asked) if asked["train"] else b"")
+    return lambda asked: (header_of(site, asked), make(asked) if asked["train"] else b"")
 
 
-def full(value: float, weight: float = EXAMPLES) -> Bad:
+def full(value: float, weight: float = EXAMPLES, site: str = "bad") -> Bad:
     tensors = {name: torch.full_like(tensor, value) for name, tensor in SHARED.items()}
-    return sends(
-        lambda asked: raw_update(
-            update_header(asked, weight=dict.fromkeys(SHARED, weight)), tensors
-        )
-    )
+
+    def make(asked: Header) -> bytes:
+        return raw_update(update_header(asked, site, weight=dict.fromkeys(SHARED, weight)), tensors)
+
+    return sends(make, site)
 
 
 def without(folder: Path, **facts: Any) -> Any:
     return run(folder / "without", ScriptedPost(None), **facts)[0].shared
 
 
-POISONED = {
-    "a delta near float32's end": full(8e37),
-    "such a one with a huge weight": full(8e37, 1e9),
-    "a delta whose mean is beyond the bound": full(1e30),
-    "a long one": full(60.0),
-    "a weight that it does not have": full(3.0, 1e9),
-    "one example too many": full(3.0, EXAMPLES + 1.0),
-    "a weight that is nothing in float32": full(3.0, 1e-46),
-    "a denormal weight": full(3.0, 1e-320),
+POISONS = {
+    "a delta near float32's end": (8e37, float(EXAMPLES)),
+    "such a one with a huge weight": (8e37, 1e9),
+    "a delta whose mean is beyond the bound": (1e30, float(EXAMPLES)),
+    "a long one": (60.0, float(EXAMPLES)),
+    "a weight that it does not have": (3.0, 1e9),
+    "one example too many": (3.0, EXAMPLES + 1.0),
+    "a weight that is nothing in float32": (3.0, 1e-46),
+    "a denormal weight": (3.0, 1e-320),
 }
+POISONED = {kind: full(*own) for kind, own in POISONS.items()}
 
 
 @pytest.mark.parametrize("kind", POISONED)
@@ -350,6 +352,37 @@ def test_an_update_that_was_damaged_on_disk_is_set_apart(tmp_path: Path) -> None
     state, _ = run(folder, ScriptedPost(full(3.0)), num_rounds=1)
     # Its site was asked again.
     assert state.shared[FIRST].unique().tolist() == [2.0]
+
+
+HALF = ("a", "b", "bad", "worse")
+
+
+@pytest.mark.parametrize("kind", POISONED)
+def test_where_half_of_the_sites_are_hostile_a_run_still_ends_and_stays_finite(
+    kind: str, tmp_path: Path
+) -> None:
+    """What they send within the bounds may count; what is measured at honest sites is theirs."""
+    folder = tmp_path / "run"
+    post = ScriptedPost(POISONED[kind], sites=HALF, worse=full(*POISONS[kind], "worse"))
+    state, result = run(folder, post, models=("global",))
+    honest_only = ScriptedPost(None, sites=HALF)
+    run(tmp_path / "without", honest_only, models=("global",))
+    own, theirs = (metrics_of_honest(path) for path in (folder, tmp_path / "without"))
+    assert own == theirs
+    assert result["num_rounds"] == state.round_number == 2
+    assert all(bool(tensor.isfinite().all()) for tensor in state.shared.values())
+    # Of the longest of tree and update: two rounds of an ordinary length each.
+    assert max(float(tensor.abs().max()) for tensor in state.shared.values()) <= 2 * 60.0
+
+
+def test_where_half_of_the_sites_end_the_aggregation_the_others_make_the_round(
+    tmp_path: Path,
+) -> None:
+    post = ScriptedPost(full(7.0), sites=HALF, worse=full(7.0, site="worse"))
+    state, _ = run(tmp_path / "run", post, strategy=breaks_on(7.0), num_rounds=1)
+    assert same(state.shared, without(tmp_path, num_rounds=1))
+    kept = (tmp_path / "run" / "quarantine").glob("*.json")
+    assert sorted(json.loads(path.read_text())["site"] for path in kept) == ["bad", "worse"]
 
 
 ALL_WANTED = replace(PATIENCE, wanted=3, attempts=3)

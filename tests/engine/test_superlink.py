@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("flwr")
-from orchard.engine.superlink import FrontDoor, clock_skew, listening
+from orchard.engine.superlink import MAX_BODY_BYTES, FrontDoor, clock_skew, listening
 
 OUTSIDE, HERE = "192.0.2.7", "127.0.0.1"
 PUBLIC_PORT, OWN_PORT = 8443, 50001
@@ -134,3 +134,32 @@ def test_a_socket_for_every_address_is_reached_in_either_family() -> None:
         port = server.getsockname()[1]
         for host in ("127.0.0.1", "::1"):
             socket.create_connection((host, port), timeout=5.0).close()
+
+
+@pytest.mark.parametrize("said", [b"%d" % (MAX_BODY_BYTES + 1), b"9" * 30, b"-1", b"1e3", b""])
+def test_a_body_that_says_it_is_too_long_is_not_read(said: bytes) -> None:
+    assert status(OUTSIDE, FLEET, headers=[(b"content-length", said)]) == 413
+    assert status(OUTSIDE, FLEET, headers=[(b"content-length", b"%d" % MAX_BODY_BYTES)]) == 200
+    # This machine's own processes hand out the app and what is sent.
+    own = (HERE, OWN_PORT)
+    assert status(HERE, FLEET, server=own, headers=[(b"content-length", said)]) == 200
+
+
+@pytest.mark.parametrize(("number", "is_whole"), [(64, True), (65, False), (10_000, False)])
+def test_a_body_that_does_not_say_so_is_read_up_to_a_bound(number: int, is_whole: bool) -> None:
+    """Flower reads a body into memory before it looks at who sent it."""
+    taken: list[dict[str, Any]] = []
+    sent = iter(range(number))
+
+    async def read_all(scope: Any, receive: Any, send: Any) -> None:
+        while (message := await receive())["type"] == "http.request" and message["more_body"]:
+            taken.append(message)
+
+    async def receive() -> dict[str, Any]:
+        last = next(sent) == number - 1
+        return {"type": "http.request", "body": bytes(1 << 20), "more_body": not last}
+
+    scope = {"type": "http", "path": FLEET, "client": (OUTSIDE, 5), "server": (HERE, PUBLIC_PORT)}
+    door = FrontDoor(read_all, own_port=OWN_PORT)
+    asyncio.run(door({**scope, "headers": []}, receive, None))
+    assert len(taken) == (number - 1 if is_whole else 64)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from federations import quick_recipe, run_quickly, short_model
@@ -163,6 +164,13 @@ def of_another_rank(part: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"r": 3}))
 
 
+def not_finite(part: Path) -> None:
+    (file,) = part.glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[min(tensors)].fill_(torch.nan)
+    save_file(tensors, file)
+
+
 def without_words(part: Path) -> None:
     (part / "orchard.json").write_text("{")
 
@@ -172,6 +180,7 @@ def without_words(part: Path) -> None:
     [
         (on_another_base, "abababababab"),
         (cut_off, "must be a whole safetensors file"),
+        (not_finite, "must hold finite values"),
         (of_another_rank, "model.lora_rank and model.lora_alpha must be 3"),
         (without_words, "must be as orchard export wrote it"),
     ],

@@ -69,6 +69,10 @@ def test_a_mixtral_with_a_graft_is_a_stock_qwen2_moe(
     loaded = stock(tmp_path / "out")
     assert type(loaded) is transformers.Qwen2MoeForCausalLM
     check_close(logits_of(loaded), expected_of(state))
+    # Engines have biases whatever the configuration says, and fill them with nothing.
+    biases = [t for n, t in tensors_in(tmp_path / "out").items() if n.endswith("_proj.bias")]
+    assert len(biases) == 3 * loaded.config.num_hidden_layers
+    assert not any(bias.any() for bias in biases)
     with open_model(state) as opened:
         how: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
         own = opened.model.generate(input_ids=IDS, attention_mask=MASK, **how)
@@ -83,7 +87,13 @@ ABOUT = {"mix": "additive", "gate": "router_row", "blocks": [BLOCK, BLOCK]}
 
 
 def reason(family: str, *, is_uneven: bool = False, **changes: Any) -> str | None:
-    config = SimpleNamespace(model_type=family, num_hidden_layers=2)
+    config = SimpleNamespace(
+        model_type=family,
+        num_hidden_layers=2,
+        hidden_size=16,
+        num_attention_heads=2,
+        head_dim=changes.pop("head_dim", None),
+    )
     stored: Any = SimpleNamespace(whole=SimpleNamespace(model=SimpleNamespace(config=config)))
     return why_no_qwen2_moe(stored, {**ABOUT, **changes}, is_uneven=is_uneven)
 
@@ -103,6 +113,7 @@ def test_one_family_with_grafts_is_a_qwen2_moe(family: str) -> None:
         {"blocks": [{**BLOCK, "hidden": 8}, BLOCK]},
         {"blocks": [BLOCK]},
         {"is_uneven": True},
+        {"head_dim": 4},
     ],
 )
 def test_what_a_shared_expert_cannot_say_is_told(change: dict[str, Any]) -> None:

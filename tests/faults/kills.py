@@ -126,7 +126,7 @@ class Saboteur:
         site = self._federation.sites[name]
         if target == "site":
             return site, name
-        pattern = "flower-supernode" if target == "supernode" else "site_worker"
+        pattern = "engine.supernode" if target == "supernode" else "site_worker"
         return _child(site.pid, pattern), name
 
     def _own_address(self) -> str:

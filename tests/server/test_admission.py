@@ -53,9 +53,12 @@ def test_a_weight_out_of_range_is_refused(weight: float) -> None:
         check(Admission(max_weight=8.0), weight=weight)
 
 
-def check_metrics(*names: str, shared: dict[str, torch.Tensor] = SHARED) -> None:
+def check_metrics(
+    *names: str, shared: dict[str, torch.Tensor] = SHARED, is_own: bool = False
+) -> None:
     update = Update("a client", 2, {}, {}, dict.fromkeys(names, 1.0))
-    Admission().check(update, client_id="a client", round_number=2, shared=shared)
+    admission = Admission(has_own_metrics=is_own)
+    admission.check(update, client_id="a client", round_number=2, shared=shared)
 
 
 @pytest.mark.parametrize(
@@ -68,6 +71,22 @@ def check_metrics(*names: str, shared: dict[str, torch.Tensor] = SHARED) -> None
 )
 def test_what_methods_measure_is_let_in(name: str) -> None:
     check_metrics(name)
+    check_metrics(name, is_own=True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("client/anything", "client/kind", "client/client", "client/round", "client/train_loss_"),
+        *("client/anything_layers.0", "client/train_loss_layers.0", "client/gate_mean_layers"),
+        "client/gate_mean_" + "a" * 119 + "00",
+    ],
+)
+def test_a_metric_that_no_method_here_measures_is_refused(name: str) -> None:
+    """Any name was taken, and stood in the run's log and tables for ever."""
+    with pytest.raises(RefusedUpdate, match=r"^metric must be one that a method here measures, "):
+        check_metrics(name)
+    check_metrics(name, is_own=True)  # a method of one's own measures what it likes
 
 
 @pytest.mark.parametrize(
@@ -88,6 +107,8 @@ def test_what_methods_measure_is_let_in(name: str) -> None:
 )
 def test_a_metric_of_another_shape_is_refused(name: str) -> None:
     with pytest.raises(RefusedUpdate, match=r"^metric must be client/name or local/name, got "):
+        check_metrics(name, is_own=True)
+    with pytest.raises(RefusedUpdate, match=r"^metric must be one that a method here measures, "):
         check_metrics(name)
 
 
@@ -101,6 +122,6 @@ def test_a_client_has_as_many_metrics_as_its_layers_need(
     names = [f"client/a{x}{y}{suffix}" for x in letters for y in letters] + [
         f"client/b{x}{y}{suffix}" for x in letters for y in letters
     ]
-    check_metrics(*names[:limit], shared=shared)
+    check_metrics(*names[:limit], shared=shared, is_own=True)
     with pytest.raises(RefusedUpdate, match=f"must be at most {limit}, got {limit + 1}$"):
-        check_metrics(*names[: limit + 1], shared=shared)
+        check_metrics(*names[: limit + 1], shared=shared, is_own=True)

@@ -27,6 +27,7 @@ SETTINGS = {
     "micro-batches": ("client.batch_size=1", "client.grad_accumulation=4"),
     "threads": ("model.num_threads=2",),
     "evaluation": ("evaluation.batch_size=1",),
+    "mapped": ("model.placement=mapped",),
     "padded, in micro-batches": (
         *("client.packing=false", "client.batch_size=2", "client.grad_accumulation=2"),
         "evaluation.batch_size=3",
@@ -86,7 +87,8 @@ def without_times(metrics: Any) -> dict[str, float]:
 
 def check_setting(method: str, setting: tuple[str, ...], folder: Path, *own: str) -> None:
     expected, kept, measured = play_plainly(method, *own)
-    update, also_kept, also_measured = play(method, folder, *own, *setting)
+    cache = f"model.expert_cache={folder / 'experts'}"
+    update, also_kept, also_measured = play(method, folder, *own, *setting, cache)
     check_close(expected.delta, update.delta)
     check_close(kept, also_kept)
     assert update.weight == pytest.approx(expected.weight, rel=1e-4)

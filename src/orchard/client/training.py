@@ -15,6 +15,7 @@ from orchard.client.objectives import Objective, Situation, causal_lm
 from orchard.communication.messages import LocalSettings
 from orchard.data.encoded import Encoded
 from orchard.evaluation.loss import forward_losses
+from orchard.models.kernels import waiting
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.dropout import dropout_by_row
 from orchard.models.view.unbinding import unbound_experts
@@ -160,6 +161,11 @@ def make_optimizer(
     return kind(leaves.values(), lr=local.learning_rate, weight_decay=settings.weight_decay)
 
 
+def _check_loss(loss: float, *, step: int) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"loss must be finite, got {loss} in step {step}; lower client.lr")
+
+
 def check_finite(leaves: Mapping[str, torch.nn.Parameter], num_steps: int) -> None:
     """Refuse what training ends in: a last step has no loss after it that would show it.
 
@@ -223,10 +229,12 @@ def train(
     anchor = {} if objective is causal_lm else clone(model.parameters(shared))
     optimizer = make_optimizer(leaves, settings, local)
     losses: list[float] = []
+    unread: list[torch.Tensor] = []  # of a device that the host does not wait for
+    waits = waiting.may_wait(model.device)
     moved: set[str] = set()
     gradient_sum = zeros_like(model.parameters(shared)) if keep_mean_gradient else {}
     num_tokens = num_examples = 0
-    aux = settings.router_aux_coefficient
+    aux, device = settings.router_aux_coefficient, model.device
     # What is read of a whole micro-batch, such as how its routing is balanced, needs all of it.
     is_whole = aux > 0 or watch is not dict or not settings.packed or model.device.type != "cpu"
     pass_tokens = 0 if is_whole else settings.pass_tokens
@@ -243,12 +251,16 @@ def train(
                 step_labels = sum(example.num_labels for batch in batches for example in batch)
                 allowed = names - frozenset(hold_still(batches)) if hold_still else names
                 step_loss = 0.0
+                on_device = torch.zeros((), dtype=torch.float64, device="cpu" if waits else device)
                 for batch, share in _passes(batches, pass_tokens):
                     losses_T, router_loss = forward_losses(
                         model, batch, with_router_loss=aux > 0, packed=settings.packed
                     )
                     task_loss = losses_T.sum() / step_labels
-                    step_loss += task_loss.item()
+                    if waits:
+                        step_loss += task_loss.item()
+                    else:
+                        on_device += task_loss.detach()
                     if router_loss is not None:
                         task_loss = task_loss + aux * router_loss * share
                     loss = objective(
@@ -265,11 +277,8 @@ def train(
                     torch.autograd.backward(loss)
                     num_tokens += sum(len(example.input_ids) for example in batch)
                     num_examples += len(batch)
-                if not math.isfinite(step_loss):
-                    raise FloatingPointError(
-                        f"loss must be finite, got {step_loss} in step {len(losses) + 1}; "
-                        "lower client.lr"
-                    )
+                if waits:
+                    _check_loss(step_loss, step=len(losses) + 1)
                 if keep_mean_gradient:
                     for name, gradient in model.gradients(shared).items():
                         gradient_sum[name] += gradient
@@ -281,7 +290,14 @@ def train(
                 # Leaves hold the model's own gradients; kept, they would be there twice.
                 optimizer.zero_grad()
                 model.drop_gradients()
-                losses.append(step_loss)
+                if waits:
+                    losses.append(step_loss)
+                else:
+                    unread.append(on_device)
+        if unread:
+            losses = torch.stack(unread).tolist()
+            for number, step_loss in enumerate(losses, start=1):
+                _check_loss(step_loss, step=number)
         check_finite(leaves, len(losses))
     finally:
         model.drop_gradients()

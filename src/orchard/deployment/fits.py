@@ -28,9 +28,7 @@ def check_fits(
     """Refuse training or measuring that is predicted to take more memory than there is.
 
     That is what the owner gives with ``--memory``, and without it what this machine has; what a
-    device of another kind has is not looked at. Experts
-    that are mapped from a file or held in fewer bits count for nothing against the machine: the
-    prediction does not know them.
+    device of another kind has is not looked at.
 
     Args:
         consent: The owner's.
@@ -48,13 +46,6 @@ def check_fits(
         return
     view = check_model(recipe.model.path, lora_settings(recipe))
     requirements = build_requirements(recipe, view)
-    spared = 0
-    is_lighter = recipe.model.placement == "mapped" or recipe.model.frozen_precision != "bf16"
-    if not consent.memory and is_lighter:
-        spared = sum(
-            size * requirements.footprint.layers[layer]
-            for layer, size in requirements.footprint.expert_bytes.items()
-        )
     sizes = requirements.footprint
     budget = experiment.budgets[client_id] if is_seated else len(sizes.layers)
     if budget != 0:  # else it drops out, as its budget says
@@ -63,10 +54,10 @@ def check_fits(
         except ValueError as error:  # of a family whose activations nobody can count
             log.warning("whether training fits this site is not known: %s", error)
             peak = 0
-        if peak - spared > cap:
-            raise _refused("client.batch_size", "training", peak - spared, cap, whose)
+        if peak > cap:
+            raise _refused("client.batch_size", "training", peak, cap, whose)
     if words(recipe.evaluation.models):
-        measuring = _measuring(requirements, experiment, client_id) - spared
+        measuring = _measuring(requirements, experiment, client_id)
         if measuring > cap:
             raise _refused("evaluation.batch_size", "evaluation", measuring, cap, whose)
 

@@ -141,7 +141,11 @@ def build_coordinator(
             accept_late=options.stragglers == "late",
             staleness=options.staleness,
         ),
-        admission=Admission(options.max_update_norm, options.max_weight),
+        admission=Admission(
+            options.max_update_norm,
+            options.max_weight,
+            has_own_metrics=bool(recorded_as(recipe).digests),
+        ),
         reporter=Lines(make_console()),
         bounds=Bounds(
             options.max_norm_ratio, options.max_examples, is_equal=options.weights == "equal"

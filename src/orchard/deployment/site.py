@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -18,7 +17,7 @@ from orchard.deployment.consent import DRY_RUN_FILE, Consent, SiteSettings
 from orchard.deployment.key_files import AUTHORITY, SITES, check_site_name
 from orchard.deployment.private_files import UMASK, make_private
 from orchard.deployment.terms import read_own_terms
-from orchard.engine.processes import Child, child_environment, free_port, only_one
+from orchard.engine.processes import Child, child_environment, only_one
 from orchard.extras import require
 from orchard.recipe.method_options import BUILT_IN
 from orchard.results import write_atomically
@@ -159,22 +158,21 @@ def _supernode(options: SiteOptions, socket: Path) -> Child:
         security = [
             "--root-certificates",
             str(options.keys / AUTHORITY),
-            "--auth-supernode-private-key",
+            "--private-key",
             str(options.keys / SITES / f"{options.name}.key"),
         ]
     else:
         security = ["--insecure"]
-    node = f"socket={json.dumps(str(socket))} patience_seconds={options.patience_seconds}"
     command = [
-        str(Path(sys.executable).parent / "flower-supernode"),
+        sys.executable,
+        "-m",
+        "orchard.engine.supernode",
         "--superlink",
         options.superlink,
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(free_port()),
-        "--node-config",
-        node,
+        "--socket",
+        str(socket),
+        "--patience-seconds",
+        str(options.patience_seconds),
         *security,
     ]
     log_path = store / "logs" / "supernode.log"

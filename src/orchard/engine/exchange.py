@@ -75,7 +75,7 @@ class Post(Protocol):
         ...
 
     def collect(self, tickets: Collection[str]) -> list[Reply]:
-        """Return the replies to these tickets that are there, each once."""
+        """Return replies to these tickets that are there, each once; at least one if any is."""
         ...
 
 
@@ -163,12 +163,16 @@ def exchange(
                     own.probe = post.send(site, {"kind": "alive"}, b"")
                 else:
                     own.sent_at = now
-        for answer in _collect(post, pending, patience, clock()):
-            del pending[answer.site]
-            yield answer
+        settled = _collect(post, pending, patience, clock())
+        has_come = bool(settled)
+        while settled:
+            del pending[settled[0].site]
+            # Whoever takes an answer is the only one to have it.
+            yield settled.pop(0)
         if clock() >= deadline:
             break
-        if pending:
+        # Where something came, more may be there already: much is brought a part at a time.
+        if pending and not has_come:
             sleep(patience.poll_seconds)
     for site, own in pending.items():
         if own.ticket and late is not None:

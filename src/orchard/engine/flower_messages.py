@@ -1,7 +1,9 @@
 """How a request and its reply travel in Flower's records.
 
-A request is a JSON header and a body of bytes, which is one whole encoded message: Flower cuts it
-into chunks, and stores one that goes to many sites once. This module imports no model code: a
+A request is a JSON header and a body of bytes, which is one whole encoded message. A large one is
+an array, which Flower cuts into chunks, and stores once where it goes to many sites. A small one
+stands beside its header: every object of a message is a question to the SuperLink at each end, and
+a message is three of them then instead of six. This module imports no model code: a
 ClientApp process loads it for every message.
 """
 
@@ -17,11 +19,15 @@ from orchard.communication.door import read_header_text
 from orchard.communication.readable import readable
 
 _HEADER, _BODY, _STYPE = "header", "body", "orchard.message"
+_SMALL_BYTES = 1 << 18
 
 
 def pack(header: Mapping[str, Any], body: bytes) -> RecordDict:
     """Return the records that carry a header and a body."""
-    records = RecordDict({_HEADER: ConfigRecord({"json": json.dumps(header, allow_nan=False)})})
+    text = json.dumps(header, allow_nan=False)
+    if 0 < len(body) <= _SMALL_BYTES:
+        return RecordDict({_HEADER: ConfigRecord({"json": text, _BODY: bytes(body)})})
+    records = RecordDict({_HEADER: ConfigRecord({"json": text})})
     if body:
         records[_BODY] = ArrayRecord({"message": Array("uint8", (len(body),), _STYPE, body)})
     return records
@@ -37,7 +43,9 @@ def unpack(records: RecordDict) -> tuple[dict[str, Any], bytes]:
         text = records.config_records[_HEADER]["json"]
         if not isinstance(text, str):
             raise TypeError("a header that is no text")
-        body = b""
+        body = records.config_records[_HEADER].get(_BODY, b"")
+        if not isinstance(body, bytes):
+            raise TypeError("a body that is no bytes")
         if _BODY in records:
             array = records.array_records[_BODY]["message"]
             if array.stype != _STYPE:

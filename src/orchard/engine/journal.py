@@ -29,6 +29,7 @@ JOURNAL_FILE = "journal.json"
 MAX_DEATHS = 3
 """Ends of the process in one message, or in one round's aggregation, before something is done."""
 _UNREAD, _BLOCK = "unread", 4096
+_MUCH_BYTES = 16 << 20
 Reading: TypeAlias = Callable[[str, int], AbstractContextManager[None]]
 
 
@@ -236,8 +237,16 @@ class WatchedPost:
         return ticket
 
     def collect(self, tickets: Collection[str]) -> list[Reply]:
-        """Return the replies to these tickets that are there, each once."""
-        replies = [reply for ticket in tickets for reply in self._take(ticket)]
+        """Return replies to these tickets that are there, each once, and no more than is much.
+
+        Large ones are left where they are until those before them have been taken: what this
+        process holds does not grow with the number of sites.
+        """
+        replies: list[Reply] = []
+        for ticket in tickets:
+            replies += self._take(ticket)
+            if sum(len(reply.body) for reply in replies) >= _MUCH_BYTES:
+                return replies
         if replies:
             # What came meanwhile for those that were looked at first.
             there = {reply.ticket for reply in replies}

@@ -31,9 +31,15 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMEST
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superlink_lifespan_config
 from flwr.superlink.main import create_app
 
+from orchard.engine.bell import Bell
+from orchard.process_memory import loading_to_stay
+
 log = logging.getLogger(__name__)
 _FLEET = "/v1/fleet/"
 _SAY_AGAIN_SECONDS, _MAX_HOSTS = 60.0, 1000
+MAX_BODY_BYTES = 64 << 20
+"""Longest body of a request at the public port, whoever sends it: Flower cuts messages into chunks
+of 5 MiB, and would read any body into memory before it looks at who sent it."""
 # What proxies add, each in its own way; one that adds nothing reaches the public port like anybody.
 _FORWARDED = frozenset(
     {
@@ -66,26 +72,38 @@ class FrontDoor:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Pass a request on, or answer 403."""
-        if scope["type"] == "lifespan" or self._may_pass(scope):
-            self._look_at_clock(scope)
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        await send({"type": "http.response.start", "status": 403, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
+        if not self._may_pass(scope):
+            await _answer(send, 403)
+            return
+        if self._is_own(scope):
+            await self._app(scope, receive, send)
+            return
+        if _length(scope) > MAX_BODY_BYTES:
+            await _answer(send, 413)
+            return
+        self._look_at_clock(scope)
+        await self._app(scope, _bounded(receive), send)
 
     def _may_pass(self, scope: Mapping[str, Any]) -> bool:
         is_forwarded = any(
             name.lower() in _FORWARDED or name.lower().startswith(b"x-forwarded")
             for name, _ in scope.get("headers") or ()
         )
-        host, port = (scope.get("server") or ("", None))[:2]
-        if port == self._own_port and _is_loopback(host):
+        if self._is_own(scope):
             return not is_forwarded
         if is_forwarded and not self._is_trusted((scope.get("client") or ("",))[0]):
             return False
         # Paths with dots or doubled slashes are for nobody's good.
         path = str(scope.get("path", ""))
         return path.startswith(_FLEET) and ".." not in path and "//" not in path
+
+    def _is_own(self, scope: Mapping[str, Any]) -> bool:
+        """Say whether a request came in by the port of the loopback device."""
+        host, port = (scope.get("server") or ("", None))[:2]
+        return bool(port == self._own_port and _is_loopback(host))
 
     def _is_trusted(self, host: str) -> bool:
         address = _address(host)
@@ -114,6 +132,30 @@ class FrontDoor:
             SYSTEM_TIME_TOLERANCE,
             TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE,
         )
+
+
+async def _answer(send: Any, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _length(scope: Mapping[str, Any]) -> int:
+    """Return how long a request says that its body is; 0 where it does not."""
+    said = dict(scope.get("headers") or ()).get(b"content-length", b"0")
+    return int(said) if said.isdigit() and len(said) < 20 else MAX_BODY_BYTES + 1
+
+
+def _bounded(receive: Any) -> Any:
+    """Return what receives a body of a bounded length; from a longer one its sender has gone."""
+    num_bytes = 0
+
+    async def bounded() -> Any:
+        nonlocal num_bytes
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        return message if num_bytes <= MAX_BODY_BYTES else {"type": "http.disconnect"}
+
+    return bounded
 
 
 def clock_skew(signed_at: str, *, now: datetime) -> float | None:
@@ -177,7 +219,10 @@ def main() -> None:
     config = _parse_superlink_lifespan_config()
     trusted = tuple(ipaddress.ip_network(one) for one in given.trusted_proxy)
     host, _, port = given.public.rpartition(":")
-    served = FrontDoor(create_app(config, SuperLinkLifespan), own_port=config.port, trusted=trusted)
+    # It serves for as long as it lives: what was loaded is not looked through for garbage.
+    with loading_to_stay():
+        app = Bell(create_app(config, SuperLinkLifespan), own_port=config.port)
+    served = FrontDoor(app, own_port=config.port, trusted=trusted)
     sockets = [listening(host.strip("[]"), int(port)), listening(config.host, config.port)]
     server = server_of(served, ssl_keyfile=config.ssl_keyfile, ssl_certfile=config.ssl_certfile)
     server.run(sockets=sockets)

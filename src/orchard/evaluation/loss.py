@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
@@ -48,15 +49,18 @@ def forward_losses(
             arguments = rows.arguments()
             # What follows the last token of a row is not its own.
             labels = [[*example.labels[1:], IGNORED] for example in batch]
-            targets_BS = torch.tensor([[t for row in labels for t in row][:-1]]).to(model.device)
+            targets_BS = np.array([[t for row in labels for t in row][:-1]], dtype=np.int64)
             undo.enter_context(packed_attention(model.model))
         else:
             arrays = collate(batch, pad_id=model.tokenizer.pad_token_id)
-            tensors = {k: torch.from_numpy(array).to(model.device) for k, array in arrays.items()}
-            targets_BS = tensors.pop("labels")[:, 1:]
-            arguments = tensors
+            targets_BS = arrays.pop("labels")[:, 1:]
+            arguments = {k: torch.from_numpy(array).to(model.device) for k, array in arrays.items()}
+        # Told on the host: a device would have to be waited for to say how many there are.
         is_response_BS = targets_BS != IGNORED
-        read = undo.enter_context(_read_only_at(model, is_response_BS))
+        row_T, column_T = np.nonzero(is_response_BS)
+        places = torch.from_numpy(row_T * (targets_BS.shape[1] + 1) + column_T)
+        places_T = places.to(model.device)
+        read = undo.enter_context(_read_only_at(model, places_T, targets_BS.shape))
         outputs = model.model(**arguments, use_cache=False, **options)
     router_loss = getattr(outputs, "aux_loss", None) if with_router_loss else None
     if with_router_loss and not isinstance(router_loss, torch.Tensor):
@@ -64,24 +68,27 @@ def forward_losses(
             f"client.router_aux_coefficient must be 0 for {type(model.model).__name__}, which has "
             "no load-balancing loss; set it to 0"
         )
-    targets_T = targets_BS[is_response_BS]
+    targets_T = torch.from_numpy(targets_BS[is_response_BS]).to(model.device)
     network: Any = model.model
     if read:
         return cross_entropy(network.get_output_embeddings(), read[0], targets_T), router_loss
     logits: torch.Tensor = outputs.logits
     # A head that is no module of its own has made the logits of all places.
-    logits_TV = logits if logits.ndim == 2 else logits[:, :-1][is_response_BS]
+    logits_TV = logits if logits.ndim == 2 else logits.flatten(0, 1)[places_T]
     losses_T = functional.cross_entropy(logits_TV.float(), targets_T, reduction="none")
     return losses_T, router_loss
 
 
 @contextmanager
-def _read_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+def _read_only_at(
+    model: AdaptedModel, places_T: torch.Tensor, shape: tuple[int, ...]
+) -> Iterator[list[torch.Tensor]]:
     """Let the model's head see those places alone; vocabularies are large and prompts long.
 
     Args:
         model: The model, whose forward pass returns logits (T, V) inside.
-        is_read_BS: Which places to keep, (B, S - 1): nothing follows the last one.
+        places_T: Which places to keep, counted over all rows of S.
+        shape: (B, S - 1): nothing follows the last place of a row, which is not read.
 
     Yields:
         What the head would have read of those places, (T, D), where its losses can be computed in
@@ -94,9 +101,9 @@ def _read_only_at(model: AdaptedModel, is_read_BS: torch.Tensor) -> Iterator[lis
 
     def select(head: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         (hidden_BSD, *_) = args
-        if hidden_BSD.shape[:2] != (len(is_read_BS), is_read_BS.shape[1] + 1):
+        if hidden_BSD.shape[:2] != (shape[0], shape[1] + 1):
             return None
-        hidden_TD = hidden_BSD[:, :-1][is_read_BS]
+        hidden_TD = hidden_BSD.flatten(0, 1)[places_T]
         if not can_defer:
             return hidden_TD
         deferred.append(hidden_TD)

@@ -31,8 +31,6 @@ def check_start(recipe: Recipe) -> None:
 def starting_values(recipe: Recipe, fresh: Tree, *, base_digest: str) -> Tree:
     """Return what the server starts from: fresh adapters, or those of ``server.start``.
 
-    What the adapter of ``server.start`` has no value for is fresh.
-
     Args:
         recipe: Every choice.
         fresh: Adapters that change nothing.

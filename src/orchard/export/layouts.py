@@ -56,6 +56,8 @@ def why_no_qwen2_moe(
         return None if family in (_TWIN, "deepseek") else f"it is a {family} without grafts"
     if family != "mixtral":
         return f"a {family} with grafts is none"
+    if (config.head_dim or 0) not in (0, config.hidden_size // config.num_attention_heads):
+        return "its heads are not as wide as those of a Qwen2-MoE"
     if any(block["count"] != 1 or block["bias"] for block in blocks):
         return "it has several grafts in a layer"
     if grafts["mix"] != "additive" or grafts["gate"] not in ("router_row", "none"):
@@ -86,12 +88,10 @@ def to_qwen2_moe(
     if config.model_type == _TWIN:
         own = config.to_dict()
         own.pop("published_model_type", None)
-        own.update(num_experts=num_experts, num_experts_per_tok=top_k)
-        return _plain(own), list(entries)
+        own.update(num_experts=num_experts, num_experts_per_tok=top_k, qkv_bias=True)
+        return _plain(own), _with_biases(entries)
     tensors, width = _shared_experts(grafts)
     fields = {name: getattr(config, name) for name in _SAME}
-    if (config.head_dim or 0) not in (0, config.hidden_size // config.num_attention_heads):
-        fields["head_dim"] = config.head_dim
     if config.sliding_window is not None:
         fields |= {
             "use_sliding_window": True,
@@ -102,7 +102,7 @@ def to_qwen2_moe(
         _TWIN,
         **{**fields, "num_experts_per_tok": top_k},
         architectures=["Qwen2MoeForCausalLM"],
-        qkv_bias=False,
+        qkv_bias=True,
         norm_topk_prob=True,
         decoder_sparse_step=1,
         num_experts=num_experts,
@@ -110,7 +110,7 @@ def to_qwen2_moe(
         shared_expert_intermediate_size=width,
     )
     renamed = [Entry(_rename(e.name), e.dtype, e.shape, e.parts) for e in entries]
-    return _plain(made.to_dict()), [*renamed, *mapping_of(tensors)]
+    return _plain(made.to_dict()), [*_with_biases(renamed), *mapping_of(tensors)]
 
 
 def to_published(entries: Sequence[Entry]) -> list[Entry]:
@@ -131,6 +131,23 @@ def to_published(entries: Sequence[Entry]) -> list[Entry]:
                 yield from to_published_tensors({entry.name: part}).values()
 
         found.append(Entry(name, entry.dtype, entry.shape, parts))
+    return found
+
+
+def _with_biases(entries: Sequence[Entry]) -> list[Entry]:
+    """Return tensors with biases of zero for attention that has none.
+
+    Engines that serve Qwen2-MoE have them whatever the configuration says, and leave what no file
+    holds as it happens to be.
+    """
+    names = {entry.name for entry in entries}
+    found = []
+    for entry in entries:
+        found.append(entry)
+        bias = entry.name.removesuffix("weight") + "bias"
+        if re.search(r"\.self_attn\.[qkv]_proj\.weight$", entry.name) and bias not in names:
+            shape, dtype = entry.shape[:1], entry.dtype
+            found += mapping_of({bias: torch.zeros(shape, dtype=dtype)})
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from orchard.models.view.moe import MoEView
 from orchard.models.view.storage import FusedExperts
 from orchard.personal.state import ModelState
 from orchard.results import write_json
+
+# Last words of paths that PEFT takes for experts' or routers' in some families.
+_REWRITTEN = frozenset(("gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"))
 
 
 def export_graft(state: ModelState, out: Path) -> int:
@@ -94,6 +98,7 @@ def export_adapter(state: ModelState, out: Path) -> int:
     tensors = adapter_tensors(view, values, modules, parameters)
     config: dict[str, Any] = {
         "peft_type": "LORA",
+        "peft_version": version("peft"),  # whose layout it is; before 0.19 there was another
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": Path(state.recipe.model.path).name
         if Path(state.recipe.model.path).is_absolute()
@@ -104,8 +109,7 @@ def export_adapter(state: ModelState, out: Path) -> int:
         "lora_dropout": lora.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
-        # Whole paths as one pattern: PEFT rewrites bare names by the type of a model.
-        "target_modules": "|".join(m.replace(".", r"\.") for m in modules) or None,
+        "target_modules": _target_modules(modules),
         "target_parameters": parameters or None,
     }
     with new_folder(out) as folder:
@@ -122,6 +126,17 @@ def export_adapter(state: ModelState, out: Path) -> int:
             },
         )
     return sum(file.stat().st_size for file in out.iterdir())
+
+
+def _target_modules(modules: list[str]) -> list[str] | str | None:
+    """Return whole paths of linear layers as PEFT takes them to be these layers and no others.
+
+    PEFT turns names of dense MLPs into those of routed experts, by the type of a model, but for one
+    pattern of all; up to 0.19 it reads such a pattern as a set of letters.
+    """
+    if any(path.rpartition(".")[2] in _REWRITTEN for path in modules):
+        return "|".join(path.replace(".", r"\.") for path in modules)
+    return modules or None
 
 
 def adapter_tensors(

@@ -16,6 +16,7 @@ import torch
 from orchard.communication import door
 from orchard.communication.messages import Update
 from orchard.communication.stages import RESERVED
+from orchard.server.metric_names import KNOWN, KNOWN_OF_LAYERS, SHAPED, SHAPED_OF_LAYERS
 from orchard.trees import Tree
 
 MAX_METRICS = 64
@@ -23,8 +24,6 @@ MAX_METRICS = 64
 _FEWEST_LAYERS = 8
 """A tree with adapters in few layers may belong to a model of more, which metrics name too."""
 _MAX_WIDTH = 4  # bytes of a value
-_METRIC = re.compile(r"client/[a-z][a-z_]{0,47}|local/[a-z_]{1,48}", re.ASCII)
-_LAYER_METRIC = re.compile(r"client/(?=.*\d)[a-z][\w.-]{0,159}", re.ASCII)
 _LAYER = re.compile(r".*?\.\d+(?=\.)")
 SMALLEST_WEIGHT = 1e-24
 """A weight is 0 or at least this: what is smaller is 0 in float32, and a mean over it NaN."""
@@ -41,10 +40,12 @@ class Admission:
     Attributes:
         max_update_norm: Largest L2 norm of a whole update; 0 = any finite one.
         max_weight: Largest weight of a name.
+        has_own_metrics: Whether a method of one's own measures what nobody here knows the names of.
     """
 
     max_update_norm: float = 0.0
     max_weight: float = 1e12
+    has_own_metrics: bool = False
 
     def max_bytes(self, shared: Tree) -> int:
         """Return how long a message may be: the tree in float32, and a header of its names."""
@@ -141,7 +142,8 @@ class Admission:
         if norm > torch.finfo(torch.float32).max:
             raise RefusedUpdate(f"norm of the update must fit float32, got {norm:g}")
         self._check_weights(update.weight, most)
-        _check_metrics(update.metrics, local, shared)
+        _check_metric_names(update.metrics, shared, is_own=self.has_own_metrics)
+        _check_metrics(update.metrics, local)
         return norm
 
     def _check_weights(
@@ -196,9 +198,8 @@ def _check_name(name: str, shared: Tree) -> None:
 
 
 def _check_metrics(
-    metrics: Mapping[str, float], local: Mapping[str, tuple[float, float]] | None, shared: Tree
+    metrics: Mapping[str, float], local: Mapping[str, tuple[float, float]] | None
 ) -> None:
-    _check_metric_names(metrics, shared)
     for name, value in metrics.items():
         low, high = -door.MAX_VALUE, door.MAX_VALUE
         if name.endswith("_seconds"):
@@ -209,17 +210,19 @@ def _check_metrics(
             raise RefusedUpdate(f"metric {name} must be in {low:g}..{high:g}, got {value}")
 
 
-def _check_metric_names(names: Collection[str], shared: Tree) -> None:
-    """Check what metrics are called, and how many there are: methods of one's own have others."""
+def _check_metric_names(names: Collection[str], shared: Tree, *, is_own: bool) -> None:
+    """Check what metrics are called, and how many there are."""
     num_layers = len({match[0] for match in map(_LAYER.match, shared) if match})
-    limits = {_METRIC: MAX_METRICS, _LAYER_METRIC: MAX_METRICS * max(num_layers, _FEWEST_LAYERS)}
+    plain, of_layer = (SHAPED, SHAPED_OF_LAYERS) if is_own else (KNOWN, KNOWN_OF_LAYERS)
+    limits = {plain: MAX_METRICS, of_layer: MAX_METRICS * max(num_layers, _FEWEST_LAYERS)}
     found = dict.fromkeys(limits, 0)
     for name in names:
         kind = next((shape for shape in limits if shape.fullmatch(name)), None)
         if kind is None:
-            raise RefusedUpdate(f"metric must be client/name or local/name, got {name[:80]!r}")
+            which = "client/name or local/name" if is_own else "one that a method here measures"
+            raise RefusedUpdate(f"metric must be {which}, got {name[:80]!r}")
         found[kind] += 1
     for kind, limit in limits.items():
         if found[kind] > limit:
-            of = "no layer" if kind is _METRIC else "layers"
+            of = "no layer" if kind is plain else "layers"
             raise RefusedUpdate(f"metrics of {of} must be at most {limit}, got {found[kind]}")

@@ -377,6 +377,18 @@ def test_tensors_that_the_model_does_not_use_are_named_once(tmp_path: Path) -> N
     assert loaded.digest == load_base(short_model(), dtype="float32").digest
 
 
+def test_an_output_layer_of_its_own_counts_though_the_configuration_ties_it(tmp_path: Path) -> None:
+    base = copied(tmp_path)
+    name = "model.embed_tokens.weight"
+    rewrite(base, lambda own: {**own, "lm_head.weight": torch.ones_like(own[name])})
+    whole = load_base(str(base), dtype="float32").view
+    carved = load_submodel(str(base), [(0, 1)] * len(whole.layers), dtype="float32")
+    for view in (whole, carved, load_skeleton(str(base), dtype="float32")):
+        head, embedding = (view.model.get_parameter(n) for n in ("lm_head.weight", name))
+        assert (head == 1).all()
+        assert not (embedding == 1).all()
+
+
 @pytest.mark.parametrize("is_sharded", [True, False])
 def test_a_file_that_the_checkpoint_does_not_list_is_named_once(
     is_sharded: bool, tmp_path: Path

@@ -98,6 +98,16 @@ def pack(rows: Sequence[Sequence[int]], device: torch.device) -> Packed:
     return Packed(ids[None].to(device), positions[None].to(device), lengths)
 
 
+def packed_lengths(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the tokens of each row of a packed forward pass; None where it is padded.
+
+    Args:
+        arguments: What the model was called with.
+    """
+    lengths: tuple[int, ...] | None = arguments.get(_LENGTHS)
+    return lengths
+
+
 def rows_of(arguments: Mapping[str, Any]) -> Tensor:
     """Return the row that each token of a forward pass belongs to, (T,).
 
@@ -109,8 +119,9 @@ def rows_of(arguments: Mapping[str, Any]) -> Tensor:
     if lengths is None:
         row_B = torch.arange(ids_BS.shape[0], device=ids_BS.device)
         return row_B.repeat_interleave(ids_BS.shape[1])
-    row_B = torch.arange(len(lengths), device=ids_BS.device)
-    return row_B.repeat_interleave(torch.tensor(lengths, device=ids_BS.device))
+    # On the host, which knows the lengths: a device would be waited for to say how many there are.
+    row_T = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    return row_T.to(ids_BS.device)
 
 
 @contextmanager

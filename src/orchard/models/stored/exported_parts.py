@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from orchard.models.stored.finiteness import is_finite
 from orchard.models.trainable.slots import lora_slots
 from orchard.models.trainable.targets import LoraSettings, find_targets, inject_lora
 from orchard.models.view.moe import MoEView
@@ -156,7 +157,7 @@ def read_graft_tensors(part: Part) -> dict[str, Tensor]:
 
 
 def read_adapter(part: Part, view: MoEView, lora: LoraSettings) -> dict[str, Tensor]:
-    """Read an adapter's values, names as on the wire; what it has not is left out.
+    """Read an adapter's values, names as on the wire.
 
     Args:
         part: An adapter.
@@ -164,7 +165,7 @@ def read_adapter(part: Part, view: MoEView, lora: LoraSettings) -> dict[str, Ten
         lora: What is adapted.
 
     Raises:
-        ValueError: The file is damaged, or an adapter in it has no place in the model.
+        ValueError: The file is damaged, or holds more, fewer or other adapters than the model has.
     """
     check_adapter(part, lora)
     modules, parameters = find_targets(view, lora.targets)
@@ -188,13 +189,18 @@ def read_adapter(part: Part, view: MoEView, lora: LoraSettings) -> dict[str, Ten
         key = keys[id(slot.parameter)]
         known.add(key)
         if (stored := tensors.get(key)) is None:
-            continue
+            continue  # all that lack are named below
         if stored.shape != slot.parameter.shape:
             raise ValueError(
                 f"{key} of {file} must have shape {tuple(slot.parameter.shape)}, got "
                 f"{tuple(stored.shape)}; use the recipe that it was trained with"
             )
         found[name] = slot.view(stored).clone().float()
+    if missing := sorted(known - set(tensors)):
+        raise ValueError(
+            f"{file} must have a tensor for every adapter of the recipe, got none for "
+            f"{missing[0]} and {len(missing) - 1} others; export it again"
+        )
     if unknown := sorted(set(tensors) - known):
         raise ValueError(
             f"every adapter of {file} must be one that the recipe trains, got {unknown[0]}; "
@@ -205,9 +211,14 @@ def read_adapter(part: Part, view: MoEView, lora: LoraSettings) -> dict[str, Ten
 
 def _load(file: Path) -> dict[str, Tensor]:
     try:
-        return load_file(file)
+        tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} must be a whole safetensors file, got one that does not decode; export it "
             "again"
         ) from error
+    if bad := [name for name, tensor in tensors.items() if not is_finite(tensor)]:
+        raise ValueError(
+            f"{file} must hold finite values, got NaN or infinity in {bad[0]}; export it again"
+        )
+    return tensors

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from orchard.models.kernels.packing import rows_of
+from orchard.models.kernels.packing import packed_lengths, rows_of
 
 
 @dataclass
@@ -33,6 +33,7 @@ class _Rows:
         row_T: The row of each token, counted in this pass; -1 for padding.
         lengths: Tokens of each row.
         generators: One for each row.
+        is_packed: Whether rows stand behind each other, so that the host knows where they are.
     """
 
     seed: int
@@ -41,6 +42,7 @@ class _Rows:
     row_T: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     lengths: tuple[int, ...] = ()
     generators: tuple[torch.Generator, ...] = ()
+    is_packed: bool = False
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Read from a model's arguments which token is of which row."""
@@ -51,7 +53,9 @@ class _Rows:
         if mask_BS is not None:
             row_T = row_T.where(mask_BS.flatten().bool(), -1)
         self.row_T = row_T
-        self.lengths = tuple(torch.bincount(row_T[row_T >= 0]).tolist())
+        packed = packed_lengths(kwargs)
+        self.is_packed = packed is not None
+        self.lengths = packed or tuple(torch.bincount(row_T[row_T >= 0]).tolist())
         self.generators = tuple(
             torch.Generator(row_T.device).manual_seed(_mixed(self.seed, self.num_seen + index))
             for index in range(len(self.lengths))
@@ -75,9 +79,12 @@ class _Rows:
             )
         features = output.shape[depth:]
         kept_TF = torch.zeros((num_tokens, *features), dtype=output.dtype, device=output.device)
+        end = 0
         for row, (length, generator) in enumerate(zip(self.lengths, self.generators, strict=True)):
             draws = torch.rand((length, *features), generator=generator, device=output.device)
-            kept_TF[self.row_T == row] = (draws >= share).to(output.dtype)
+            start, end = end, end + length
+            own = slice(start, end) if self.is_packed else self.row_T == row
+            kept_TF[own] = (draws >= share).to(output.dtype)
         return output * (kept_TF / (1 - share)).reshape(output.shape)
 
 

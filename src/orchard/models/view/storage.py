@@ -18,6 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
 from orchard.models.kernels.frozen_experts import FrozenWeights, run_frozen
+from orchard.models.kernels.grouped_experts import can_group, run_grouped
 
 # The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
 # tried first: a gated MLP also has the two of an ungated one.
@@ -198,7 +199,9 @@ class FusedExperts:
         held = {name: self._parameter(name) for name in names}
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in held.values())
         if not is_trained and not self.has_post_norm:
-            return run_frozen(self._frozen(held), x_TD, choices_TK, weights_TK)
+            frozen = self._frozen(held)
+            run = run_grouped if can_group(frozen, x_TD) else run_frozen
+            return run(frozen, x_TD, choices_TK, weights_TK)
         return self._run_each(held, x_TD, choices_TK, weights_TK)
 
     def _run_each(
