@@ -16,6 +16,7 @@ EXTRAS: Mapping[str, Mapping[str, str]] = MappingProxyType(
             {"matplotlib": "matplotlib", "altair": "altair", "vl_convert": "vl-convert-python"}
         ),
         "privacy": MappingProxyType({"opacus": "opacus"}),
+        "secure": MappingProxyType({"cryptography": "cryptography"}),
         "ray": MappingProxyType({"ray": "ray"}),
         "tensorboard": MappingProxyType({"tensorboard": "tensorboard"}),
         "wandb": MappingProxyType({"wandb": "wandb"}),

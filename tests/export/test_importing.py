@@ -95,6 +95,9 @@ def test_parts_become_a_run_that_is_asked_served_and_exported(
     assert registry.values("north").grafts
     code, _, error = told("export", made, "--client", "north", "--out", tmp_path / "out")
     assert code == 0, error
+    code, _, error = told("generate", parts / "graft", "Greet Mila")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "by orchard import" in error
     code, _, error = told("resume", made)
     assert code == 2
     assert error.count("\n") == 1

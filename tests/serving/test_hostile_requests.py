@@ -53,7 +53,7 @@ def _rest(line: socket.socket) -> bytes:
 
 def test_who_sends_half_a_head_is_closed(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.3)
-    head = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    head = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     for before in (b"", head):  # as a first request, and behind one that was answered
         with _line(url) as line:
             line.sendall(before + b"GET /health HTTP/1.1\r\nho")
@@ -68,7 +68,9 @@ def test_who_sends_half_a_body_is_told_and_closed(
     monkeypatch.setattr(http, "_BODY_SECONDS", 0.3)
     monkeypatch.setattr(connections, "_HEAD_SECONDS", 0.6)
     with _line(url) as line:
-        line.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 99\r\n\r\n{")
+        line.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 99\r\n\r\n{"
+        )
         said = _rest(line)
     assert b"408 Request Timeout" in said
     assert b"the body must come within 0.3 s" in said
@@ -94,11 +96,11 @@ def test_connections_are_bounded_and_free_again(url: str, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "head",
     [
-        b"GET /health HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 2**20,
-        b"GET /health HTTP/1.1\r\nhost: x\r\n" + b"x: a\r\n" * 2**17,
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 2**20,
+        b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"x: a\r\n" * 2**17,
         b"GET /" + b"a" * 2**20,
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/models HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
         b"\x00\xff" * 1000,
     ],
     ids=["header", "headers", "address", "length", "chunk", "noise"],
@@ -203,6 +205,32 @@ def test_hardly_any_temperature_takes_the_most_probable(temperature: float) -> N
     logits_V = torch.tensor([1.0, 3.0, 2.0, -1e30])
     generator = torch.Generator().manual_seed(0)
     assert choose_token(logits_V, Sampling(temperature), generator) == 1
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "stranger.example"}, 403),
+        ({"host": "stranger.example:8000"}, 403),
+        ({"host": "localhost.stranger.example"}, 403),
+        ({"host": "[::1"}, 403),
+        ({"origin": "https://stranger.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://localhost:3000"}, 200),
+        ({"host": "localhost"}, 200),
+        ({"host": "[::1]:8000"}, 200),
+    ],
+    ids=range(9),
+)
+def test_a_strangers_page_in_a_browser_here_asks_nothing(
+    url: str, headers: dict[str, str], status: int
+) -> None:
+    for answer in (
+        httpx.get(f"{url}/v1/models", headers=headers),
+        httpx.post(f"{url}/v1/completions", json=BODY, headers=headers),
+    ):
+        assert answer.status_code == status
+        assert "access-control-allow-origin" not in answer.headers
 
 
 def test_a_model_is_told_of_by_its_name(url: str) -> None:

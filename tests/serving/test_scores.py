@@ -122,6 +122,24 @@ def test_a_harness_gets_the_scores_of_its_prompts(client: openai.OpenAI) -> None
 
 
 @pytest.mark.parametrize("is_stream", [True, False])
+def test_a_prompt_is_scored_without_a_new_token(client: openai.OpenAI, *, is_stream: bool) -> None:
+    options: Any = {"model": "global", "prompt": [[5, 6, 7], [9]], "max_tokens": 0, "echo": True}
+    found: dict[int, list[Any]] = {0: [], 1: []}
+    usage = None
+    asked = client.completions.create(**options, logprobs=0, stream=is_stream)
+    for answer in asked if is_stream else [asked]:
+        usage = answer.usage or usage
+        for choice in answer.choices:
+            assert choice.finish_reason == "length"
+            assert choice.text == choice.logprobs.tokens[0] + "".join(choice.logprobs.tokens[1:])
+            found[choice.index] += choice.logprobs.token_logprobs
+    assert [len(scores) for scores in found.values()] == [3, 1]
+    assert found[0][0] is None
+    assert all(score < 0 for score in found[0][1:])
+    assert is_stream or usage.completion_tokens == 0
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
 @pytest.mark.parametrize("phase", ["writing", "waiting"])
 def test_who_hangs_up_frees_what_was_asked(url: str, *, is_stream: bool, phase: str) -> None:
     body = {
@@ -137,8 +155,9 @@ def test_who_hangs_up_frees_what_was_asked(url: str, *, is_stream: bool, phase: 
     host, _, port = url.removeprefix("http://").partition(":")
     assert _running(url) == 0
     with socket.create_connection((host, int(port))) as line:
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(asked.content)}"
-        line.sendall(head.encode() + b"\r\n\r\n" + asked.content)
+        head = "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+        length = f"content-length: {len(asked.content)}"
+        line.sendall(head.encode() + length.encode() + b"\r\n\r\n" + asked.content)
         _wait_until(lambda: _running(url) == 8 * len(prompts))
         written = _number(url, "orchard_tokens_written_total")
         _wait_until(lambda: _number(url, "orchard_tokens_written_total") > written)

@@ -224,7 +224,8 @@ def evaluate(
         if data is None:
             raise ValueError("--data must be given, got nothing; name a file with examples")
         from orchard.engine.progress import make_console
-        from orchard.personal.measuring import EXPORTED, measure, measure_folder, measured_table
+        from orchard.personal.exported import EXPORTED
+        from orchard.personal.measuring import measure, measure_folder, measured_table
         from orchard.tables import print_table
 
         if run is not None and (run / EXPORTED).is_file():

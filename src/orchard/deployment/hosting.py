@@ -116,6 +116,11 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
             f"privacy.unit must be empty between sites, got {recipe.privacy.unit}; so far updates "
             "are protected in orchard run alone"
         )
+    if recipe.privacy.secure_aggregation:
+        raise ValueError(
+            "privacy.secure_aggregation must be false between sites, got true; so far sums are "
+            "kept secret in orchard run alone"
+        )
     build_strategy(recipe, num_clients=num_sites)  # what cannot be put on is refused here
     for name, value in (
         ("deployment.quorum", recipe.deployment.quorum),

@@ -27,6 +27,7 @@ from orchard.experiment.settings import learning_rate
 from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import load_tokenizer, threads
+from orchard.process_memory import release_freed_memory, return_memory_at_once
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe, to_toml, words
 from orchard.reports import build_result
@@ -57,6 +58,7 @@ def run_in_server_app(folder: Path, grid: Grid) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     end_when_free(folder / LOCK_FILE)
+    return_memory_at_once()  # messages come and go in blocks of megabytes
     with only_one(folder / "rounds.lock", seconds=60.0, what="process that runs rounds"):
         try:
             Coordinated(partial(run_over, folder)).start(grid)
@@ -78,6 +80,7 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
         fresh = dict(starting_values(recipe, model.fresh, base_digest=base_digest))
         rate = learning_rate(recipe, model.view)
         del model
+        release_freed_memory()
         coordinator = build_coordinator(
             recipe,
             folder,

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from orchard.communication.channel import Broadcast, Channel
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
+from orchard.engine.secrecy import Secrecy, sum_in_secret
 from orchard.engine.turns import Alone, Crew, Turn, WorkerFacts
 from orchard.process_memory import peak_memory_bytes
 from orchard.results import Metrics, MetricsLog
@@ -30,6 +31,9 @@ from orchard.seeding import Seeds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from orchard.strategies.strategy import Strategy, update_server
 from orchard.trees import Tree
+
+if TYPE_CHECKING:
+    from orchard.engine.secret_sum import SecretRound
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Schedule:
             probability: a cohort has ``clients_per_round`` only on average, and may be empty.
         is_secret: Whether the seed does not tell who is in a Poisson cohort.
         final_rounds: So many of the last rounds have a cosine of their own, which starts anew.
+        secrecy: How the server is kept from seeing single updates; None = it sees them.
     """
 
     num_rounds: int
@@ -66,6 +71,7 @@ class Schedule:
     is_poisson: bool = False
     is_secret: bool = False
     final_rounds: int = 0
+    secrecy: Secrecy | None = None
 
     def local(self, round_number: int) -> LocalSettings:
         """Return how clients train in a round.
@@ -213,7 +219,10 @@ def run_rounds(
             broadcast = channel.broadcast(task, state.held)
             # Lines are written as they come: until the round is committed, resuming drops them.
             records = log, tally, coverage
-            updates = _train_cohort(crew, cohort, broadcast, state.holders, records, reporter)
+            secret = schedule.secrecy.begin(cohort, state.shared) if schedule.secrecy else None
+            updates = _train_cohort(
+                crew, cohort, broadcast, state.holders, records, reporter, secret
+            )
             state = update_server(strategy, state, updates)
             if channel.differences is not None:
                 state = replace(state, held=broadcast.task.shared, holders=tuple(cohort))
@@ -248,13 +257,17 @@ def _train_cohort(
     holders: Collection[str],
     records: tuple[MetricsLog, _Tally, Coverage],
     reporter: Reporter,
+    secret: SecretRound | None,
 ) -> Iterator[Update]:
-    """Yield the cohort's updates, each when it is asked for, and record their metrics."""
+    """Yield the cohort's updates, each when it is asked for, and record their metrics.
+
+    With a secret sum only their mean, once all of them were sent.
+    """
     channel = broadcast.channel
     log, tally, coverage = records
 
     def receive(turn: Turn) -> Update:
-        channel.uplink_bytes += len(turn.update)
+        channel.uplink_bytes += 0 if secret else len(turn.update)
         channel.downlink_bytes += turn.downlink_bytes
         received = channel.unpack_update(turn.update)
         log.append(
@@ -266,13 +279,22 @@ def _train_cohort(
             }
         )
         tally.add(received.metrics, worker=turn.worker)
-        coverage.add(received)
+        if secret is None:
+            coverage.add(received)
         return received
+
+    def summed(updates: Iterator[Update], secret: SecretRound) -> Iterator[Update]:
+        for total in sum_in_secret(updates, secret, broadcast.task.round_number):
+            channel.uplink_bytes += secret.uplink_bytes
+            channel.downlink_bytes += secret.downlink_bytes
+            coverage.add(total)
+            yield total
 
     def tell(what: str, num_done: int) -> None:
         reporter.working(what, share=num_done / len(cohort))
 
-    return map(receive, crew.train(cohort, broadcast, holders, tell))
+    updates = map(receive, crew.train(cohort, broadcast, holders, tell))
+    return updates if secret is None else summed(updates, secret)
 
 
 def _evaluate(

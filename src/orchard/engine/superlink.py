@@ -32,7 +32,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan, _parse_superl
 from flwr.superlink.main import create_app
 
 from orchard.engine.bell import Bell
-from orchard.process_memory import loading_to_stay
+from orchard.process_memory import loading_to_stay, return_memory_at_once
 
 log = logging.getLogger(__name__)
 _FLEET = "/v1/fleet/"
@@ -211,6 +211,7 @@ def server_of(app: Any, **options: Any) -> uvicorn.Server:
 def main() -> None:
     """Serve until stopped."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    return_memory_at_once()  # messages come and go in blocks of megabytes
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--public", required=True)
     parser.add_argument("--trusted-proxy", action="append", default=[])

@@ -27,6 +27,7 @@ from orchard.experiment.holdings import (
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.protecting import check_privacy
+from orchard.experiment.secrecy import check_secrecy
 from orchard.experiment.settings import lora_settings, placement_of
 from orchard.experiment.start_values import check_start
 from orchard.experiment.wiring import check_communication
@@ -114,7 +115,9 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
     if seat is None:
-        check_privacy(recipe, {name: len(rows) for name, rows in federation.train.items()})
+        sizes = {name: len(rows) for name, rows in federation.train.items()}
+        check_privacy(recipe, sizes)
+        check_secrecy(recipe, sizes)
     if recipe.server.clients_per_round > num_clients:
         raise ValueError(
             f"server.clients_per_round must be in 0..{num_clients}, got "

@@ -13,6 +13,7 @@ from orchard.client.client import Client
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingSettings
 from orchard.engine.progress import Reporter
+from orchard.engine.secrecy import Secrecy
 from orchard.engine.simulator import Schedule, run_rounds
 from orchard.engine.team import Member
 from orchard.engine.turns import Alone, Crew
@@ -38,6 +39,7 @@ from orchard.experiment.run_folder import (
     recipe_digest,
     recorded_as,
 )
+from orchard.experiment.secrecy import build_secrecy, secrecy_facts
 from orchard.experiment.settings import learning_rate, lora_settings, placement_of
 from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
@@ -177,11 +179,14 @@ def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
     )
 
 
-def build_schedule(recipe: Recipe, *, rate: float | None = None) -> Schedule:
+def build_schedule(
+    recipe: Recipe, *, rate: float | None = None, secrecy: Secrecy | None = None
+) -> Schedule:
     """Return what happens in which round.
 
     Args:
         recipe: Every choice.
+        secrecy: How the server is kept from seeing single updates; None = it sees them.
         rate: Learning rate of the first round, see ``settings.learning_rate``; None = the recipe's.
     """
     client, server, evaluation = recipe.client, recipe.server, recipe.evaluation
@@ -203,6 +208,7 @@ def build_schedule(recipe: Recipe, *, rate: float | None = None) -> Schedule:
             if "finetune" in method_names(recipe.strategy.name)
             else 0
         ),
+        secrecy=secrecy,
     )
 
 
@@ -336,7 +342,7 @@ def run_experiment(
         )
         for sentence in ground.notes:
             warn(sentence)
-        schedule = build_schedule(recipe, rate=ground.rate)
+        schedule = build_schedule(recipe, rate=ground.rate, secrecy=build_secrecy(recipe, sizes))
         paid = private_rounds(recipe, sizes)
         if paid < schedule.num_rounds:
             warn(
@@ -373,6 +379,7 @@ def run_experiment(
         "test_digest": experiment.digest.test,
         "learning_rate": ground.rate,
         **privacy_facts(recipe, sizes, rounds=state.round_number),
+        **secrecy_facts(recipe),
         "parameters": {
             "shared": sum(tensor.numel() for tensor in state.shared.values()),
             "private": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -136,8 +137,9 @@ def make_run(folders: Sequence[Path], out: Path, *, model: str | None, client: s
             own = {**read_graft_tensors(grafts[0]), **_choices(grafts[0])}
             store = ClientStore(folder / "clients" / folder_name(owner), digest)
             store.save(Personal(own), round_number=number)
-    how = f"--client {owner}" if grafts else "--global"
-    return f"{out} is a run of {' and '.join(map(str, folders))}: orchard chat {out} {how}"
+    how = f"--client {shlex.quote(str(owner))}" if grafts else "--global"
+    chat = f"orchard chat {shlex.quote(str(out))} {how}"
+    return f"{out} is a run of {' and '.join(map(str, folders))}: {chat}"
 
 
 def _recipe_of(part: Part, model: str | None) -> Recipe:

@@ -87,7 +87,7 @@ async def _hear(client: httpx.AsyncClient, url: str, body: Any, heard: _Heard) -
         ValueError: It was refused, or ended without having been finished.
     """
     last, is_first, is_finished = time.perf_counter(), True, False
-    async with client.stream("POST", url, json=body) as answer:
+    async with client.stream("POST", url, json=body, headers={"connection": "close"}) as answer:
         if answer.status_code != 200:
             raise ValueError(f"status must be 200, got {answer.status_code}")
         async for line in answer.aiter_lines():

@@ -121,7 +121,8 @@ async def _speed(url: str, model: str, seconds: float) -> float:
 
 async def _ask(client: httpx.AsyncClient, url: str, model: str, prompt: str) -> tuple[str, int]:
     body = {"model": model, "prompt": prompt, "max_tokens": _NEW_TOKENS, "temperature": 0}
-    answer = await client.post(f"{url}/v1/completions", json=body)
+    # A connection each: one that is kept may be closed by its server just as it is used again.
+    answer = await client.post(f"{url}/v1/completions", json=body, headers={"connection": "close"})
     answer.raise_for_status()
     said = answer.json()
     return str(said["choices"][0]["text"]), int(said["usage"]["completion_tokens"])

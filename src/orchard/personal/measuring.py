@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from rich.table import Table
@@ -21,15 +19,13 @@ from orchard.evaluation.quality import (
 )
 from orchard.experiment.encoding import cut_note, encode_test, end_ids, make_wording
 from orchard.experiment.holdings import read_examples
-from orchard.models.stored.grafted import brings_code, check_modeling, load_grafted
-from orchard.models.stored.loading import load_base, resolve, threads
+from orchard.models.stored.loading import resolve, threads
+from orchard.personal.exported import read_exported
 from orchard.personal.opening import OpenedModel, open_model
 from orchard.personal.state import ModelState
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import parse_recipe, words
+from orchard.recipe.reading import words
 from orchard.reports import format_score
-
-EXPORTED = "orchard.json"  # of a folder that orchard export wrote
 
 
 def measure(
@@ -84,32 +80,19 @@ def measure_folder(
         ValueError: Something does not fit, or the folder brings other code than this version
             writes, which is not run.
     """
-    path = folder / EXPORTED
-    try:
-        about = json.loads(path.read_bytes())
-        recipe = parse_recipe(about["recipe"])
-        digest = str(about["base_digest"])
-        has_code = brings_code(json.loads((folder / "config.json").read_bytes()))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} must be as orchard export wrote it, got what does not parse; export anew"
-        ) from error
-    if has_code:
-        check_modeling(folder)
+    found = read_exported(folder)
+    recipe = found.recipe
     before = _at(recipe, base or recipe.model.path)
     measured, notes = {}, []
     with threads(recipe.model.num_threads):
         if base is None and not _is_here(recipe.model.path):
             notes = [f"the base {recipe.model.path} is not here; name its place by --model"]
         else:
-            with open_model(_fresh(before, digest), device=device) as opened:
+            with open_model(_fresh(before, found.base_digest), device=device) as opened:
                 measured["base"] = _read_test(before, data).of(opened)
             del opened
         # Fresh adapters change nothing: what was trained is in the folder's own tensors.
-        own = _at(recipe, str(folder))
-        where = device or recipe.model.device
-        load = partial(load_grafted, folder) if has_code else partial(load_base, str(folder))
-        loaded = load(dtype=recipe.model.dtype, device=where)
+        own, loaded = found.own_recipe, found.load(device=device)
         exported = _fresh(own, loaded.digest)
         test = _read_test(own, data)
         with open_model(exported, base=loaded, device=device) as trained:

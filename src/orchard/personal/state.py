@@ -235,6 +235,12 @@ def _run_of(folder: Path) -> Path:
     found = [path.parent for path in (folder / "personal").glob(f"*/{RECIPE_FILE}")]
     if found:
         return max(found, key=lambda path: (path / RECIPE_FILE).stat().st_mtime_ns)
+    if (folder / "orchard.json").is_file() or (folder / "graft.json").is_file():
+        raise FileNotFoundError(
+            f"run must be a folder with a {RECIPE_FILE}, got {folder}, which was exported from "
+            "one; name the run, load a whole model with transformers, or make a run of parts by "
+            "orchard import"
+        )
     raise FileNotFoundError(
         f"run must be a folder with a {RECIPE_FILE}, or the store of a site that took part in one, "
         f"got {folder}; name the folder that orchard run was given as --out"

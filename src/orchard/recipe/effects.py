@@ -82,7 +82,14 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
         **{
             f"privacy.{name}": (bool(recipe.privacy.unit), "privacy.unit = client")
             for name in vars(recipe.privacy)
-            if name != "unit"
+            if name != "unit" and not name.startswith("secure_")
+        },
+        **{
+            f"privacy.{name}": (
+                recipe.privacy.secure_aggregation,
+                "privacy.secure_aggregation = true",
+            )
+            for name in ("secure_least", "secure_bound")
         },
         "model.expert_cache": (recipe.model.placement == "mapped", "model.placement = mapped"),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),

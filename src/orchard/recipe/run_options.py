@@ -277,6 +277,20 @@ class PrivacyOptions:
         "repeats a run to the bit and protects nothing from whoever knows it.",
         choices=("system", "seed"),
     )
+    secure_aggregation: bool = option(
+        False,
+        "Let the server see the sum of a round's updates and none of them: each is masked by its "
+        "client. Every client sends every name, in 32 bits.",
+    )
+    secure_least: int = option(
+        3, "With secure_aggregation: fewest clients of whose updates a sum is made.", minimum=2
+    )
+    secure_bound: float = option(
+        16.0,
+        "With secure_aggregation: the largest absolute value in an update. A larger one is an "
+        "error, and the sum's digits are shares of it.",
+        above=0,
+    )
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ class Served:
         context: At most so many tokens of prompt and answer.
         vocabulary: Rows of the embedding.
         keys: Key to the models that it may use, None = all; no key = whoever asks may use all.
+        is_local: Whether those alone may ask who call this machine by a name of its own. A page of
+            a stranger, opened in a browser here, comes from another.
         counts: Of what was answered.
         longest_token: Characters of the vocabulary's longest; a text of more than this for each
             token of the context is too long without being read.
@@ -56,6 +58,7 @@ class Served:
     context: int
     vocabulary: int
     keys: Mapping[str, frozenset[str] | None]
+    is_local: bool = False
     counts: Counts = field(default_factory=Counts)
     longest_token: int = 0
 

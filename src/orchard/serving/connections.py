@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -41,6 +42,12 @@ class BoundedProtocol(H11Protocol):
         elif not self.transport.is_closing():
             self._wait_for_head()
 
+    def on_response_complete(self) -> None:
+        """Go on to what was sent behind a request."""
+        super().on_response_complete()
+        if self.conn.trailing_data[0] and not self._is_answering():
+            self._wait_for_head()
+
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget it."""
         self._stop_waiting()
@@ -62,3 +69,11 @@ class BoundedProtocol(H11Protocol):
         self._deadline = None
         if not self._is_answering():
             self.transport.close()
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether a name or an address is one that a machine has for itself alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -9,12 +9,14 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from orchard.serving.answering import Served, answer
+from orchard.serving.connections import is_loopback
 from orchard.serving.counting import plain
 from orchard.serving.protocol import MAX_BODY_BYTES, Chat, Completion, RefusedError, decode
 
@@ -49,7 +51,9 @@ def make_app(served: Served) -> FastAPI:
         assert isinstance(error, RefusedError)
         answers[error.status] += 1
         await _drain(request)
-        return JSONResponse(error.body, status_code=error.status)
+        # Who did not send all of a body in time would send the rest as if it were a request.
+        headers = {"connection": "close"} if error.status == 408 else None
+        return JSONResponse(error.body, status_code=error.status, headers=headers)
 
     async def unknown(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -158,8 +162,10 @@ def _visible(served: Served, request: Request) -> list[str]:
     """Return the models that a request's key may use.
 
     Raises:
-        RefusedError: The key is none of those that are known.
+        RefusedError: The key is none of those that are known, or a stranger's page asks.
     """
+    if served.is_local:
+        _check_local(request)
     names = list(served.worker.registry.sources)
     if not served.keys:
         return names
@@ -172,6 +178,29 @@ def _visible(served: Served, request: Request) -> list[str]:
         raise RefusedError(401, "the API key must be a known one", code="invalid_api_key")
     own = allowed[0]
     return names if own is None else [name for name in names if name in own]
+
+
+def _check_local(request: Request) -> None:
+    """Refuse what a page of another site asks, or one whose site's name was pointed here.
+
+    Raises:
+        RefusedError: The request's host or origin is another than this machine.
+    """
+    for name, start in (("host", "//"), ("origin", "")):
+        given = request.headers.get(name)
+        if given is not None and not _is_of_this_machine(start + given):
+            raise RefusedError(
+                403,
+                f"{name} must be of this machine, got {given[:100]}; start the server with "
+                "--api-key-file or --insecure to be asked from elsewhere",
+            )
+
+
+def _is_of_this_machine(address: str) -> bool:
+    try:
+        return is_loopback(urlsplit(address).hostname or "")
+    except ValueError:
+        return False
 
 
 async def _body(request: Request) -> bytes:

@@ -14,6 +14,7 @@ from orchard.experiment.settings import graft_settings, lora_settings
 from orchard.models.stored.loading import Base
 from orchard.models.trainable.slots import canonical
 from orchard.models.view.moe import MoEView
+from orchard.personal.exported import is_exported
 from orchard.personal.opening import OpenedModel, open_model
 from orchard.personal.state import ModelState, find_models, read_state
 from orchard.serving.values import RowValues, read_values
@@ -36,12 +37,18 @@ def find_sources(folders: Sequence[Path]) -> dict[str, Source]:
 
     With one run they are ``base``, ``global`` and the clients' ids; with several, and where a
     client's id is one of these two words, a run's folder and a slash stand before them, and
-    ``client/`` before an id that is one of these.
+    ``client/`` before an id that is one of these. A whole exported folder is one model, under the
+    folder's name.
 
     Raises:
-        ValueError: A folder holds no run, or two models have one name.
+        ValueError: A folder holds no run, or two models have one name, or a whole exported folder
+            is not alone.
     """
     names = [folder.resolve().name for folder in folders]
+    for folder in folders:
+        _check_kind(folder, is_alone=len(folders) == 1)
+    if is_exported(folders[0]):
+        return {names[0]: Source()}
     if len(set(names)) < len(names):
         raise ValueError(
             f"RUN must be folders of different names, got {', '.join(names)}; rename one, since "
@@ -59,6 +66,19 @@ def find_sources(folders: Sequence[Path]) -> dict[str, Source]:
         for own, source in found.items():
             _add(sources, own, source)
     return sources
+
+
+def _check_kind(folder: Path, *, is_alone: bool) -> None:
+    if is_exported(folder) and not is_alone:
+        raise ValueError(
+            f"RUN must be runs over one base, or one exported folder alone, got {folder} beside "
+            "others; serve it by a server of its own"
+        )
+    if any((folder / name).is_file() for name in ("graft.json", "adapter_config.json")):
+        raise ValueError(
+            f"RUN must be a run or a whole exported folder, got {folder}, which is a part of a "
+            f"model; make a run of it: orchard import {folder} --into FOLDER"
+        )
 
 
 def _add(sources: dict[str, Source], name: str, source: Source) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +12,18 @@ import uvicorn
 from orchard.data.turns import Role, Turn
 from orchard.experiment.encoding import end_ids, make_wording
 from orchard.models.kernels.row_cache import why_not_in_rows
-from orchard.models.stored.loading import load_base, load_tokenizer
+from orchard.models.stored.loading import Base, load_base, load_tokenizer
+from orchard.personal.exported import is_exported, read_exported
 from orchard.personal.state import read_state
-from orchard.serving.connections import MAX_HEAD_BYTES, BoundedProtocol
+from orchard.recipe.options import Recipe
+from orchard.serving.connections import MAX_HEAD_BYTES, BoundedProtocol, is_loopback
 from orchard.serving.engine import Engine
 from orchard.serving.http import Served, make_app
 from orchard.serving.registry import Registry, find_sources
 from orchard.serving.worker import Worker
+
+_KEPT_SECONDS = 30
+"""A connection that nothing is asked over for so long is closed; clients let theirs go earlier."""
 
 
 def read_keys(path: Path) -> dict[str, frozenset[str] | None]:
@@ -69,7 +73,7 @@ def make_server(
             served.
     """
     keys = read_keys(key_file) if key_file else {}
-    if not keys and not is_insecure and not _is_loopback(host):
+    if not keys and not is_insecure and not is_loopback(host):
         raise ValueError(
             f"--api-key-file must be given with an address that others reach, got {host}; "
             "make a file of keys, listen at 127.0.0.1, or add --insecure"
@@ -80,9 +84,8 @@ def make_server(
             f"{key_file} must name models that are served, got {unknown[0]}; they are "
             f"{', '.join(list(sources)[:20])}"
         )
-    recipes = {folder: read_state(folder).recipe for folder in folders}
+    recipes, base = _open(folders)
     first = recipes[folders[0]]
-    base = load_base(first.model.path, dtype=first.model.dtype, device=first.model.device)
     model: Any = base.view.model
     if reason := why_not_in_rows(model):
         raise ValueError(
@@ -116,8 +119,19 @@ def make_server(
         context=int(config.max_position_embeddings),
         vocabulary=int(config.vocab_size),
         keys=keys,
+        is_local=not keys and not is_insecure,
     )
     return listener(served, host=host, port=port)
+
+
+def _open(folders: Sequence[Path]) -> tuple[dict[Path, Recipe], Base]:
+    """Return the recipes of folders, each with its model's place, and what is run."""
+    if is_exported(folders[0]):
+        exported = read_exported(folders[0])
+        return {folders[0]: exported.own_recipe}, exported.load()
+    recipes = {folder: read_state(folder).recipe for folder in folders}
+    first = recipes[folders[0]].model
+    return recipes, load_base(first.path, dtype=first.dtype, device=first.device)
 
 
 def listener(served: Served, *, host: str, port: int) -> uvicorn.Server:
@@ -129,14 +143,8 @@ def listener(served: Served, *, host: str, port: int) -> uvicorn.Server:
             port=port,
             http=BoundedProtocol,
             ws="none",
+            timeout_keep_alive=_KEPT_SECONDS,
             h11_max_incomplete_event_size=MAX_HEAD_BYTES,
             log_level="error",  # a line for each broken request is one that a stranger writes
         )
     )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

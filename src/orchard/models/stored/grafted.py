@@ -13,6 +13,7 @@ from orchard.models.stored.completeness import check_loaded
 from orchard.models.stored.deepseek_moe import MODEL_TYPE
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.loading import DTYPES, Base
+from orchard.models.stored.sources import without_progress_bars
 from orchard.models.view.detection import view_moe
 from orchard.trees import digest
 
@@ -72,14 +73,15 @@ def load_grafted(folder: Path, *, dtype: str, device: str) -> Base:
     from transformers import AutoModelForCausalLM
 
     auto: Any = AutoModelForCausalLM
-    model, found = auto.from_pretrained(
-        str(folder),
-        dtype=DTYPES[dtype],
-        experts_implementation="eager",
-        trust_remote_code=True,  # it is ours, to the letter
-        use_safetensors=True,
-        output_loading_info=True,
-    )
+    with without_progress_bars():
+        model, found = auto.from_pretrained(
+            str(folder),
+            dtype=DTYPES[dtype],
+            experts_implementation="eager",
+            trust_remote_code=True,  # it is ours, to the letter
+            use_safetensors=True,
+            output_loading_info=True,
+        )
     check_loaded(found, path=str(folder))
     check_finite(model.state_dict().items(), path=str(folder))
     model = model.to(torch.device(device)).eval().requires_grad_(False)
