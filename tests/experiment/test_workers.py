@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +20,14 @@ from typer.testing import CliRunner
 
 from federations import (
     COMBINATIONS,
+    QUICK,
+    RECIPES,
     SHORT,
     final_tensors,
     prepared,
     quick_recipe,
     run_quickly,
+    short_model,
 )
 from orchard.cli import app
 from orchard.engine.progress import Silent
@@ -32,6 +38,7 @@ from orchard.experiment.room import check_gpu, check_workers
 from orchard.experiment.running import run_experiment
 from orchard.experiment.workers import WorkerOptions, gpus_of, threads_note, worker_threads
 from orchard.recipe.options import Recipe
+from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog
 
 MEASURED = ("evaluation.models=base,global,local,personal", "evaluation.metrics=loss")
@@ -318,3 +325,35 @@ def test_a_method_that_was_passed_as_an_object_cannot_be_told_to_workers(tmp_pat
 
     with pytest.raises(ValueError, match=r"^strategy must be named in the recipe with 2 workers"):
         on_workers(tmp_path, quick_recipe("fedavg"), strategy=own)
+
+
+@pytest.mark.long
+def test_a_run_that_is_killed_takes_its_workers_with_it_and_goes_on_as_it_was_started(
+    tmp_path: Path,
+) -> None:
+    overrides = ["server.rounds=3", "client.steps=1", f"model.path={short_model()}", *QUICK[1:2]]
+    overrides += ["evaluation.models=", "evaluation.retention_path="]
+    tiny = str(RECIPES / "tiny" / "flex.toml")
+    run_quickly(tmp_path / "whole", read_recipe(tiny, overrides).recipe)
+    command = [sys.executable, "-c", "from orchard.cli import main; main()"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    killed, log = tmp_path / "killed", (tmp_path / "log").open("wb")
+    begun = [*command, "run", tiny, *overrides, "--workers", "2", "--out", str(killed)]
+    process = subprocess.Popen(begun, env=environment, stdout=log, stderr=log)
+    end = time.monotonic() + 120
+    while not list((killed / "checkpoints").glob("round_*/state.json")):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive
+    again = [*command, "resume", str(killed)]
+    subprocess.run(again, env=environment, check=True, stdout=log, stderr=log)
+    log.close()
+    assert final_tensors(tmp_path / "whole") == final_tensors(killed)
+    last = MetricsLog(killed / "metrics.jsonl").read()[-1]
+    assert len(last["workers"]) == 2
