@@ -21,8 +21,10 @@ from benchmarks.gpu.report import page as gpu
 from benchmarks.hfedmoe_ablation.report import page as hfedmoe_ablation
 from benchmarks.hfedmoe_fig10.report import page as hfedmoe_fig10
 from benchmarks.kernels.report import page as kernels
+from benchmarks.placement.report import page as placement
 from benchmarks.planner.report import page as planner
 from benchmarks.robustness.report import page as robustness
+from benchmarks.serving.report import page as serving
 from benchmarks.wire.report import page as wire
 
 PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
@@ -38,8 +40,10 @@ PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
         "hfedmoe_ablation": hfedmoe_ablation,
         "hfedmoe_fig10": hfedmoe_fig10,
         "kernels": kernels,
+        "placement": placement,
         "planner": planner,
         "robustness": robustness,
+        "serving": serving,
         "wire": wire,
     }
 )

@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from orchard.measurements.placement import COMMON, METHODS, predict_round, run_round
 from orchard.models.stored.loading import resolve
 from orchard.process_memory import release_freed_memory
 from orchard.results import environment, write_json
@@ -33,24 +31,6 @@ HERE = Path(__file__).parent
 _SHARD_BYTES = 5_000_000_000
 _POOL = 1 << 26  # random values, of which every tensor takes some from a place of its own
 _SAMPLE_SECONDS = 0.05
-COMMON = (
-    *("data.max_tokens=64", "server.rounds=1", "server.clients_per_round=1"),
-    *("client.batch_size=1", "client.steps=5", "server.keep_rounds=1"),
-    "model.num_threads=2",
-    *("evaluation.models=", "evaluation.retention_path=", "model.dtype=bfloat16"),
-)
-METHODS = {
-    "flex": (
-        *("strategy.name=flex", "strategy.graft_choice=reconstruction"),
-        *("strategy.calibration_blocks=1", "strategy.graft_kind=lora", "strategy.graft_rank=8"),
-        *("model.lora_targets=attention", "model.lora_rank=8"),
-    ),
-    "hfedmoe": (
-        *("strategy.name=hfedmoe", "selection.mode=mask", "selection.cadence=round"),
-        *("selection.scoring_batches=1", "client.budget=25%", "model.lora_dropout=0"),
-        *("model.lora_targets=attention,experts", "model.lora_rank=4"),
-    ),
-}
 
 
 def shape(num_layers: int) -> Any:
@@ -152,59 +132,21 @@ def train(model: Path, method: str, out: Path, *, cache: str, limit: int) -> dic
         cache: As ``model.expert_cache``.
         limit: Bytes of private memory that the process may have (RLIMIT_DATA); 0 = any.
     """
-    recipe = "recipes/tiny/flex.toml"
     where = [f"model.path={model}", "model.placement=mapped", f"model.expert_cache={cache}"]
-    overrides = [*COMMON, *METHODS[method], *where]
-    command = [sys.executable, "-m", "orchard", "plan", recipe, *overrides, "--json"]
-    plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    command = [sys.executable, "-m", "orchard", "run", recipe, *overrides, "--out", str(out)]
-
-    def limited() -> None:
-        if limit:
-            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-    start = time.perf_counter()
-    with out.with_name(f"{out.name}.log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=limited)
-        peak, read = sample(process)
-    seconds = time.perf_counter() - start
-    if process.returncode:
-        raise SystemExit(f"{method} failed; see {out.with_name(f'{out.name}.log')}")
+    overrides = ["model.num_threads=2", *COMMON, *METHODS[method], *where]
+    predicted = predict_round(overrides)
+    run = run_round(overrides, out, limit=limit)
     result = json.loads((out / "result.json").read_text())
-    predicted = plan["clients"][0].get("predicted_anonymous_bytes")
     return {
-        "seconds": seconds,
-        "peak_anonymous_bytes": peak,
-        "bytes_read": read,
+        **{key: run[key] for key in ("seconds", "peak_anonymous_bytes", "bytes_read")},
         "predicted_anonymous_bytes": predicted,
-        "predicted_over_measured": predicted / peak if predicted else None,
+        "predicted_over_measured": predicted / run["peak_anonymous_bytes"],
         "limit_bytes": limit or None,
         "base_is_unchanged": result.get("base_is_unchanged"),
         "base_digest": result.get("base_digest"),
         "shared_digest": result.get("shared_digest"),
         "overrides": [option for option in overrides if not option.startswith("model.path")],
     }
-
-
-def sample(process: subprocess.Popen[Any]) -> tuple[int, int]:
-    """Wait for a process, and return its largest anonymous memory and what it read from disk."""
-    peak = read = 0
-    about = Path(f"/proc/{process.pid}")
-    while process.poll() is None:
-        try:
-            status = (about / "status").read_text()
-            counts = (about / "io").read_text()
-        except OSError:  # it ended
-            break
-        for line in status.splitlines():
-            if line.startswith("RssAnon:"):
-                peak = max(peak, 1024 * int(line.split()[1]))
-        for line in counts.splitlines():
-            if line.startswith("read_bytes:"):
-                read = int(line.split()[1])
-        time.sleep(_SAMPLE_SECONDS)
-    process.wait()
-    return peak, read
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

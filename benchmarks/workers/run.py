@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +30,12 @@ from orchard.models.stored.random_checkpoint import write_random_checkpoint
 from orchard.results import environment
 
 HERE = Path(__file__).parent
-SHAPES = {"middle": (MIDDLE_SHAPE, "float32"), "large": (QWEN_SHAPE, "bfloat16")}
+SHAPES = {
+    "middle": (MIDDLE_SHAPE, "float32"),
+    "large": (QWEN_SHAPE, "bfloat16"),
+    # What experts make of it: half of the layers, and a vocabulary that hardly counts.
+    "experts": (replace(QWEN_SHAPE, layers=2, vocabulary=4096), "bfloat16"),
+}
 WAYS = {
     "one process, one thread": ("1", "1"),
     "one process, two threads": ("1", "2"),
@@ -95,7 +101,7 @@ def run(command: list[str], folder: Path) -> dict[str, float]:
 
 
 def measure(
-    name: str, ways: list[str], *, repeats: int, clients: int, steps: int
+    name: str, ways: list[str], *, repeats: int, clients: int, steps: int, rounds: int
 ) -> dict[str, Any]:
     """Measure ways on one shape, in turn."""
     shape, dtype = SHAPES[name]
@@ -117,7 +123,7 @@ def measure(
                     *(f"model.num_threads={threads}", f"data.path={Path(root) / 'data'}"),
                     *("data.test_size=1.0", "data.max_tokens=128", "evaluation.models="),
                     *("evaluation.retention_path=", f"client.steps={steps}"),
-                    *("client.batch_size=4", "server.rounds=3"),
+                    *("client.batch_size=4", f"server.rounds={rounds}"),
                 ]
                 found[way].append(run(command, folder))
                 print(name, way, found[way][-1], flush=True)
@@ -162,10 +168,18 @@ def main() -> None:
     parser.add_argument("--without-threads", action="store_true")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
     for name in given.shape:
         ways = [way for way in WAYS if not (given.without_threads and "two threads" in way)]
-        found = measure(name, ways, repeats=given.repeats, clients=given.clients, steps=given.steps)
+        found = measure(
+            name,
+            ways,
+            repeats=given.repeats,
+            clients=given.clients,
+            steps=given.steps,
+            rounds=given.rounds,
+        )
         keep(HERE / "results" / f"{name}.json", found)
         print(json.dumps(found, indent=1), flush=True)
 

@@ -129,7 +129,10 @@ def test_two_workers_leave_the_bits_of_one_process(method: str, tmp_path: Path) 
     [
         ("communication.downlink=differences", "communication.dtype=int8", *MEASURED),
         pytest.param(
-            ("privacy.unit=client", "privacy.epsilon=8", "privacy.delta=1e-3"),
+            (
+                *("privacy.unit=client", "privacy.epsilon=8", "privacy.delta=1e-3"),
+                *("privacy.random=seed", "server.weighting=uniform"),
+            ),
             marks=pytest.mark.long,
         ),
         pytest.param(("server.clients_per_round=3", *MEASURED), marks=pytest.mark.long),

@@ -18,6 +18,12 @@ def _memory(repeats: int) -> dict[str, Any]:
     return bench_memory(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
 
 
+def _placement(repeats: int) -> dict[str, Any]:
+    from orchard.measurements.placement import bench_placement
+
+    return bench_placement(repeats=repeats, say=lambda line: print(line, file=sys.stderr))
+
+
 def _graft(repeats: int) -> dict[str, Any]:
     from orchard.measurements.graft import bench_graft, native_dtype
 
@@ -82,6 +88,7 @@ def _serve(
 BENCHES: Mapping[str, Callable[[int], dict[str, Any]]] = MappingProxyType(
     {
         "memory": _memory,
+        "placement": _placement,
         "graft": _graft,
         "step": _step,
         "aggregate": _aggregate,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,6 @@ from orchard.models.stored.sources import resolve
 from orchard.serving.registry import BASE
 
 _NUM_AT_ONCE, _NEW_TOKENS = 50, 32
-_WORDS = ("the", "a", "mill", "office", "city", "old", "north", "river", "of", "in", "is", "who")
 _NEEDS = ("openai", "accelerate", "pydantic", "rich")
 
 
@@ -45,8 +43,9 @@ def beside_transformers(
         say: Told what is measured.
 
     Returns:
-        Tokens per second of each, ours over the better of the peer's two ways, and of how many
-        prompts all three wrote the same; None for all where the peer does not run, with the reason.
+        Tokens per second and per answer of each, ours over the better of the peer's two ways, and
+        of how many prompts all three wrote the same; None for these where the peer does not run,
+        with the reason.
     """
     none = {"over_transformers_serve": None, "same_greedy_texts": None}
     if missing := why_no_peer():
@@ -73,14 +72,18 @@ def beside_transformers(
             name: asyncio.run(_texts(url, asked, prompts)) for name, (url, asked) in sides.items()
         }
         found: dict[str, list[float]] = {name: [] for name in sides}
+        lengths: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(repeats):
             for name, (url, asked) in sides.items():
-                found[name].append(asyncio.run(_speed(url, asked, seconds)))
+                speed, length = asyncio.run(_speed(url, asked, seconds))
+                found[name].append(speed)
+                lengths[name].append(length)
     speeds = {name: statistics.median(values) for name, values in found.items()}
     peer = max(speeds["transformers"], speeds["transformers_continuous"])
     return {
         "base_tokens_per_second": speeds,
         "base_tokens_per_second_of_each_turn": found,
+        "base_tokens_per_answer": {n: statistics.median(own) for n, own in lengths.items()},
         "base_seconds_of_a_turn": seconds,
         "over_transformers_serve": speeds["orchard"] / peer,
         "same_greedy_texts": _num_same(texts),
@@ -92,8 +95,8 @@ def _num_same(texts: Mapping[str, Sequence[str]]) -> int:
 
 
 def _prompt(number: int) -> str:
-    draw = random.Random(number)
-    return " ".join(draw.choice(_WORDS) for _ in range(draw.randrange(6, 20)))
+    """Return the begin of a sentence: behind words by chance, a base may have nothing to say."""
+    return f"The office number {number} is in the city and"
 
 
 async def _texts(url: str, model: str, prompts: Sequence[str]) -> list[str]:
@@ -101,22 +104,25 @@ async def _texts(url: str, model: str, prompts: Sequence[str]) -> list[str]:
         return [(await _ask(client, url, model, prompt))[0] for prompt in prompts]
 
 
-async def _speed(url: str, model: str, seconds: float) -> float:
-    """Return tokens per second, from the first question to the last answer."""
-    num_tokens = 0
+async def _speed(url: str, model: str, seconds: float) -> tuple[float, float]:
+    """Return tokens per second, from the first question to the last answer, and per answer."""
+    num_tokens = num_answers = 0
     limits = httpx.Limits(max_connections=_NUM_AT_ONCE)
     async with httpx.AsyncClient(timeout=600, limits=limits) as client:
         started = time.perf_counter()
 
         async def go_on(number: int) -> None:
-            nonlocal num_tokens
+            nonlocal num_tokens, num_answers
             asked = number
             while time.perf_counter() < started + seconds:
-                num_tokens += (await _ask(client, url, model, _prompt(asked)))[1]
+                # Added after it was awaited: what others added meanwhile would be lost.
+                _, written = await _ask(client, url, model, _prompt(asked))
+                num_tokens += written
                 asked += _NUM_AT_ONCE
+                num_answers += 1
 
         await asyncio.gather(*(go_on(number) for number in range(_NUM_AT_ONCE)))
-        return num_tokens / (time.perf_counter() - started)
+        return num_tokens / (time.perf_counter() - started), num_tokens / num_answers
 
 
 async def _ask(client: httpx.AsyncClient, url: str, model: str, prompt: str) -> tuple[str, int]:

@@ -190,11 +190,13 @@ def test_missing_experts_are_an_error(drop: str, message: str, tmp_path: Path) -
         match_checkpoint(path)
 
 
-def test_a_quantized_checkpoint_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["fp8", "mxfp4"])
+def test_a_quantized_checkpoint_is_refused(method: str, tmp_path: Path) -> None:
     path = save("qwen2_moe", tmp_path)
     config = tmp_path / "config.json"
     fields = json.loads(config.read_text())
-    fields["quantization_config"] = {"quant_method": "fp8"}
+    fields["quantization_config"] = {"quant_method": method}
     config.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match="must hold weights that are not quantized"):
+    said = rf"not quantized, got .* \({method}\); choose .* or save this one with transformers'"
+    with pytest.raises(ValueError, match=said):
         match_checkpoint(path)

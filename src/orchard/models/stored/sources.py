@@ -157,7 +157,8 @@ def check_plain(config: Any, path: str) -> None:
             raise ValueError(
                 f"model.path must hold weights that are not quantized, got {path} with a {name} "
                 f"({getattr(method, 'value', method)}); "
-                "choose a checkpoint in float32, float16 or bfloat16"
+                "choose a checkpoint in float32, float16 or bfloat16, or save this one with "
+                "transformers' dequantize=True first"
             )
 
 
