@@ -136,6 +136,16 @@ def test_a_federation_of_more_sites_than_the_owner_believes_is_refused() -> None
         own_recipe(consent, recipe(), num_clients=4)
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("privacy.unit", "example"), ("privacy.secure_aggregation", True)]
+)
+def test_a_site_takes_no_part_in_a_promise_that_nobody_keeps(option: str, value: object) -> None:
+    consent = Consent("own.jsonl", model="orchard:tiny")
+    with pytest.raises(Refusal, match=f"^{option} must be .* between sites") as caught:
+        own_recipe(consent, changed(recipe(), option, value))
+    assert (caught.value.code, caught.value.option) == ("recipe", option)
+
+
 def test_limits_are_read_from_the_command_line() -> None:
     assert parse_limits(["client.steps=100", "clients=5"]) == {"client.steps": 100, "clients": 5}
     for wrong in ("client.steps", "data.path=3", "steps=3", "client.steps=many", "client.lr=nan"):

@@ -21,6 +21,7 @@ from orchard.engine.inbox import Inbox
 from orchard.engine.journal import num_tried
 from orchard.engine.processes import Child, child_environment, free_port, only_one
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
+from orchard.experiment.protecting import check_between_sites
 from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.starting import Start, record_start
@@ -111,16 +112,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
             "deployment.sites must say how many sites take part, got 0; for example "
             "deployment.sites=3"
         )
-    if recipe.privacy.unit:
-        raise ValueError(
-            f"privacy.unit must be empty between sites, got {recipe.privacy.unit}; so far updates "
-            "are protected in orchard run alone"
-        )
-    if recipe.privacy.secure_aggregation:
-        raise ValueError(
-            "privacy.secure_aggregation must be false between sites, got true; so far sums are "
-            "kept secret in orchard run alone"
-        )
+    check_between_sites(recipe)
     build_strategy(recipe, num_clients=num_sites)  # what cannot be put on is refused here
     for name, value in (
         ("deployment.quorum", recipe.deployment.quorum),

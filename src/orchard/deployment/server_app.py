@@ -15,6 +15,7 @@ from orchard.engine.processes import end_when_free, only_one
 from orchard.engine.progress import Lines, make_console
 from orchard.experiment.methods import build_strategy, check_strategy
 from orchard.experiment.own_methods import import_from
+from orchard.experiment.protecting import check_between_sites
 from orchard.experiment.run_folder import (
     RECIPE_FILE,
     check_folder,
@@ -122,7 +123,12 @@ def build_coordinator(
     num_sites: int,
     rate: float | None = None,
 ) -> Coordinator:
-    """Return what runs the rounds of a recipe."""
+    """Return what runs the rounds of a recipe.
+
+    Raises:
+        ValueError: It promises a protection that there is not between sites.
+    """
+    check_between_sites(recipe)
     options = recipe.deployment
     cohort = min(recipe.server.clients_per_round or num_sites, num_sites)
     return Coordinator(

@@ -13,6 +13,7 @@ from orchard.experiment.budgets import build_requirements, client_limits
 from orchard.experiment.holdings import FACTS
 from orchard.experiment.methods import check_strategy, has_part, own_names
 from orchard.experiment.own_methods import own_digests
+from orchard.experiment.protecting import check_between_sites
 from orchard.experiment.settings import lora_settings
 from orchard.models.stored.loading import check_model
 from orchard.recipe.amounts import parse_amounts
@@ -95,6 +96,10 @@ def own_recipe(consent: Consent, recipe: Recipe, terms: Terms, *, num_clients: i
         Refusal: The site does not do what the recipe asks.
     """
     check_methods(consent, recipe)
+    try:
+        check_between_sites(recipe)
+    except ValueError as error:
+        raise Refusal(Code.RECIPE, str(error), option=str(error).partition(" ")[0]) from error
     model = consent.model or recipe.model.path
     if not consent.model and not model.startswith(PACKAGED):
         raise Refusal(

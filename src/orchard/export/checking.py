@@ -3,12 +3,50 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 
 from orchard.models.stored.conversion import StoredModel, find_path
 from orchard.models.stored.loading import DTYPES
 from orchard.models.stored.submodel import load_skeleton
+from orchard.models.view.held import HeldExperts
+from orchard.personal.opening import base_of
+from orchard.recipe.options import Recipe
+
+ReadSlice: TypeAlias = Callable[[str, str, int], torch.Tensor]
+"""From a MoE layer's name, a parameter of its experts and an expert to that slice of it."""
+
+
+def open_checked(recipe: Recipe, stored: StoredModel, wanted: str) -> ReadSlice | None:
+    """Check that a recipe's base is the right one, with one expert in memory at a time.
+
+    A base whose frozen experts are kept in few bits is opened so, since it computes with these.
+
+    Args:
+        recipe: Of the run.
+        stored: Where its base has each expert.
+        wanted: The digest of the base that was trained on.
+
+    Returns:
+        What reads experts as the run has them, where that is not what the checkpoint has.
+
+    Raises:
+        ValueError: It is another.
+    """
+    path = recipe.model.path
+    if recipe.model.frozen_precision == "bf16":
+        check_base(streamed_digest(path, stored, dtype=recipe.model.dtype), wanted, path=path)
+        return None
+    base = base_of(recipe, device="cpu")
+    check_base(base.digest, wanted, path=path)
+    held = {
+        layer.name: layer.storage.held
+        for layer in base.view.layers
+        if isinstance(layer.storage, HeldExperts)
+    }
+    return lambda layer, name, expert: held[layer][name].read(expert)
 
 
 def streamed_digest(path: str, stored: StoredModel, *, dtype: str) -> str:

@@ -17,7 +17,7 @@ from orchard.data.templates import Wording
 from orchard.experiment.encoding import end_ids
 from orchard.experiment.settings import lora_settings
 from orchard.export.card import Code, portable_toml, write_card
-from orchard.export.checking import check_base, streamed_digest
+from orchard.export.checking import open_checked
 from orchard.export.grafts import merged_grafts
 from orchard.export.layouts import Layout, to_published, to_qwen2_moe, why_no_qwen2_moe
 from orchard.export.merging import Entry, Merger, mapping_of
@@ -92,8 +92,9 @@ def export_model(
     lora, dtype = lora_settings(state.recipe), dtype or state.recipe.model.dtype
     with new_folder(out) as folder:
         stored = match_checkpoint(path)
-        found = streamed_digest(path, stored, dtype=state.recipe.model.dtype)
-        check_base(found, state.base_digest, path=path)
+        read = open_checked(state.recipe, stored, state.base_digest)
+        if state.held_experts is not None:
+            read = None  # a submodel is made of what the checkpoint has
         own = {name: t for name, t in state.own.items() if ".graft." not in name}
         kept = _kept(state, stored)
         merger = Merger(
@@ -102,6 +103,7 @@ def export_model(
             lora.alpha / lora.rank,
             DTYPES[dtype],
             kept,
+            read,
         )
         entries = list(merger.entries())
         config = json.loads((Path(stored.source) / "config.json").read_text(encoding="utf-8"))
@@ -115,7 +117,7 @@ def export_model(
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {"blocks": []}
         if state.graft_experts or held:
-            tensors, about = merged_grafts(state, stored, dtype=merger.dtype)
+            tensors, about = merged_grafts(state, stored, dtype=merger.dtype, read=read)
             about["held"] = held
         code, config, entries = _lay_out(stored, config, entries, tensors, about, layout, kept)
         config.pop("torch_dtype", None)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from orchard.experiment.settings import graft_settings
+from orchard.export.checking import ReadSlice
 from orchard.models.stored.conversion import StoredModel, find_path
 from orchard.models.view.moe import MoELayer, check_beside
 from orchard.models.view.storage import FusedExperts
@@ -18,7 +19,11 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def merged_grafts(
-    state: ModelState, stored: StoredModel, *, dtype: torch.dtype | None
+    state: ModelState,
+    stored: StoredModel,
+    *,
+    dtype: torch.dtype | None,
+    read: ReadSlice | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return grafts under the names of the modeling file, and what its configuration says of them.
 
@@ -26,6 +31,7 @@ def merged_grafts(
         state: A client's, with grafts.
         stored: The base.
         dtype: Of experts; None = as the base stores them. Gates and mixers are float32.
+        read: See ``Merger``.
 
     Raises:
         ValueError: A tensor of a graft has no place in it.
@@ -44,7 +50,7 @@ def merged_grafts(
         hidden, has_bias = 0, False
         for index, expert in enumerate(experts):
             inner = f"{index}." if len(experts) > 1 else ""
-            projections = _expert(stored, layer, expert)
+            projections = _expert(stored, layer, expert, read)
             hidden = projections["up_proj"].shape[0]
             for local in PROJECTIONS:
                 if local not in projections:
@@ -94,8 +100,12 @@ def merged_grafts(
     return tensors, {"gate": settings.gate, "mix": settings.mix, "blocks": blocks}
 
 
-def _expert(stored: StoredModel, layer: MoELayer, expert: int) -> Mapping[str, Tensor]:
+def _expert(
+    stored: StoredModel, layer: MoELayer, expert: int, read: ReadSlice | None
+) -> Mapping[str, Tensor]:
     """Return an expert as it is in the base."""
     parameters = stored.parameters(layer)
     storage = cast(FusedExperts, layer.storage)
+    if read is not None:
+        return storage.split(lambda name: read(layer.name, name, expert))
     return storage.split(lambda name: parameters[name].read(stored.checkpoint, expert))

@@ -14,7 +14,7 @@ from orchard.client.store import ClientStore, Personal
 from orchard.experiment.data_record import DATA_FILE
 from orchard.experiment.run_folder import RECIPE_FILE, folder_name, recipe_digest
 from orchard.experiment.settings import graft_settings, lora_settings
-from orchard.export.checking import check_base, streamed_digest
+from orchard.export.checking import open_checked
 from orchard.export.writing import new_folder
 from orchard.models.stored.conversion import match_checkpoint
 from orchard.models.stored.exported_parts import (
@@ -124,8 +124,8 @@ def make_run(folders: Sequence[Path], out: Path, *, model: str | None, client: s
     owner = client or part.client or (grafts[0].client if grafts else None)
     with new_folder(out) as folder:
         stored = match_checkpoint(recipe.model.path)
-        digest = streamed_digest(recipe.model.path, stored, dtype=recipe.model.dtype)
-        check_base(digest, part.base_digest, path=recipe.model.path)
+        open_checked(recipe, stored, part.base_digest)
+        digest = part.base_digest
         shared = read_adapter(part, stored.whole, lora_settings(recipe))
         about = {"base_digest": digest, "recipe_digest": recipe_digest(recipe)}
         number = (grafts or adapters)[0].round_number

@@ -1,7 +1,8 @@
 """A base's checkpoint with trained values in it, tensor by tensor in the checkpoint's own layout.
 
 Nothing is held but the values that were trained and one tensor, or one expert of a stack. What was
-not trained is copied as it is. Values are added in float32 and cast once.
+not trained is copied as it is; of experts that a run keeps in few bits, as it has them. Values are
+added in float32 and cast once.
 
 An expert's slice of a fused parameter is made of the checkpoint's tensors by transformers' own
 conversions. The way back is found by letting these move numbers of places instead of values, so
@@ -18,6 +19,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from orchard.export.checking import ReadSlice
 from orchard.models.stored.carving import select_rows, with_other_rows
 from orchard.models.stored.conversion import StoredExperts, StoredModel
 from orchard.models.stored.finiteness import check_finite
@@ -60,6 +62,7 @@ class Merger:
         scale: Of adapters: alpha over rank.
         dtype: Of what is written; None = as the base is stored.
         kept: For each MoE layer the experts that the model holds; None = all.
+        read: What reads experts as the run has them; None = they are what the checkpoint has.
     """
 
     stored: StoredModel
@@ -67,6 +70,7 @@ class Merger:
     scale: float
     dtype: torch.dtype | None = None
     kept: Sequence[Sequence[int]] | None = None
+    read: ReadSlice | None = None
     _used: set[str] = field(default_factory=set)
     _last: tuple[str, int, dict[str, Tensor]] | None = None
     _places: dict[str, Tensor] = field(default_factory=dict)
@@ -122,7 +126,13 @@ class Merger:
         storage = cast(FusedExperts, layer.storage)
         parameters = self.stored.parameters(layer)
         slices = {
-            name: own.read(self.stored.checkpoint, expert).float().clone()
+            name: (
+                own.read(self.stored.checkpoint, expert)
+                if self.read is None
+                else self.read(layer.name, name, expert)
+            )
+            .float()
+            .clone()
             for name, own in parameters.items()
         }
         views = storage.split(slices.__getitem__)
@@ -213,7 +223,7 @@ class Merger:
         """Return what the checkpoint keeps of one expert behind one pattern."""
         checkpoint = self.stored.checkpoint
         keys = own.sources[pattern]
-        if not self._is_trained(layer, expert):
+        if self.read is None and not self._is_trained(layer, expert):
             key = keys[expert] if own.is_listed else keys[0]
             return checkpoint.read(key, index=None if own.is_listed else expert)
         slices = self.expert(layer, expert)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -14,10 +14,11 @@ from orchard.communication.messages import LocalSettings, Task
 from orchard.data.examples import Example, Turn
 from orchard.data.templates import Template, Wording, encode_prompt
 from orchard.experiment.encoding import end_ids
-from orchard.experiment.settings import graft_settings, lora_settings
+from orchard.experiment.settings import graft_settings, lora_settings, placement_of
 from orchard.experts.grafting import ReadOrigin, grafted
 from orchard.experts.submodel_source import SubmodelSource
-from orchard.models.stored.loading import Base, load_base, load_config, load_tokenizer
+from orchard.models.stored.loading import Base, load_config, load_tokenizer
+from orchard.models.stored.placing import open_base
 from orchard.models.stored.sources import build_view
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.view.unbinding import unbound_experts
@@ -218,10 +219,10 @@ def open_model(
     elif adapted is not None:
         _check_digest(state, adapted.base_digest)
     else:
-        loaded = base or load_base(recipe.model.path, dtype=recipe.model.dtype, device=device)
+        loaded = base or base_of(recipe, device=device)
         _check_digest(state, loaded.digest)
         if base is None and wanted != recipe.model.dtype:
-            loaded = load_base(recipe.model.path, dtype=wanted, device=device)
+            loaded = base_of(recipe, device=device, dtype=wanted)
         adapted = AdaptedModel(
             loaded.view,
             source.lora,
@@ -255,8 +256,32 @@ def _own(state: ModelState, adapted: AdaptedModel) -> dict[str, torch.Tensor]:
     return {n: t for n, t in state.own.items() if not is_own_method or adapted.knows(n)}
 
 
+def base_of(recipe: Recipe, *, device: str | None = None, dtype: str | None = None) -> Base:
+    """Load the base of a run as it was trained on: with its experts where and as exact as there.
+
+    Args:
+        recipe: Of the run.
+        device: Where it runs; None = as the recipe says. On another than a CPU experts are in
+            memory, where they compute the same.
+        dtype: As it is loaded; None = as the recipe says.
+
+    Raises:
+        FileNotFoundError: The base is not there.
+        ValueError: It is not a usable Mixture-of-Experts model, or experts cannot be so placed.
+    """
+    options = replace(recipe.model, device=device or recipe.model.device)
+    if options.device != "cpu" and options.placement == "mapped":
+        options = replace(options, placement="memory", expert_cache="")
+    return open_base(
+        options.path,
+        dtype=dtype or options.dtype,
+        device=options.device,
+        placement=placement_of(replace(recipe, model=options)),
+    )
+
+
 def _digest_of(recipe: Recipe, device: str) -> str:
-    return load_base(recipe.model.path, dtype=recipe.model.dtype, device=device).digest
+    return base_of(recipe, device=device).digest
 
 
 def _check_digest(state: ModelState, digest: str) -> None:

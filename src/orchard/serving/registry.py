@@ -186,6 +186,8 @@ class Registry:
         base = {canonical(name): own for name, own in self.view.model.named_parameters()}
         for name, parameter in opened.model.named_parameters():
             own = base.get(canonical(name))
-            if own is not None and own.shape == parameter.shape and torch.equal(own, parameter):
+            if own is None or own.is_meta or own.shape != parameter.shape:
+                continue
+            if torch.equal(own, parameter):
                 parameter.data = own.data
         return opened

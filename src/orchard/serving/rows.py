@@ -19,6 +19,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from orchard.models.view.moe import MoELayer, MoEView, check_beside
+from orchard.serving.held import experts_of
 from orchard.serving.values import Factors, Member, RowGraft, RowValues
 
 _STACKED_BYTES = 8 * 2**20
@@ -178,10 +179,7 @@ class Rows:
         self.model: Any = view.model
         self._current: Assignment | None = None
         # Of the base itself: in a body, what stands in the place of a parameter is another one.
-        self._experts = [
-            [layer.expert_tensors(index) for index in range(layer.num_experts)]
-            for layer in view.layers
-        ]
+        self._experts = [experts_of(layer) for layer in view.layers]
 
     def assign(self, models: Sequence[RowValues]) -> Assignment:
         """Return what rows of these models read.

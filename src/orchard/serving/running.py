@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,8 +13,9 @@ import uvicorn
 from orchard.data.turns import Role, Turn
 from orchard.experiment.encoding import end_ids, make_wording
 from orchard.models.kernels.row_cache import why_not_in_rows
-from orchard.models.stored.loading import Base, load_base, load_tokenizer
+from orchard.models.stored.loading import Base, load_tokenizer
 from orchard.personal.exported import is_exported, read_exported
+from orchard.personal.opening import base_of
 from orchard.personal.state import read_state
 from orchard.recipe.options import Recipe
 from orchard.serving.connections import MAX_HEAD_BYTES, BoundedProtocol, is_loopback
@@ -129,9 +131,27 @@ def _open(folders: Sequence[Path]) -> tuple[dict[Path, Recipe], Base]:
     if is_exported(folders[0]):
         exported = read_exported(folders[0])
         return {folders[0]: exported.own_recipe}, exported.load()
-    recipes = {folder: read_state(folder).recipe for folder in folders}
-    first = recipes[folders[0]].model
-    return recipes, load_base(first.path, dtype=first.dtype, device=first.device)
+    states = {folder: read_state(folder) for folder in folders}
+    recipes = {folder: state.recipe for folder, state in states.items()}
+    base = base_of(_placed(list(recipes.values())))
+    for folder, state in states.items():
+        if state.base_digest != base.digest:
+            raise ValueError(
+                f"RUN must be runs on one base, got {folder}, which was trained on "
+                f"{state.base_digest[:12]} instead of {base.digest[:12]}, as "
+                f"{recipes[folders[0]].model.path} is for {folders[0]}; serve it by a server of "
+                "its own, or bring back its base"
+            )
+    return recipes, base
+
+
+def _placed(recipes: Sequence[Recipe]) -> Recipe:
+    """Return the first recipe; where others have their experts elsewhere, with them in memory."""
+    first = recipes[0]
+    places = {(own.model.placement, own.model.expert_cache) for own in recipes}
+    if len(places) == 1:
+        return first
+    return replace(first, model=replace(first.model, placement="memory", expert_cache=""))
 
 
 def listener(served: Served, *, host: str, port: int) -> uvicorn.Server:
