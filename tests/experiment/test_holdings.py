@@ -261,6 +261,34 @@ def test_a_path_of_another_partition_names_the_one_that_fits(tmp_path: Path) -> 
         build_federation(own_recipe(file, "data.partition=file"))
 
 
+@pytest.mark.parametrize(
+    ("path", "overrides", "message"),
+    [
+        ("norht.jsonl", ("data.partition=file",), r"data\.path must be a folder with one file"),
+        ("north", ("data.partition=file",), r"data\.path must be a folder .* is not there"),
+        ("norht.jsonl", (), r"path must be an existing file, got"),
+        (
+            "north.jsonl",
+            (
+                "data.partition=iid",
+                "data.num_clients=2",
+                "evaluation.retention_path={}/norht.jsonl",
+            ),
+            r"evaluation\.retention_path must be a file with examples",
+        ),
+    ],
+)
+def test_a_path_that_is_not_there_says_what_is_spelled_alike(
+    path: str, overrides: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    write_boxes(tmp_path / "north.jsonl", 20)
+    recipe = own_recipe(tmp_path / path, *(each.format(tmp_path) for each in overrides))
+    with pytest.raises(
+        FileNotFoundError, match=f"^{message}.* holds north.jsonl\\); check the spel"
+    ):
+        make_plan(recipe)
+
+
 @pytest.fixture
 def unequal(tmp_path: Path) -> Path:
     """Return a folder of two large clients and one of three rows, and a file that is no data."""

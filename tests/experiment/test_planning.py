@@ -120,3 +120,45 @@ def test_the_command_prints_a_table_and_json() -> None:
     bad = CliRunner().invoke(app, ["plan", recipe, "client.budget=3"])
     assert bad.exit_code == 0  # a plan says who cannot take part; a run refuses
     assert "cannot take part" in bad.output
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "error", "match"),
+    [
+        (
+            "fedavg",
+            ("server.clients_per_round=99",),
+            ValueError,
+            r"^server\.clients_per_round must",
+        ),
+        ("fedavg", ("server.start=/none",), FileNotFoundError, "/none must be a folder"),
+        (
+            "hfedmoe",
+            ("privacy.secure_aggregation=true",),
+            ValueError,
+            r"^selection\.router must be",
+        ),
+        ("fedavg", ("strategy.shared=nothing_like_it",), ValueError, r"^strategy\.shared"),
+        ("fedavg", ("data.labels=a,b", "evaluation.metrics=accuracy"), ValueError, "options"),
+    ],
+)
+def test_a_plan_refuses_what_a_run_refuses(
+    method: str, overrides: tuple[str, ...], error: type[Exception], match: str
+) -> None:
+    recipe = quick_recipe(method, *overrides)
+    messages = []
+    for read in (make_plan, prepare_experiment):
+        with pytest.raises(error, match=match) as caught:
+            read(recipe)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_a_note_stands_once_in_what_a_plan_prints(tmp_path: Path) -> None:
+    rows = [{"instruction": f"[b]{i}[/b]", "response": "x", "more": "y"} for i in range(20)]
+    (tmp_path / "[a].jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    overrides = [f"data.path={tmp_path}", "data.partition=file", "data.test_size=0.2"]
+    shown = CliRunner().invoke(app, ["plan", "tiny/fedavg", *overrides])
+    text = " ".join(shown.output.split())
+    assert text.count("'more'") == 1, shown.output
+    assert shown.exit_code == 0

@@ -270,9 +270,7 @@ def plan(
         if made.placements:
             print_table(console, placements_table(made.placements, free=made.free_bytes))
         for sentence in plan_sentences(made):
-            console.print(sentence, style="yellow", highlight=False)
-        for note in made.notes:
-            console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+            console.print(f"note: {sentence}", style="yellow", highlight=False, markup=False)
 
 
 @app.command()

@@ -18,7 +18,7 @@ from orchard.data.examples import Example as Example
 from orchard.data.examples import Fields as Fields
 from orchard.data.reading import Reader, Reading, read_source
 from orchard.data.rows import SUFFIXES, Row, read_rows
-from orchard.hub import cached_copy, can_only_be_path
+from orchard.hub import cached_copy, can_only_be_path, spelled_like
 from orchard.library_errors import first_line
 
 # A parquet file says the types of its columns itself.
@@ -60,8 +60,8 @@ def read_file(path: str | Path, reader: Reader) -> Reading:
         )
     if not path.is_file():
         raise FileNotFoundError(
-            f"path must be an existing file, got {str(path)!r} (looked in {Path.cwd()}); "
-            "check the spelling and the folder"
+            f"path must be an existing file, got {str(path)!r} (looked in {Path.cwd()})"
+            f"{spelled_like(str(path))}; check the spelling and the folder"
         )
     reading = read_source(read_rows(path), reader, where=str(path))
     if not reading.examples:

@@ -11,6 +11,7 @@ from orchard.data.datasets import load_pool, read_file, read_folder
 from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
 from orchard.data.reading import Reader, Reading, reading_notes, unread_files
+from orchard.hub import spelled_like
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.recipe.run_options import DataOptions
@@ -131,6 +132,7 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
     """
     data, seeds = recipe.data, Seeds(recipe.seed)
     _require_path(data)
+    _require_file(data.path, "data.path")
     reading = _read_file(data.path, data)
     remarks = reading_notes({client_id: reading}, of="data.path")
     num_examples = len(reading.examples)
@@ -189,15 +191,23 @@ def read_examples(path: str, data: DataOptions, *, option: str) -> Reading:
         FileNotFoundError: It is not there.
         ValueError: It cannot be read, or holds no example.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{option} must be a file with examples, got {path}; name one")
+    _require_file(path, option)
     reading = _read_file(path, data)
     if not reading.examples:
         raise ValueError(f"{option} must hold examples, got none in {path}; add some")
     return reading
 
 
+def _require_file(path: str, option: str) -> None:
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(
+            f"{option} must be a file with examples, got {path} (looked in {Path.cwd()})"
+            f"{spelled_like(path)}; check the spelling, or name another"
+        )
+
+
 def _read_other(path: str, data: DataOptions, option: str, remarks: list[str]) -> list[Example]:
+    _require_file(path, option)
     reading = _read_file(path, data)
     remarks += reading_notes({option: reading}, of=option)
     return reading.examples
@@ -262,6 +272,13 @@ def _read_clients(data: DataOptions, remarks: list[str]) -> dict[str, list[Examp
             "data.path must be a folder with one .jsonl file per client with data.partition = "
             f"file, got the file {data.path}; choose data.partition=iid (data.num_clients clients) "
             "or category (one for each category), or make the folder"
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            "data.path must be a folder with one file for each client with data.partition = file, "
+            f"got {data.path}, which is not there (looked in {Path.cwd()})"
+            f"{spelled_like(data.path)}; check the spelling, or choose data.partition=iid or "
+            "category for one file"
         )
     read = read_folder(path, _reader(data))
     remarks += reading_notes(read.clients, of="data.path")

@@ -14,6 +14,12 @@ from rich.table import Table
 from orchard.client.requirements import PeakMemory, Requirements
 from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
+from orchard.experiment.checking import (
+    check_clients,
+    check_cohort,
+    check_names,
+    check_tested,
+)
 from orchard.experiment.encoding import end_ids, make_wording
 from orchard.experiment.holdings import Federation, build_federation, read_elsewhere
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
@@ -23,7 +29,8 @@ from orchard.experiment.placements import (
     plan_placements,
 )
 from orchard.experiment.settings import learning_rate, lora_settings
-from orchard.experiment.wiring import build_channel
+from orchard.experiment.start_values import check_start
+from orchard.experiment.wiring import build_channel, check_communication
 from orchard.models.stored.loading import check_checkpoint, check_vocabulary, load_tokenizer
 from orchard.process_memory import available_memory_bytes
 from orchard.recipe.options import Recipe
@@ -92,12 +99,22 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
         ValueError: Something does not fit.
     """
     methods = check_strategy(recipe.strategy.name)
+    is_whole = federation is None
     if federation is None:
         require_path(recipe)
+        check_communication(recipe)
         federation = build_federation(recipe)
     build_strategy(recipe, num_clients=len(federation.train))  # what cannot be put on is refused
+    elsewhere = read_elsewhere(recipe)
+    if is_whole:  # of one client in a federation elsewhere, less is known
+        check_clients(recipe, federation)
+        check_cohort(recipe, num_clients=len(federation.train))
+    check_tested(recipe, federation, elsewhere)
     path = recipe.model.path
     checked = check_checkpoint(path, lora_settings(recipe))
+    check_names(recipe)
+    if is_whole:
+        check_start(recipe)
     tokenizer = load_tokenizer(path)
     unknown = check_vocabulary(tokenizer, checked.vocabulary, path=path)
     end_ids(recipe, make_wording(recipe, tokenizer))  # what cannot be worded is refused, too
@@ -125,7 +142,7 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
             )
         )
     base_notes = (*checked.notes, *([unknown] if unknown else []))
-    notes = (*federation.notes(), *read_elsewhere(recipe).remarks, *base_notes)
+    notes = (*federation.notes(), *elsewhere.remarks, *base_notes)
     layers, rate = len(requirements.footprint.layers), learning_rate(recipe, view)
     mapped = recipe.model.placement == "mapped"
     sizes = requirements.footprint
@@ -222,7 +239,7 @@ def plan_table(plan: Plan) -> Table:
 
 
 def plan_sentences(plan: Plan) -> list[str]:
-    """Return who cannot take part, and why, and what is to be known of the base."""
+    """Return who cannot take part, and why, and what is to be known of the data and the base."""
     return [
         f"{client.client_id} cannot take part: {client.limit.reason}"
         for client in plan.clients

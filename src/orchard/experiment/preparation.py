@@ -7,8 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchard.data.encoded import Encoded
-from orchard.evaluation.quality import TestExample, check_options
+from orchard.evaluation.quality import TestExample
 from orchard.experiment.budgets import expert_budgets
+from orchard.experiment.checking import (
+    check_clients,
+    check_cohort,
+    check_names,
+    check_tested,
+)
 from orchard.experiment.data_record import DataDigest, data_digest
 from orchard.experiment.encoding import (
     cut_note,
@@ -26,8 +32,6 @@ from orchard.experiment.holdings import (
     read_elsewhere,
 )
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
-from orchard.experiment.protecting import check_privacy
-from orchard.experiment.secrecy import check_secrecy
 from orchard.experiment.settings import lora_settings, placement_of
 from orchard.experiment.start_values import check_start
 from orchard.experiment.wiring import check_communication
@@ -36,14 +40,10 @@ from orchard.models.stored.loading import (
     check_device,
     check_tokens,
     check_vocabulary,
-    load_config,
     load_tokenizer,
 )
-from orchard.models.stored.sources import build_view
-from orchard.models.trainable.adapters import trainable_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
-from orchard.strategies.splitting import Split
 
 
 @dataclass(frozen=True)
@@ -115,29 +115,15 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     if seat is None:
         build_strategy(recipe, num_clients=num_clients)  # what cannot be put on is refused here
     if seat is None:
-        sizes = {name: len(rows) for name, rows in federation.train.items()}
-        check_privacy(recipe, sizes)
-        check_secrecy(recipe, sizes)
-    if recipe.server.clients_per_round > num_clients:
-        raise ValueError(
-            f"server.clients_per_round must be in 0..{num_clients}, got "
-            f"{recipe.server.clients_per_round}; there are {num_clients} clients"
-        )
+        check_clients(recipe, federation)
+    check_cohort(recipe, num_clients=num_clients)
     elsewhere = read_elsewhere(recipe)
     retention, calibration = elsewhere.retention, elsewhere.calibration
-    if "accuracy" in words(recipe.evaluation.metrics):
-        held_out = [
-            example.options for examples in federation.test.values() for example in examples
-        ]
-        check_options(held_out, whose="the test examples of data.path")
-        check_options(
-            [example.options for example in retention],
-            whose="the examples of evaluation.retention_path",
-        )
+    check_tested(recipe, federation, elsewhere)
     check_device(recipe.model.device)
     placement_of(recipe)  # what cannot be placed there is refused
     checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
-    _check_names(recipe)
+    check_names(recipe)
     if seat is None:  # a site is sent what a run starts from
         check_start(recipe)
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)
@@ -187,14 +173,6 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         remarks=elsewhere.remarks,
         model_notes=(*checked.notes, *([unknown] if unknown else [])),
     )
-
-
-def _check_names(recipe: Recipe) -> None:
-    """Check that patterns of names fit what is trained."""
-    split = Split(words(recipe.strategy.shared), words(recipe.strategy.kept))
-    if split != Split():
-        view = build_view(load_config(recipe.model.path), recipe.model.path)
-        split.check(trainable_names(view, lora_settings(recipe)))
 
 
 def _build_seat(recipe: Recipe, seat: Seat) -> Federation:

@@ -260,11 +260,16 @@ def test_damage_is_refused_by_plan_run_and_check_with_one_message(
     refused(match, lambda: check_model(path, NO_LORA))
 
 
-def test_an_unreadable_generation_config_is_refused_by_plan_as_by_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "must"), [('{"eos_token_id": [', "JSON"), ("[1]", "a JSON object")]
+)
+def test_an_unreadable_generation_config_is_refused_by_plan_as_by_run(
+    text: str, must: str, tmp_path: Path
+) -> None:
     base = copied(tmp_path)
-    (base / "generation_config.json").write_text('{"eos_token_id": [')
+    (base / "generation_config.json").write_text(text)
     recipe = quick_recipe("fedavg", f"model.path={base}")
-    match = r"^generation_config\.json of model\.path must be JSON, got .*; repair it"
+    match = rf"^generation_config\.json of model\.path must be {must}, got .*; repair it"
     refused(match, lambda: make_plan(recipe))
     refused(match, lambda: prepare_experiment(recipe))
 

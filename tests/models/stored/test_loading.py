@@ -120,6 +120,18 @@ def test_a_folder_without_tokenizer_is_an_error(family: str, tmp_path: Path) -> 
         load_tokenizer(str(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_tokenizer_that_cannot_be_read_is_told_from_one_that_is_not_there(
+    name: str, copy: Path
+) -> None:
+    save_tokenizer(copy)
+    (copy / name).write_text('{"version": ')
+    match = r"^model\.path must hold a tokenizer that can be read, got .*copy \(.+\); download"
+    with pytest.raises(ValueError, match=match) as caught:
+        load_tokenizer(str(copy))
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_a_tokenizer_without_an_end_is_an_error(copy: Path) -> None:
     save_tokenizer(copy)
     with pytest.raises(ValueError, match=r"^tokenizer must have an end-of-text token, got none in"):

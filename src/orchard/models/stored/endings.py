@@ -36,7 +36,12 @@ def read_end_ids(path: str) -> tuple[int, ...]:
             raise ValueError(
                 f"{_FILE} of model.path must be JSON, got {error} in {path}; repair it"
             ) from error
-        value = content.get("eos_token_id") if isinstance(content, dict) else None
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"{_FILE} of model.path must be a JSON object, got a {type(content).__name__} in "
+                f"{path}; repair it"
+            )
+        value = content.get("eos_token_id")
     if value is None:
         value = getattr(load_config(path).get_text_config(), "eos_token_id", None)
     ids = value if isinstance(value, list) else [] if value is None else [value]

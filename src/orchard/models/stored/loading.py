@@ -35,6 +35,8 @@ from orchard.models.view.moe import MoEView
 from orchard.process_memory import mappings_released, release_freed_memory
 from orchard.trees import digest
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -181,6 +183,12 @@ def load_tokenizer(path: str) -> Any:
         # Code that comes with it is never run, and nobody is asked whether it should be.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # whatever a library makes of files that somebody else wrote
+        folder = Path(source)
+        if any((folder / name).is_file() for name in _TOKENIZER_FILES):
+            raise ValueError(
+                f"model.path must hold a tokenizer that can be read, got {path} "
+                f"({first_line(error)}); download the files of its tokenizer again"
+            ) from error
         raise ValueError(_no_tokenizer(path)) from error
     # Some tokenizer classes load from nothing, and then know no token.
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:

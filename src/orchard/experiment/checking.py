@@ -1,0 +1,67 @@
+"""What ``orchard plan`` and ``orchard run`` refuse alike, once the data is read."""
+
+from __future__ import annotations
+
+from orchard.evaluation.quality import check_options
+from orchard.experiment.holdings import Elsewhere, Federation
+from orchard.experiment.protecting import check_privacy
+from orchard.experiment.secrecy import check_secrecy
+from orchard.experiment.settings import lora_settings
+from orchard.models.stored.loading import load_config
+from orchard.models.stored.sources import build_view
+from orchard.models.trainable.adapters import trainable_names
+from orchard.recipe.options import Recipe
+from orchard.recipe.reading import words
+from orchard.strategies.splitting import Split
+
+
+def check_clients(recipe: Recipe, federation: Federation) -> None:
+    """Check that what is promised to clients can be kept with these.
+
+    Raises:
+        ValueError: An option of privacy or of secure aggregation does not fit.
+    """
+    sizes = {name: len(rows) for name, rows in federation.train.items()}
+    check_privacy(recipe, sizes)
+    check_secrecy(recipe, sizes)
+
+
+def check_cohort(recipe: Recipe, *, num_clients: int) -> None:
+    """Check that a cohort is no larger than the federation.
+
+    Raises:
+        ValueError: It is.
+    """
+    if recipe.server.clients_per_round > num_clients:
+        raise ValueError(
+            f"server.clients_per_round must be in 0..{num_clients}, got "
+            f"{recipe.server.clients_per_round}; there are {num_clients} clients"
+        )
+
+
+def check_tested(recipe: Recipe, federation: Federation, elsewhere: Elsewhere) -> None:
+    """Check that all that is tested on has options where a model is asked to choose.
+
+    Raises:
+        ValueError: An example has none.
+    """
+    if "accuracy" not in words(recipe.evaluation.metrics):
+        return
+    held_out = [example.options for examples in federation.test.values() for example in examples]
+    check_options(held_out, whose="the test examples of data.path")
+    check_options(
+        [example.options for example in elsewhere.retention],
+        whose="the examples of evaluation.retention_path",
+    )
+
+
+def check_names(recipe: Recipe) -> None:
+    """Check that patterns of names fit what is trained.
+
+    Raises:
+        ValueError: One fits nothing.
+    """
+    split = Split(words(recipe.strategy.shared), words(recipe.strategy.kept))
+    if split != Split():
+        view = build_view(load_config(recipe.model.path), recipe.model.path)
+        split.check(trainable_names(view, lora_settings(recipe)))
