@@ -1,7 +1,13 @@
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import Any
 
+import pytest
+from rich.console import Console
+
+from orchard import demo
 from orchard.data import world
 from orchard.demo import conclude, summarize_methods
 
@@ -92,3 +98,29 @@ def test_the_base_is_never_taught_the_new_skills() -> None:
     starts = ("Second of", "Ends of", "Rest of", "Double the last")
     assert not any(text.startswith(starts) for text in taught)
     assert sum(text.startswith("Greet ") for text in taught) > 50
+
+
+def test_the_demo_ends_with_three_answers_and_how_to_ask_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about: dict[str, Any] = {"versions": {}, "commit": "", "hardware": {}, "data_digest": ""}
+    own = {**result(0.1, 0.5, 40), **about, "recipe_digest": ""}
+    monkeypatch.setattr(demo, "prepare_experiment", lambda recipe: None)
+    monkeypatch.setattr(demo, "run_experiment", lambda experiment, **options: own)
+    monkeypatch.setattr(demo, "_draw", lambda folder: "")
+    monkeypatch.setattr(demo, "make_console", lambda: Console(file=said, width=400))
+    answers = {"the base": "one", "averaged": "two", "its own": "three"}
+    said, asked = io.StringIO(), list[tuple[str, str]]()
+
+    def side_by_side(folder: Path, question: str, *, client: str) -> dict[str, str]:
+        asked.append((question, client))
+        return answers
+
+    monkeypatch.setattr(demo, "side_by_side", side_by_side)
+    demo.run_demo(tmp_path / "a demo", seed=0)
+    ((question, client),) = asked
+    lines = said.getvalue().strip().splitlines()
+    shown = [f"Asked: {question}", *(f"  {name}: {text}" for name, text in answers.items())]
+    assert lines[-6:-2] == shown
+    assert question.startswith("Greet ")
+    assert f"orchard chat '{tmp_path / 'a demo' / 'flex'}' --client {client}" in lines[-1]

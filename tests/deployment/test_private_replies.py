@@ -827,7 +827,7 @@ _ANY = {"deadline": None, "suppress_health_check": list(HealthCheck)}
 
 
 @pytest.mark.usefixtures("shares_the_base")
-@settings(max_examples=100, derandomize=True, **_ANY)  # type: ignore[arg-type]
+@settings(max_examples=50, derandomize=True, **_ANY)  # type: ignore[arg-type]
 @given(header=requests(), body=tasks())
 def test_whatever_is_asked_nothing_private_is_answered(
     joined: SiteWorker, caplog: pytest.LogCaptureFixture, header: dict[str, Any], body: bytes

@@ -18,6 +18,7 @@ echo start >> starts
 [ {completes} = yes ] && echo '{{"round": '$(wc -l < starts)', "kind": "round"}}' >> metrics.jsonl
 mkdir -p quarantine
 number=$(( ($(wc -l < starts) + 1) / 3 ))
+[ {takes_turns} = yes ] && echo '{{"deaths": {{"1/+b": '$(wc -l < starts)'}}}}' > journal.json
 [ {sets_apart} = yes ] && echo '{{}}' > quarantine/round_000001_$number.json
 [ $(wc -l < starts) -ge {enough} ] && echo '{{"rounds": {enough}}}' > result.json
 kill -9 $$
@@ -31,9 +32,15 @@ def supervise(
     completes: bool,
     enough: int,
     sets_apart: bool = False,
+    takes_turns: bool = False,
 ) -> dict[str, int]:
     says = {True: "yes", False: "no"}
-    script = ROUND.format(completes=says[completes], sets_apart=says[sets_apart], enough=enough)
+    script = ROUND.format(
+        completes=says[completes],
+        sets_apart=says[sets_apart],
+        takes_turns=says[takes_turns],
+        enough=enough,
+    )
     sleep = time.sleep
     monkeypatch.setattr(hosting, "time", SimpleNamespace(sleep=lambda seconds: sleep(0.002)))
     superlink = SimpleNamespace(is_running=True, num_failures=0, stop=lambda: None)
@@ -65,3 +72,11 @@ def test_a_crash_whose_update_was_set_apart_is_none_of_five(
     """Three crashes are laid at an update's door: three such updates in one round end no run."""
     result = supervise(tmp_path, monkeypatch, completes=False, sets_apart=True, enough=11)
     assert result == {"rounds": 11}
+
+
+def test_crashes_in_messages_that_take_turns_are_none_of_five(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sites ended a run at the fifth crash: neither had been met three times by then."""
+    result = supervise(tmp_path, monkeypatch, completes=False, takes_turns=True, enough=7)
+    assert result == {"rounds": 7}

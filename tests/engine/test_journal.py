@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 
 from orchard.communication.channel import Channel
 from orchard.communication.messages import Update
-from orchard.engine.journal import MAX_DEATHS, Journal, num_tried
+from orchard.engine.journal import MAX_DEATHS, Journal, num_ended, num_tried
 from orchard.server.aggregation import mean
 from orchard.server.checkpoint import load_checkpoint
 from orchard.strategies.strategy import Strategy
@@ -24,10 +25,12 @@ from orchard.trees import Tree
 from scripted import (
     FIRST,
     PATIENCE,
+    SECOND,
     SHARED,
     Header,
     ScriptedPost,
     header_of,
+    honest,
     raw_update,
     reasons,
     run,
@@ -103,6 +106,13 @@ def num_ends(folder: Path, make: Any, **facts: Any) -> int:
     raise AssertionError("the run never came to its end")
 
 
+def ends_in(folder: Path, context: AbstractContextManager[None]) -> None:
+    """Leave behind what stands in the journal where the process ends in a context."""
+    with context:
+        left = (folder / "journal.now").read_bytes()
+    (folder / "journal.now").write_bytes(left)
+
+
 def shared_of(folder: Path) -> Tree:
     state = load_checkpoint(folder / "checkpoints", about={})
     assert state is not None
@@ -128,6 +138,72 @@ def test_an_update_that_ends_the_process_is_set_apart_after_three_ends(
     assert not [path for path in (folder / "inbox").rglob("*") if path.is_file()]
     assert Journal(folder).blamed() == []
     assert num_tried(folder) == 0
+
+
+FULL = sum(tensor.numel() for tensor in SHARED.values())
+
+
+def test_who_comes_last_is_not_blamed_for_the_memory_that_another_took(tmp_path: Path) -> None:
+    """The honest site whose update came last was set apart for one that took most of the memory."""
+
+    def dies(updates: Iterable[Update], shared: Tree) -> Tree:
+        held: list[Update] = []
+        for update in updates:  # each honest update has fewer values than the bad one
+            held.append(update)
+            taken = sum(tensor.numel() for own in held for tensor in own.delta.values())
+            if taken > 2 * len(SHARED[SECOND]) + FULL - 1:
+                die()
+        return mean(held)
+
+    def small(site: str, round_number: int) -> bytes:
+        update = honest(site, round_number, shared={SECOND: SHARED[SECOND]})
+        return Channel().pack_update(update)
+
+    def heavy(asked: Header) -> tuple[Any, bytes]:
+        tensors = {name: torch.full_like(tensor, 0.1) for name, tensor in SHARED.items()}
+        weight = dict.fromkeys(SHARED, 1.0)  # it pulls least of all
+        body = raw_update(update_header(asked, weight=weight), tensors)
+        return header_of("bad", asked), body
+
+    folder, sites = tmp_path / "run", ("a", "bad", "c")
+    strategy = {"strategy": Strategy(aggregate=dies)}
+    make = lambda: (ScriptedPost(heavy, sites=sites, message=small), strategy)  # noqa: E731
+    assert num_ends(folder, make, num_rounds=1) == MAX_DEATHS
+    said = sorted((folder / "quarantine").glob("*.json"))
+    assert [json.loads(path.read_text())["site"] for path in said] == ["bad"]
+    post = ScriptedPost(None, sites=sites, message=small)
+    expected, _ = run(tmp_path / "without", post, num_rounds=1)
+    assert same(shared_of(folder), expected.shared)
+
+
+def test_where_one_was_found_none_of_the_others_is_left_out_too(tmp_path: Path) -> None:
+    for _ in range(MAX_DEATHS):
+        ends_in(tmp_path, Journal(tmp_path).combining(4))
+    journal = Journal(tmp_path)
+    assert journal.suspect(4, ["bad", "a"]) == "bad"
+    with journal.combining(4, left_out="bad"):
+        pass  # and the process lives
+    assert journal.suspect(4, ["a", "b"]) == ""
+    assert Journal(tmp_path).suspect(4, ["a", "b"]) == ""
+
+
+def test_sites_that_take_turns_do_not_end_a_run(tmp_path: Path) -> None:
+    """Two of them ended it at the fifth end, before either was met three times."""
+    counted = []
+    for site in ("bad", "worse") * MAX_DEATHS:
+        counted.append(num_ended(tmp_path))
+        ends_in(tmp_path, Journal(tmp_path).reading(site, 4))
+    assert counted == [0, *range(2 * MAX_DEATHS - 1)]  # an end is counted by the next start
+    assert [own.site for own in Journal(tmp_path).blamed()] == ["bad", "worse"]
+
+
+@pytest.mark.parametrize("content", [bytes(4096), b'{"site": "a", "ro', b'{"other": 1}'])
+def test_what_a_power_failure_left_of_it_stops_nobody(content: bytes, tmp_path: Path) -> None:
+    """It is not flushed: a file system may bring back zeros, and every start failed on them."""
+    ends_in(tmp_path, Journal(tmp_path).reading("a", 4))
+    (tmp_path / "journal.now").write_bytes(content)
+    assert Journal(tmp_path).blamed() == []
+    assert num_ended(tmp_path) == 0
 
 
 def test_where_nobody_can_be_blamed_one_after_another_is_left_out(tmp_path: Path) -> None:
@@ -201,8 +277,7 @@ def test_a_message_is_kept_for_the_owner_once_the_process_ended_in_it(tmp_path: 
     for number in range(1, MAX_DEATHS + 1):
         journal = Journal(tmp_path)
         assert journal.blamed() == []
-        context = journal.reading("bad", 4, message=b"deadly")
-        context.__enter__()  # and never left, as where the process ends
+        ends_in(tmp_path, journal.reading("bad", 4, message=b"deadly"))
         kept = list((tmp_path / "inbox").glob("unread/*"))
         assert [path.read_bytes() for path in kept] == [b"deadly"] * (number > 1)
     (blamed,) = Journal(tmp_path).blamed()

@@ -139,6 +139,10 @@ def test_no_space_on_the_disk_leaves_nothing(
     with pytest.raises(OSError, match="must have space"):
         export_model(read_state(run), tmp_path / "out")
     assert not list(tmp_path.iterdir())
+    code, _, error = told("export", run, "--global", "--out", tmp_path / "out")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "the disk of --out must have space for the export, got none left at" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_writes_a_whole_folder(run: Path, tmp_path: Path) -> None:

@@ -13,11 +13,13 @@ from typer.testing import CliRunner
 
 from federations import quick_recipe, run_quickly, short_model
 from orchard.cli import app
+from orchard.experiment.starting import Start, record_start
 from orchard.export.folder import export_model
 from orchard.export.importing import make_run
 from orchard.export.parts import export_adapter, export_graft
 from orchard.personal.opening import open_model
 from orchard.personal.state import find_models, read_state
+from orchard.recipe.reading import parse_recipe
 from tiny_exports import logits_of
 
 PLACES = {
@@ -81,3 +83,25 @@ def test_a_folder_of_a_run_in_few_bits_is_measured_as_its_run_is(tmp_path: Path)
     assert found[0]["base"] == found[1]["base"]
     assert found[0]["global"]["loss"] == pytest.approx(found[1]["exported"]["loss"], abs=1e-5)
     assert found[0]["base"] != found[0]["global"]
+
+
+def test_a_cache_of_experts_is_made_once_wherever_a_run_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started, elsewhere = tmp_path / "started", tmp_path / "elsewhere"
+    started.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.chdir(started)
+    options = ("model.placement=mapped", "model.expert_cache=cache")
+    run_quickly(tmp_path / "run", quick_recipe("flex", "server.rounds=1", *options))
+    record_start(tmp_path / "run", Start(directory=str(started)))
+    assert list((started / "cache").iterdir())
+    monkeypatch.chdir(elsewhere)
+    state = read_state(tmp_path / "run")
+    with open_model(state) as opened:
+        assert opened.generate("Greet Mila", max_new_tokens=2)
+    assert not list(elsewhere.iterdir())
+    # Elsewhere there is no such folder: a part that is imported has its cache beside its base.
+    export_adapter(state, tmp_path / "adapter")
+    recipe = parse_recipe(json.loads((tmp_path / "adapter/orchard.json").read_text())["recipe"])
+    assert (recipe.model.placement, recipe.model.expert_cache) == ("mapped", "")

@@ -136,8 +136,10 @@ def test_a_site_takes_grafts_into_its_store(tmp_path: Path) -> None:
     (tmp_path / "run" / "recipe.toml").write_text(to_toml(recipe))
     first, second = (tmp_path / "stores" / name for name in ("harbor", "hill"))
     shutil.rmtree(data)
-    code, _, error = told("export", first, "--graft", "--out", tmp_path / "graft")
+    code, shown, error = told("export", first, "--graft", "--out", tmp_path / "graft")
     assert code == 0, error
+    size = sum(file.stat().st_size for file in (tmp_path / "graft").iterdir())
+    assert f"{tmp_path / 'graft'}: {size:,} bytes" in shown
     before = read_state(second, client="hill")
     code, shown, error = told("import", tmp_path / "graft", "--into", second)
     assert code == 0, error

@@ -75,6 +75,20 @@ def test_command_and_python_ask_the_same_model_by_argument_and_by_pipe(run: Path
     assert isinstance(orchard.load(run), orchard.Run)
 
 
+def test_another_wording_than_the_runs_is_another_question(run: Path) -> None:
+    own = ("generate", run, "--client", "harbor", PROMPT)
+    with orchard.load(run, client="harbor") as opened:
+        other = opened.generate(PROMPT, template="alpaca")
+        assert other != opened.generate(PROMPT)
+    assert command(*own, "--template", "alpaca") == (0, f"{other}\n", "")
+    typed = f"{PROMPT}\n"
+    spoken = command("chat", run, "--client", "harbor", "--template", "alpaca", typed=typed)
+    assert spoken == (0, f"{other}\n", "")
+    code, _, error = command(*own, "--template", "verse")
+    assert code == 2
+    assert "--template must be one of alpaca, chat, plain, got verse" in error
+
+
 def test_greedy_answers_are_those_of_the_base_that_the_run_measures(run: Path) -> None:
     with orchard.load(run, model="base") as opened:
         from orchard.data.examples import Example

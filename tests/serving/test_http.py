@@ -248,3 +248,7 @@ def test_another_address_needs_a_key(tmp_path: Path) -> None:
         make_server(
             [tmp_path], host="0.0.0.0", port=1, key_file=None, max_models=1, is_insecure=False
         )
+    with pytest.raises(FileNotFoundError, match=r"must be a folder with a recipe\.toml"):  # next
+        make_server(
+            [tmp_path], host="0.0.0.0", port=1, key_file=None, max_models=1, is_insecure=True
+        )

@@ -18,7 +18,7 @@ from orchard.models.view.moe import MoEView
 from orchard.personal.opening import open_model
 from orchard.personal.state import read_state
 from orchard.serving.engine import Engine, Row
-from orchard.serving.registry import Registry, find_sources
+from orchard.serving.registry import Registry, Source, find_sources
 from orchard.serving.values import Factors, RowValues
 from orchard.serving.worker import Job, Worker
 from orchard.strategies.strategy import _place
@@ -121,6 +121,20 @@ def test_opening_many_models_keeps_few_in_memory(tmp_path: Path) -> None:
     assert most == 2
     with pytest.raises(ValueError, match="max_models must be at least 1, got 0"):
         Registry(base.view, base.digest, many, max_models=0)
+
+
+def test_the_model_that_was_used_longest_ago_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(short_model(), dtype="float32")
+    sources = {name: Source(tmp_path, name) for name in "abcd"}
+    monkeypatch.setattr(Registry, "_read", lambda self, folder, client, name: RowValues(body=name))
+    registry = Registry(base.view, base.digest, sources, max_models=3)
+    for name in "abcad":  # b was used before c, and a again after both
+        assert registry.values(name).body == name
+    assert list(registry.held) == ["c", "a", "d"]
+    registry.values("b", keep=["c"])  # which is being read
+    assert list(registry.held) == ["c", "d", "b"]
 
 
 def test_no_two_models_have_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from orchard.deployment.addresses import check_proxies, check_security, split_ad
 from orchard.deployment.key_files import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
 from orchard.deployment.server_app import FAILURE_FILE, LOCK_FILE, RESULT_FILE, RUN_FILE
 from orchard.engine.inbox import Inbox
-from orchard.engine.journal import num_tried
+from orchard.engine.journal import num_ended, num_tried
 from orchard.engine.processes import Child, child_environment, free_port, only_one
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
 from orchard.experiment.protecting import check_between_sites
@@ -309,14 +309,16 @@ def _stop(process: subprocess.Popen[bytes] | None) -> None:
         process.wait(10.0)
 
 
-def _steps(folder: Path) -> tuple[int, int, int]:
+def _steps(folder: Path) -> tuple[int, ...]:
     """Return what says that an end of the rounds was not in vain, each of which only grows so far.
 
-    The last round; how many updates were set apart, and tried, because a process ended in them.
-    Without these, whoever sends what ends a process would soon end the run.
+    The last round; how many updates were set apart, tried, and found to be what a process ended in.
+    Without these, whoever sends what ends a process, or those who take turns, would soon end the
+    run.
     """
     rounds = [line["round"] for line in MetricsLog(folder / "metrics.jsonl").read()]
-    return max(rounds, default=0), Inbox(folder / "inbox").num_set_apart(), num_tried(folder)
+    set_apart = Inbox(folder / "inbox").num_set_apart()
+    return max(rounds, default=0), set_apart, num_tried(folder), num_ended(folder)
 
 
 def _failure(folder: Path) -> str:

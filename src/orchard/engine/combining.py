@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from orchard.communication.messages import Update
 from orchard.engine.coverage import Coverage
-from orchard.engine.inbox import Arrived
+from orchard.engine.inbox import Arrived, likeliest
 from orchard.engine.intake import describe
 from orchard.server.checkpoint import ServerState
 from orchard.server.robust import TooFewContributorsError
@@ -54,8 +55,8 @@ class Combiner:
         check: Raises where a state must not be committed.
         coverage: Begins to count what a round covers.
         working: Is told how many updates were read.
-        noting: Of the journal: is told which update is read and added to others from now on; None
-            where all are together.
+        noting: Of the journal: is told which update is read and added to so many others from now
+            on; None where all are together.
     """
 
     strategy: Strategy
@@ -64,7 +65,7 @@ class Combiner:
     check: Check
     coverage: Callable[[], Coverage]
     working: Callable[[int], None] = lambda number: None
-    noting: Callable[[Arrived | None], None] = lambda own: None
+    noting: Callable[[Arrived | None, int], None] = lambda own, num_others: None
 
     def combine(self, arrived: Sequence[Arrived]) -> Combined | None:
         """Return what updates make, without those that bring it down; None where all do.
@@ -106,14 +107,19 @@ class Combiner:
         """Yield updates from disk, one at a time, and note their metrics."""
         number = self.state.round_number + 1
         for position, own in enumerate(arrived):
-            self.noting(own)
+            self.noting(own, position)
             update = self.read(own)
             line = {"kind": "client", "round": number, "client": update.client_id}
             lines.append({**update.metrics, **line})
             coverage.add(update)
             self.working(position)
             yield update
-        self.noting(None)
+        self.noting(None, len(lines))
+
+    def try_alone(self, own: Arrived) -> None:
+        """Add an update to none: whether the process lives is seen; what is raised is not."""
+        with suppress(Exception):
+            update_server(self.strategy, self.state, self._read([own], [], self.coverage()))
 
     def _culprits(
         self, arrived: Sequence[Arrived], error: Exception
@@ -121,7 +127,7 @@ class Combiner:
         """Return whose updates the failure goes away without, the likeliest first."""
         if len(arrived) == 1:
             return [(arrived[0], error)] if self._works_empty() else []
-        for suspect in sorted(arrived, key=lambda own: -own.norm * max(own.weight, 1.0)):
+        for suspect in likeliest(arrived):
             if self._fails([own for own in arrived if own is not suspect]) is None:
                 return [(suspect, error)]
         alone = [(own, self._fails([own])) for own in arrived]

@@ -38,6 +38,7 @@ class Arrived:
         weight: The largest that it gives a name.
         preference: The largest that it gives a router, where routers count by preference.
         share: For how much of its weight it counts beside the others of its round.
+        num_values: How many values it has once it is decoded.
     """
 
     client_id: str
@@ -48,10 +49,23 @@ class Arrived:
     weight: float = 0.0
     preference: float = 0.0
     share: float = 1.0
+    num_values: int = 0
 
-    def weighed(self, norm: float, weight: float, preference: float = 0.0) -> Arrived:
+    def weighed(
+        self, norm: float, weight: float, preference: float = 0.0, *, num_values: int = 0
+    ) -> Arrived:
         """Return it with what was found in it."""
-        return replace(self, norm=norm, weight=weight, preference=preference)
+        return replace(self, norm=norm, weight=weight, preference=preference, num_values=num_values)
+
+
+def likeliest(arrived: Sequence[Arrived]) -> list[Arrived]:
+    """Return updates, the likeliest first to bring down what they are combined in.
+
+    Where only all of them together do, whichever is left out seems to be the cause. It is the one
+    that takes most memory, so that nobody is blamed for less than another one sent; among equals,
+    the one that pulls most.
+    """
+    return sorted(arrived, key=lambda own: (-own.num_values, -own.norm * max(own.weight, 1.0)))
 
 
 @dataclass(frozen=True)

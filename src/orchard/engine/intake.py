@@ -131,15 +131,16 @@ class Intake:
             bytes=len(answer.body),
             sha256=content_digest(answer.body),
         )
-        return Taken(reply, self._weighed(arrived, update, norm))
+        return Taken(reply, self._weighed(arrived, update, norm, shared))
 
-    def _weighed(self, own: Arrived, update: Update, norm: float) -> Arrived:
-        """Return an update with its norm and its largest weights."""
+    def _weighed(self, own: Arrived, update: Update, norm: float, shared: Tree) -> Arrived:
+        """Return an update with its norm, its largest weights and its size."""
         routers = {name for name in update.weight if self.has_preferences and is_router(name)}
         return own.weighed(
             norm,
             max((w for name, w in update.weight.items() if name not in routers), default=0.0),
             max((update.weight[name] for name in routers), default=0.0),
+            num_values=sum(shared[name].numel() for name in update.delta),
         )
 
     def _note_changes(self, site: str, round_number: int, what: Collection[str]) -> None:
@@ -197,7 +198,7 @@ class Intake:
         """
         with self.reading(own.client_id, own.round_number, path=own.path):
             update, norm = self.look(message, own.client_id, asked, shared)
-        return self._weighed(own, update, norm)
+        return self._weighed(own, update, norm, shared)
 
     def most(self, site: str, shared: Tree, *, is_said: bool = True) -> dict[str, float] | None:
         """Return name to the largest weight that a site can have for it; None = it never said.

@@ -5,8 +5,9 @@ killer, a fault in a library) leaves nothing to catch; so before each message is
 update aggregated, a line says so, and the next process finds the line. One end says nothing, since
 machines are switched off too: what the process ended in ``MAX_DEATHS`` times is set apart.
 
-Where the process ends only when all updates are together, as in a kernel that holds them all, one
-is left out at a time, one for each start, until a round comes to its end.
+Where it ended while an update was added to others, that update is tried alone: whose memory the
+others took is not to blame. Where the process ends only when updates are together, as in a kernel
+that holds them all, one is left out at a time, one for each start, until a round comes to its end.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ JOURNAL_FILE = "journal.json"
 MAX_DEATHS = 3
 """Ends of the process in one message, or in one round's aggregation, before something is done."""
 _UNREAD, _BLOCK = "unread", 4096
+_BESIDE = "+"  # no name of a site begins with it
 _MUCH_BYTES = 16 << 20
 Reading: TypeAlias = Callable[[str, int], AbstractContextManager[None]]
 
@@ -72,22 +74,28 @@ class Journal:
         self._deaths: dict[str, int] = saved.get("deaths", {})
         self._tried: list[str] = saved.get("tried", [])
         self._files: dict[str, str] = saved.get("files", {})
+        # What lives alone and not beside others.
+        self._cleared: list[str] = saved.get("cleared", [])
         # One write of a block costs microseconds, of which there are several for each message.
         now = self._path.with_suffix(".now")
-        last = now.read_bytes().strip() if now.exists() else b""
+        last = now.read_bytes().strip(b"\0 ") if now.exists() else b""
         self._file = os.open(now, os.O_WRONLY | os.O_CREAT, 0o666)
         weakref.finalize(self, os.close, self._file)
         self._now: dict[str, Any] | None = None
         self._combined: dict[str, Any] | None = None
         if last:
-            self._count(json.loads(last))
+            try:
+                self._count(json.loads(last))
+            except (ValueError, LookupError):
+                log.warning("what the last process was at is not known: %s does not read", now)
             self._note(None)
 
     def _count(self, last: Mapping[str, Any]) -> None:
         """Count the end of the process before, where it was."""
-        key = _key(last["site"], last["round"])
+        own = _key(last["site"], last["round"])
+        key = _beside(last["site"], last["round"]) if last.get("is_beside") else own
         self._deaths[key] = self._deaths.get(key, 0) + 1
-        self._files[key] = last.get("file", "")
+        self._files[own] = last.get("file", "")
         if left_out := last.get("left_out"):
             self._tried.append(left_out)
         self._save()
@@ -123,10 +131,19 @@ class Journal:
         self._combined = {"site": "", "round": round_number, "left_out": left_out}
         with self._at(self._combined):
             yield
+        if left_out:
+            self._begin_anew()  # it was found: none of the others is left out for it too
 
-    def adding(self, site: str, round_number: int, path: Path) -> None:
-        """Say that an update is read and added to others, until ``together`` or the next one."""
-        self._note({"site": site, "round": round_number, "file": path.name})
+    def adding(self, site: str, path: Path, *, is_beside: bool) -> None:
+        """Say that an update is read and added, until ``together`` or the next one.
+
+        Args:
+            site: Whose.
+            path: Where it lies.
+            is_beside: Whether there are others already.
+        """
+        own = {"site": site, "file": path.name, "is_beside": is_beside}
+        self._note({**(self._combined or {}), **own})
 
     def together(self) -> None:
         """Say that all updates of ``combining`` are read."""
@@ -142,27 +159,43 @@ class Journal:
         Raises:
             RuntimeError: The process ended whichever was left out; the next try begins anew.
         """
-        if self._deaths.get(_key("", round_number), 0) < MAX_DEATHS:
+        ends = [self._deaths.get(_key("", round_number), 0)]
+        ends += [self._deaths[key] for key in self._cleared if key in self._deaths]
+        if max(ends) < MAX_DEATHS:
             return ""
         left = [site for site in sites if site not in self._tried]
         if not left:
-            self.forget()
+            self._begin_anew()
             raise RuntimeError(
                 f"updates of round {round_number} must be combined, got an end of the process "
                 "whichever was left out; look at this machine's memory"
             )
         return left[0]
 
+    def doubts(self, site: str, round_number: int) -> bool:
+        """Say whether the process ended in an update beside others, and nobody tried it alone."""
+        key = _beside(site, round_number)
+        return key in self._deaths and key not in self._cleared
+
+    def clear(self, site: str, round_number: int) -> None:
+        """Say that the process lived through an update alone: what it ended in was not it alone."""
+        self._cleared.append(_beside(site, round_number))
+        self._save()
+
     def blamed(self) -> list[Blamed]:
         """Return the messages that the process ended in too often, each once."""
         found = []
-        for key, number in list(self._deaths.items()):
+        for key in list(self._files):
             round_number, _, site = key.partition("/")
+            beside = _beside(site, int(round_number))
+            number = self._deaths.get(key, 0)
+            number += 0 if beside in self._cleared else self._deaths.get(beside, 0)
             if site and number >= MAX_DEATHS:
-                name = self._files[key]
+                name = self._files.pop(key)
                 own = self._unread if f"_{_UNREAD}_" in name else self._unread.parent
                 found.append(Blamed(site, int(round_number), own / name))
-                del self._deaths[key], self._files[key]
+                self._deaths.pop(key, None)
+                self._deaths.pop(beside, None)
         if found:
             self._save()
         return found
@@ -173,8 +206,15 @@ class Journal:
             for path in self._unread.iterdir():
                 path.unlink(missing_ok=True)
         if self._deaths or self._tried:
-            self._deaths, self._tried, self._files = {}, [], {}
+            self._deaths, self._tried, self._files, self._cleared = {}, [], {}, []
             self._save()
+
+    def _begin_anew(self) -> None:
+        """Forget what the process ended in when updates were together."""
+        for key in [key for key in self._deaths if key.endswith("/") or key in self._cleared]:
+            del self._deaths[key]
+        self._tried, self._cleared = [], []
+        self._save()
 
     @contextmanager
     def _at(self, what: dict[str, Any]) -> Iterator[None]:
@@ -193,7 +233,7 @@ class Journal:
 
     def _save(self) -> None:
         state = {"deaths": self._deaths, "tried": self._tried, "files": self._files}
-        write_json(self._path, state)
+        write_json(self._path, {**state, "cleared": self._cleared})
 
 
 def num_tried(folder: Path) -> int:
@@ -201,8 +241,21 @@ def num_tried(folder: Path) -> int:
     return len(_read(folder / JOURNAL_FILE).get("tried", ()))
 
 
+def num_ended(folder: Path) -> int:
+    """Return how often a run's processes ended in a site's message in this round.
+
+    Of each site's they do ``MAX_DEATHS`` times at most, so that sites which take turns are found.
+    """
+    deaths: dict[str, int] = _read(folder / JOURNAL_FILE).get("deaths", {})
+    return sum(number for key, number in deaths.items() if not key.endswith("/"))
+
+
 def _key(site: str, round_number: int) -> str:
     return f"{round_number}/{site}"
+
+
+def _beside(site: str, round_number: int) -> str:
+    return _key(_BESIDE + site, round_number)
 
 
 def _read(path: Path) -> dict[str, Any]:

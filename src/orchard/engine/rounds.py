@@ -13,8 +13,9 @@ from orchard.communication.channel import Channel
 from orchard.communication.messages import Update
 from orchard.engine.combining import Combined, Combiner
 from orchard.engine.coverage import Coverage
-from orchard.engine.inbox import Arrived
+from orchard.engine.inbox import Arrived, likeliest
 from orchard.engine.intake import Intake
+from orchard.engine.journal import Journal
 from orchard.engine.progress import Reporter
 from orchard.engine.simulator import rounds_since_sent
 from orchard.process_memory import peak_memory_bytes
@@ -149,11 +150,13 @@ class Rounds:
             RuntimeError: The process ended before, whichever update was left out.
         """
         number, journal = state.round_number + 1, self.intake.journal
-        likely = sorted(arrived, key=lambda own: -own.norm * max(own.weight, 1.0))
-        suspect = journal.suspect(number, [own.client_id for own in likely]) if journal else ""
+        suspect = ""
+        if journal:
+            self._try_alone(strategy, state, arrived, journal)
+            suspect = journal.suspect(number, [own.client_id for own in likeliest(arrived)])
         kept = [own for own in arrived if own.client_id != suspect]
         with journal.combining(number, left_out=suspect) if journal else nullcontext():
-            made = self._combine(strategy, state, kept)
+            made = self._combiner(strategy, state, kept).combine(kept)
         for own in (own for own in arrived if own.client_id == suspect):
             reason = "the process ended again and again in this round, and did not without this"
             made = made or Combined(state, (), {}, ())
@@ -162,17 +165,33 @@ class Rounds:
             self.intake.set_apart(own, reason)
         return made
 
-    def _note(self, own: Arrived | None) -> None:
+    def _try_alone(
+        self, strategy: Strategy, state: ServerState, arrived: Sequence[Arrived], journal: Journal
+    ) -> None:
+        """Add each update alone that the process ended in beside others, to see whose fault it was.
+
+        Whoever comes last beside one that takes all memory would be blamed for it.
+        """
+        number = state.round_number + 1
+        for own in arrived:
+            if journal.doubts(own.client_id, number):
+                logger.warning("round %d, %s: its update is tried alone", number, own.client_id)
+                combiner = self._combiner(strategy, state, [own])
+                with journal.reading(own.client_id, number, path=own.path):
+                    replace(combiner, noting=lambda own, num_others: None).try_alone(own)
+                journal.clear(own.client_id, number)
+
+    def _note(self, own: Arrived | None, num_others: int) -> None:
         if self.intake.journal is None:
             return
         if own is None:
             self.intake.journal.together()
         else:
-            self.intake.journal.adding(own.client_id, own.round_number, own.path)
+            self.intake.journal.adding(own.client_id, own.path, is_beside=num_others > 0)
 
-    def _combine(
+    def _combiner(
         self, strategy: Strategy, state: ServerState, arrived: Sequence[Arrived]
-    ) -> Combined | None:
+    ) -> Combiner:
 
         def working(position: int) -> None:
             self.reporter.working("updates are aggregated", share=position / len(arrived))
@@ -192,7 +211,7 @@ class Rounds:
             coverage=lambda: Coverage(state.shared, rounds_since_sent(self.log)),
             working=working,
             noting=self._note,
-        ).combine(arrived)
+        )
 
     def _read(self, own: Arrived, state: ServerState) -> Update:
         """Return an update from disk, as much as it counts; a name without weight is left alone."""

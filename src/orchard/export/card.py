@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from orchard.models.stored.placing import NO_CACHE
 from orchard.personal.state import ModelState
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import known_options, option_value, to_toml
@@ -24,9 +25,11 @@ _WHY: dict[Code, str] = {
 def portable_toml(recipe: Recipe) -> str:
     """Return a recipe without the folders of the machine that it ran on, as whole TOML."""
     found = recipe
+    if recipe.model.expert_cache != NO_CACHE:  # one beside the base is found wherever that is
+        found = replace(recipe, model=replace(recipe.model, expert_cache=""))
     for key in known_options():
         section, _, name = key.rpartition(".")
-        value = option_value(recipe, key)
+        value = option_value(found, key)
         if section and isinstance(value, str) and Path(value).is_absolute():
             own = replace(getattr(found, section), **{name: Path(value).name})
             found = replace(found, **{section: own})

@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from importlib import resources
 from typing import Any
@@ -69,12 +70,7 @@ def document(
             for chart in charts
         ]
     }
-    scripts = [
-        vl_convert.javascript_bundle(
-            "globalThis.vegaEmbed = vegaEmbed;", vl_version=".".join(VERSION.split(".")[:2])
-        ),
-        _resource("page.js"),
-    ]
+    scripts = [_drawing_library(), _resource("page.js")]
     selects = "".join(map(_select, filters))
     return "\n".join(
         [
@@ -179,6 +175,16 @@ def _policy(scripts: Sequence[str]) -> str:
         f"default-src 'none'; script-src {allowed} 'unsafe-eval'; "
         "style-src 'unsafe-inline'; img-src data:; form-action 'none'; base-uri 'none'"
     )
+
+
+@cache
+def _drawing_library() -> str:
+    """Return what draws the charts, as one script; making it takes a second."""
+    version = ".".join(VERSION.split(".")[:2])
+    bundle: str = vl_convert.javascript_bundle(
+        "globalThis.vegaEmbed = vegaEmbed;", vl_version=version
+    )
+    return bundle
 
 
 def _resource(name: str) -> str:

@@ -25,6 +25,7 @@ from orchard.experiment.methods import METHODS, check_strategy
 from orchard.experiment.run_folder import RECIPE_FILE, folder_name
 from orchard.experiment.starting import read_start
 from orchard.experiment.wiring import build_channel
+from orchard.models.stored.placing import NO_CACHE
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from orchard.results import MetricsLog
@@ -266,10 +267,12 @@ def _joined_base(folder: Path, run: Path) -> str:
 def _read_recipe(run: Path) -> Recipe:
     """Return the recipe of a run, with paths as they were meant where it was started."""
     recipe, start = read_recipe(run / RECIPE_FILE).recipe, read_start(run)
-    meant = Path(start.directory, recipe.model.path) if start else Path(recipe.model.path)
-    if not recipe.model.path.startswith("orchard:") and meant.is_dir():
-        return replace(recipe, model=replace(recipe.model, path=str(meant)))
-    return recipe
+    directory, own = start.directory if start else "", recipe.model
+    if not own.path.startswith("orchard:") and (meant := Path(directory, own.path)).is_dir():
+        own = replace(own, path=str(meant))
+    if own.expert_cache not in ("", NO_CACHE):
+        own = replace(own, expert_cache=str(Path(directory, own.expert_cache)))
+    return replace(recipe, model=own)
 
 
 def _read_checkpoint(folder: Path, round_number: int | None) -> tuple[int, str, Tree]:
