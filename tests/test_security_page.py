@@ -36,8 +36,8 @@ def test_every_line_names_tests_that_are_there(line: str) -> None:
     for path, name in named:
         tree = ast.parse((ROOT / path).read_text())
         tests = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        assert any(test.startswith("test_") for test in tests)
-        assert not name or name in tests, f"{path} has no {name}"
+        assert name, f"{path} must be followed by the name of a test"
+        assert name in tests, f"{path} has no {name}"
 
 
 def test_the_kinds_before_and_after_name_one_test_each() -> None:

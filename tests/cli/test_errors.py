@@ -192,7 +192,7 @@ def test_what_is_written_whole_or_not_at_all_names_its_file_where_no_space_is_le
     assert "go on with orchard resume" in describe(raised.value)
 
 
-def test_a_run_without_space_names_the_file_and_goes_on_when_there_is_some(tmp_path: Path) -> None:
+def test_a_log_without_space_is_named(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     log = MetricsLog(folder / "metrics.jsonl")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 
+import orchard
 from federations import quick_recipe
 from orchard.deployment.consent import Consent
 from orchard.deployment.hosting import CoordinatorOptions, check_coordinator
@@ -117,3 +119,17 @@ def test_more_than_half_are_enough_where_nobody_has_set_a_quorum(
     recipe = quick_recipe("fedavg", *options)
     own = build_coordinator(recipe, tmp_path, run="x", base_digest="x", num_sites=5)
     assert (own.patience.quorum, own.patience.wanted) == (fewest, wanted)
+
+
+def test_no_party_of_a_federation_is_on_a_ray_cluster() -> None:
+    """Ray's processes exchange pickles: nothing of another party may come near them."""
+    source = Path(orchard.__file__).parent
+
+    def importing(pattern: str, folder: str) -> set[str]:
+        found = re.compile(rf"^\s*(from|import)\s.*\b({pattern})\b", re.MULTILINE)
+        paths = (source / folder).rglob("*.py")
+        return {str(p.relative_to(source)) for p in paths if found.search(p.read_text())}
+
+    assert importing("ray|on_ray", "") == {"engine/on_ray.py", "experiment/workers.py"}
+    assert importing("open_team", "") == {"experiment/running.py"}
+    assert importing("open_team|run_experiment|WorkerOptions", "deployment") == set()

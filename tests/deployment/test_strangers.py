@@ -1,4 +1,4 @@
-"""Who has no key, a wrong one, or meets an expired certificate is not let in."""
+"""Who has no key or a wrong one is not let in, and a certificate of others is not believed."""
 
 from __future__ import annotations
 
@@ -73,25 +73,30 @@ def test_strangers_are_refused_and_the_known_site_is_not(tmp_path: Path) -> None
     make_coordinator_keys(keys, ["127.0.0.1"], days=1)
     make_site_keys(keys, "known")
     make_site_keys(tmp_path / "elsewhere", "unknown")
+    make_coordinator_keys(tmp_path / "other", ["127.0.0.1"], days=1)
     with superlink(keys, port):
         wait_until_ready(port, keys)
+        known = keys / "sites" / "known.key"
         nodes = {
-            "known": keys / "sites" / "known.key",
-            "wrong": tmp_path / "elsewhere" / "sites" / "unknown.key",
-            "none": None,
+            "known": (keys, known),
+            "wrong": (keys, tmp_path / "elsewhere" / "sites" / "unknown.key"),
+            "none": (keys, None),
+            # Whoever answers at the address must have a certificate of the site's own authority.
+            "authority": (tmp_path / "other", known),
         }
         children = {
-            name: supernode(keys, port, key, tmp_path / f"{name}.log")
-            for name, key in nodes.items()
+            name: supernode(folder, port, key, tmp_path / f"{name}.log")
+            for name, (folder, key) in nodes.items()
         }
         try:
-            for name in ("wrong", "none"):
+            for name in ("wrong", "none", "authority"):
                 process = children[name].process
                 assert process is not None
                 assert process.wait(60) != 0
                 text = (tmp_path / f"{name}.log").read_text()
                 assert "SuperNode ID" not in text
                 assert "Failed to initialize the connection" in text
+                assert ("CERTIFICATE_VERIFY_FAILED" in text) == (name == "authority")
             end = time.monotonic() + 30
             while "SuperNode ID" not in (tmp_path / "known.log").read_text():
                 assert time.monotonic() < end

@@ -121,6 +121,21 @@ def test_the_memory_of_callers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     asyncio.run(play())
 
 
+def test_so_many_questions_are_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asks: they are held before anybody looks at a key. Beyond it sites ask again."""
+    monkeypatch.setattr("orchard.engine.bell._MOST_HELD", 3)
+
+    async def play() -> None:
+        bell, _ = make(held_seconds=0.6)
+        for site in range(8):
+            await took(bell, request(PULL, site=site))
+        waits = await asyncio.gather(*(took(bell, request(PULL, site=n)) for n in range(8)))
+        assert [wait >= 0.5 for wait in waits] == [True] * 3 + [False] * 5
+        assert await took(bell, request(PULL, site=7)) >= 0.5  # the places are free again
+
+    asyncio.run(play())
+
+
 def test_no_more_of_a_key_is_kept_than_one_has() -> None:
     """Ten thousand headers of 64 KiB, which anybody may send, were kept."""
 

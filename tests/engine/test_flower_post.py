@@ -116,6 +116,16 @@ def test_a_node_without_a_key_has_the_name_that_it_gives_itself() -> None:
     assert post.online() == {"north"}
 
 
+def test_a_node_with_a_key_has_the_name_of_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it would say of itself: it is not asked."""
+    grid = Grid(pack({"site": "south"}, b""))
+    node = SimpleNamespace(node_id=7, name="north", last_activated_at=0)
+    monkeypatch.setattr(grid, "get_nodes", lambda: [node])
+    monkeypatch.setattr(grid, "push_messages", lambda messages: 1 / 0)
+    post = FlowerPost(grid)  # type: ignore[arg-type]
+    assert post.online() == post.online() == {"north"}
+
+
 def test_a_request_is_read_by_the_same_rules() -> None:
     with pytest.raises(ValueError, match="nested at most"):
         unpack(records("[" * 60_000))

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from orchard.communication.audit import read_audit
+from orchard.communication.channel import Channel
 from orchard.communication.readable import MAX_TEXT
 from orchard.engine.evaluations import measured_ranges
 from orchard.engine.exchange import Patience, Reply
@@ -210,6 +211,36 @@ def test_a_site_that_is_silent_keeps_no_other_from_joining(tmp_path: Path) -> No
     patience = Patience(**{**vars(PATIENCE), "join_seconds": 0.1})
     run(tmp_path / "run", post, num_rounds=1, patience=patience)
     assert json.loads((tmp_path / "run" / "sites.json").read_text()) == {"a": 4, "b": 4}
+
+
+@pytest.mark.parametrize("differences", [None, ()], ids=["whole", "differences"])
+def test_a_site_that_lacks_values_and_falls_silent_keeps_no_other_waiting(
+    differences: tuple[()] | None, tmp_path: Path
+) -> None:
+    """It alone was waited for until the round was over, and then no other had answered."""
+    answered: list[float] = []
+
+    def bad(asked: Header) -> Any:
+        if asked["round"] == 1:
+            return says()(asked)
+        if answered:
+            return None
+        answered.append(time.monotonic())
+        return {"lacks_values": True, "site": "bad"}, b""
+
+    def slow(site: str, asked: Header) -> bool:
+        is_there = bool(answered) and time.monotonic() > answered[0] + 0.1
+        return site != "bad" and asked.get("round") == 2 and not is_there
+
+    patience = Patience(**{**vars(PATIENCE), "round_seconds": 0.6, "poll_seconds": 0.01})
+    post = ScriptedPost(bad, slow=slow, channel=Channel(differences=differences))
+    state, _ = run(tmp_path / "run", post, patience=patience)
+    assert state.round_number == 2
+    lines = MetricsLog(tmp_path / "run" / "metrics.jsonl").read()
+    assert [line["round/num_clients"] for line in lines if line["kind"] == "round"] == [3, 2]
+    asked = [site for site, header in post.asked if header.get("round") == 2]
+    # Who was sent all of them cannot lack any.
+    assert asked.count("bad") == (1 if differences is None else 2)
 
 
 def test_a_site_more_than_the_run_has_keeps_nobody_waiting(tmp_path: Path) -> None:

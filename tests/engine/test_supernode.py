@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -123,6 +124,21 @@ def test_a_message_of_another_app_is_answered_with_a_code(socket: Path) -> None:
     link = SuperLink(RecordDict())
     take_one(link.connection(), socket, seconds=10.0)
     assert link.answer()[0].keys() == {"error"}
+
+
+def test_no_app_that_a_coordinator_hands_out_is_fetched_or_run(
+    socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Flower's own SuperNode asks for the app of a message's run, and runs it."""
+    asked: list[Any] = []
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **facts: asked.append(given))
+    link = SuperLink(pack({"n": 4}, b""))
+    number, receive, send, _, _, pull, push, confirm = link.connection()
+    run_and_app = [lambda *given: asked.append(given)] * 2
+    connection = (number, receive, send, *run_and_app, pull, push, confirm)
+    assert take_one(connection, socket, seconds=10.0)
+    assert link.answer() == ({"n": 8}, b"")
+    assert asked == []
 
 
 def test_what_does_not_inflate_is_dropped_and_the_node_lives(socket: Path) -> None:

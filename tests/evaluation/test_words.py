@@ -68,15 +68,15 @@ def test_words_of_english_are_those_of_rouge_score(text: str) -> None:
         assert StemmedWords().tokenize(text) == tokenizers.DefaultTokenizer(True).tokenize(text)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.parametrize("step", [50, pytest.param(1, marks=pytest.mark.exhaustive)])
 @pytest.mark.skipif(not DOLLY.exists(), reason="needs Dolly in ../shared/data")
-def test_all_of_dolly_has_the_words_of_rouge_score() -> None:
+def test_all_of_dolly_has_the_words_of_rouge_score(step: int) -> None:
     ours, theirs = StemmedWords(), tokenizers.DefaultTokenizer(True)
     num_english = 0
-    for line in DOLLY.read_text().splitlines():
+    for line in DOLLY.read_text().splitlines()[::step]:
         row = json.loads(line)
         for text in (row["instruction"], row["context"], row["response"]):
             if is_english(text):
                 num_english += 1
                 assert ours.tokenize(text) == theirs.tokenize(text)
-    assert num_english > 40_000
+    assert num_english > 40_000 / step

@@ -20,6 +20,8 @@ HELD_SECONDS = 5.0
 _QUIET_SECONDS, _MOST_QUIET_SECONDS = 0.05, 0.5
 """Messages for many sites come one after another: all sites are woken after the last of them."""
 _MOST_CALLERS, _LONGEST_KEY = 10_000, 512
+_MOST_HELD = 2_000
+"""Questions held at a time, of whoever: one is held before Flower looks who asks, with its head."""
 
 
 class Bell:
@@ -38,6 +40,7 @@ class Bell:
         self._changed = asyncio.Event()
         self._ringing: asyncio.Task[None] | None = None
         self._last_push = 0.0
+        self._num_held = 0
         # Caller to the count when it looked last.
         self._seen: OrderedDict[tuple[Any, bytes], int] = OrderedDict()
 
@@ -54,10 +57,14 @@ class Bell:
         key = dict(scope.get("headers") or ()).get(FLEET_HTTP_PUBLIC_KEY_HEADER.lower().encode())
         # Anybody may send any key: no more of it is kept than the longest that is one.
         caller = tuple(scope.get("client") or ()), (key or b"")[:_LONGEST_KEY]
-        if self._seen.get(caller) == self._count:
+        if self._seen.get(caller) == self._count and self._num_held < _MOST_HELD:
             changed = self._changed
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), self._held)
+            self._num_held += 1
+            try:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(changed.wait(), self._held)
+            finally:
+                self._num_held -= 1
         self._seen[caller] = self._count
         self._seen.move_to_end(caller)
         if len(self._seen) > _MOST_CALLERS:

@@ -304,24 +304,48 @@ class Coordinator:
         def request(site: str, body: bytes) -> Request:
             return self._request(site, sites, body, asked[site])
 
-        requests = {
-            site: request(site, broadcast.since if site in state.holders else broadcast.whole)
-            for site in asked
-        }
+        # Who is sent differences may lack what they are to, once; it is asked beside the others.
+        holders = state.holders if broadcast.differences is not None else ()
+        may_lack = {site for site in asked if site in holders}
+        lacking: dict[str, Request] = {}
+
+        def asked_again(online: Collection[str] = ()) -> dict[str, Request]:
+            found = dict(lacking)
+            lacking.clear()
+            return found
+
+        def answers() -> Iterator[Answer]:
+            end = time.monotonic() + self.patience.round_seconds
+            requests: Mapping[str, Request] = {
+                site: request(site, broadcast.since if site in may_lack else broadcast.whole)
+                for site in asked
+            }
+            while requests:
+                left = max(end - time.monotonic(), 0.0)
+                patience = self.patience
+                yield from exchange(
+                    post, requests, patience, seconds=left, late=late, more=asked_again
+                )
+                requests = asked_again()
+
         self.reporter.working(f"{len(cohort)} sites train", share=0.0)
-        for position, answer in enumerate(self._exchange(post, requests, late), start=1):
-            own = asked[answer.site]
-            taken = self._intake.take(answer, own, state.shared, is_last=False)
-            if taken.lacks_values:  # it lost what differences are to
-                whole = {answer.site: request(answer.site, broadcast.whole)}
-                (answer,) = self._exchange(post, whole, late)
-                taken = self._intake.take(answer, own, state.shared)
+        num_settled = 0
+        for answer in answers():
+            site = answer.site
+            taken = self._intake.take(
+                answer, asked[site], state.shared, is_last=site not in may_lack
+            )
+            if taken.lacks_values:
+                may_lack.remove(site)
+                lacking[site] = request(site, broadcast.whole)
+                continue
             if taken.arrived is not None:
                 arrived.append(taken.arrived)
             if taken.reply is not None:
-                measured[answer.site] = taken.reply
+                measured[site] = taken.reply
+            num_settled += 1
             self.reporter.working(
-                f"{position} of {len(asked)} sites answered", share=position / len(asked)
+                f"{num_settled} of {len(asked)} sites answered", share=num_settled / len(asked)
             )
         self._stragglers.add(late, round_number=number)
         self._log_evaluation(sites, state, measured)

@@ -143,8 +143,8 @@ def exchange(
         patience: How long is waited, and how often a site is asked.
         seconds: Until the deadline of the whole exchange.
         late: Ticket to site of requests that were not answered at the deadline are put here.
-        more: From the sites that are online now to what is asked beside, of sites that were not
-            asked before; so nobody who does not answer keeps others from being asked.
+        more: From the sites that are online now to what is asked beside, of sites that are not
+            being asked; so nobody who does not answer keeps others from being asked.
         clock: Seconds, monotonic.
         sleep: Waits for some seconds.
     """

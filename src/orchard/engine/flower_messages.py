@@ -3,8 +3,8 @@
 A request is a JSON header and a body of bytes, which is one whole encoded message. A large one is
 an array, which Flower cuts into chunks, and stores once where it goes to many sites. A small one
 stands beside its header: every object of a message is a question to the SuperLink at each end, and
-a message is three of them then instead of six. This module imports no model code: a
-ClientApp process loads it for every message.
+a message is three of them then instead of six. This module imports no model code:
+who only carries messages needs none.
 """
 
 from __future__ import annotations

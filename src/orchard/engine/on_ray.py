@@ -3,6 +3,9 @@
 Source: Moritz et al., 2018, arXiv:1712.05889. Of Ray only actors are used, each asked one request
 after another. The run's folder, the model and the data must be found by every node under the same
 paths: personal tensors stay where they are in any run, in the run's folder.
+
+Ray's processes trust each other, and whoever reaches one can run code there: a cluster is for the
+nodes of one owner. Nothing of it is between sites.
 """
 
 from __future__ import annotations

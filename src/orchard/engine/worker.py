@@ -1,7 +1,7 @@
 """A process that stays warm beside a SuperNode, and how others on its machine ask it.
 
-Flower starts a process for every message. Here that process only hands the message to a worker,
-which has loaded the model once, over a local socket in a folder that no other user can enter.
+A SuperNode hands each message to a worker, which has loaded the model once, over a local socket in
+a folder that no other user can enter.
 
 A request and a reply are frames: a JSON header and a body of bytes. This module imports no model
 code, because whoever asks must start fast.

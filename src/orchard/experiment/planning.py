@@ -31,6 +31,7 @@ from orchard.experiment.placements import (
 from orchard.experiment.settings import learning_rate, lora_settings
 from orchard.experiment.start_values import check_start
 from orchard.experiment.wiring import build_channel, check_communication
+from orchard.models.stored.endings import unknown_ends
 from orchard.models.stored.loading import check_checkpoint, check_vocabulary, load_tokenizer
 from orchard.process_memory import available_memory_bytes
 from orchard.recipe.options import Recipe
@@ -117,7 +118,8 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
         check_start(recipe)
     tokenizer = load_tokenizer(path)
     unknown = check_vocabulary(tokenizer, checked.vocabulary, path=path)
-    end_ids(recipe, make_wording(recipe, tokenizer))  # what cannot be worded is refused, too
+    ends = end_ids(recipe, make_wording(recipe, tokenizer))  # what cannot be worded is refused, too
+    beyond = unknown_ends(ends, checked.vocabulary, path=path)
     view = checked.view
     limits = client_limits(recipe, view, num_clients=len(federation.train))
     requirements = build_requirements(recipe, view)
@@ -141,7 +143,7 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
                 downlink_bytes=_downlink(recipe, requirements) if takes_part else 0,
             )
         )
-    base_notes = (*checked.notes, *([unknown] if unknown else []))
+    base_notes = (*checked.notes, *(note for note in (unknown, beyond) if note))
     notes = (*federation.notes(), *elsewhere.remarks, *base_notes)
     layers, rate = len(requirements.footprint.layers), learning_rate(recipe, view)
     mapped = recipe.model.placement == "mapped"

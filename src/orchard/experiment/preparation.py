@@ -35,6 +35,7 @@ from orchard.experiment.methods import build_strategy, check_strategy, require_p
 from orchard.experiment.settings import lora_settings, placement_of
 from orchard.experiment.start_values import check_start
 from orchard.experiment.wiring import check_communication
+from orchard.models.stored.endings import unknown_ends
 from orchard.models.stored.loading import (
     check_checkpoint,
     check_device,
@@ -159,6 +160,8 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         encoded += [one for own in tests for one in (own.encoded, *own.options)]
         ids = (own.input_ids for own in encoded)
         check_tokens(ids, checked.vocabulary, path=recipe.model.path)
+    ends = end_ids(recipe, wording)
+    beyond = unknown_ends(ends, checked.vocabulary, path=recipe.model.path)
     return Experiment(
         recipe=recipe,
         federation=federation,
@@ -169,9 +172,9 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         tokenizer=tokenizer,
         budgets=dict(zip(federation.train, budgets, strict=True)),
         digest=data_digest(federation, retention=retention, calibration=calibration),
-        end_ids=end_ids(recipe, wording),
+        end_ids=ends,
         remarks=elsewhere.remarks,
-        model_notes=(*checked.notes, *([unknown] if unknown else [])),
+        model_notes=(*checked.notes, *(note for note in (unknown, beyond) if note)),
     )
 
 

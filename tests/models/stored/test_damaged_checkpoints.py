@@ -422,6 +422,17 @@ def test_a_tokenizer_beyond_the_embedding_is_refused_where_a_text_needs_it(tmp_p
     )
 
 
+def test_an_end_that_no_answer_can_hold_is_said_by_plan_as_by_run(tmp_path: Path) -> None:
+    base = copied(tmp_path)
+    (base / "generation_config.json").write_text('{"eos_token_id": [0, 768, 99999]}')
+    recipe = quick_recipe("fedavg", f"model.path={base}")
+    (note,) = plan_sentences(make_plan(recipe))
+    assert note.endswith(
+        "answers at token 768 and 99999, and the embedding has 768 rows; no answer can end there"
+    )
+    assert data_notes(prepare_experiment(recipe)).count(note) == 1
+
+
 @pytest.mark.parametrize("token", ["pad_token", "eos_token"])
 def test_a_special_token_beyond_the_embedding_is_refused(token: str, tmp_path: Path) -> None:
     base = copied(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,20 @@ def read_end_ids(path: str) -> tuple[int, ...]:
             f"{path}; correct it"
         )
     return tuple(ids)
+
+
+def unknown_ends(ids: Iterable[int], rows: int, *, path: str) -> str:
+    """Say which of the tokens that end an answer no answer can hold; nothing where all can.
+
+    Args:
+        ids: Of the tokens.
+        rows: Of the embedding.
+        path: What the user calls the checkpoint.
+    """
+    beyond = sorted(index for index in ids if index >= rows)
+    if not beyond:
+        return ""
+    return (
+        f"{path} ends answers at token {' and '.join(map(str, beyond))}, and the embedding has "
+        f"{rows} rows; no answer can end there"
+    )
