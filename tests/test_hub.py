@@ -10,6 +10,8 @@ import pytest
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from orchard import hub
+from orchard.data.datasets import read_dataset
+from orchard.data.reading import Reader
 from orchard.hub import ASK_SECONDS, find_on_hub, looks_like_path, spelled_like
 from orchard.models.stored.loading import check_model, load_base, load_tokenizer
 from orchard.models.stored.tensors import open_checkpoint
@@ -91,6 +93,21 @@ def test_a_name_that_cannot_be_found_is_asked_for_once_and_refused_in_one_line(
             read()
         assert len(str(caught.value).splitlines()) == 1
         assert own.asked == [("o/n", ASK_SECONDS)]
+
+
+def test_a_data_set_that_cannot_be_found_is_asked_for_once_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import datasets
+
+    monkeypatch.setattr(hub, "cached_copy", lambda name, *, kind: None)
+    monkeypatch.setattr("orchard.data.datasets._is_kept", lambda name: False)
+    monkeypatch.setattr(datasets, "load_dataset_builder", None)  # would try six times
+    own = put(monkeypatch, OSError("no network"))
+    with pytest.raises(ConnectionError, match=r"^dataset must be .* got o/n ") as caught:
+        read_dataset("o/n", Reader())
+    assert len(str(caught.value).splitlines()) == 1
+    assert own.asked == [("o/n", ASK_SECONDS)]
 
 
 def test_a_copy_in_the_cache_is_taken_where_the_hub_cannot_be_asked(

@@ -115,6 +115,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         )
 
     monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr("orchard.data.datasets._is_kept", lambda name: True)
     manager = SimpleNamespace(download=lambda url: str(tmp_path / url.rpartition("/")[2]))
     monkeypatch.setattr(datasets, "DownloadManager", lambda: manager)
     return found

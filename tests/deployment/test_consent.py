@@ -18,7 +18,7 @@ from orchard.deployment.site_worker import SiteWorker
 from orchard.deployment.terms import terms_of
 from orchard.experiment.own_methods import own_digests
 from orchard.recipe.options import Recipe
-from orchard.recipe.reading import known_options, parse_recipe, to_toml
+from orchard.recipe.reading import known_options, option_value, parse_recipe, to_toml
 from orchard.strategies.session import RANKS
 from own_module import PULLED, offer, written
 from sites import changed, make_workers, site_recipe, write_sites
@@ -40,7 +40,13 @@ def test_no_path_of_the_coordinator_is_opened() -> None:
         model=replace(asked.model, path="/models/theirs"),
         evaluation=replace(asked.evaluation, retention_path="/etc/theirs"),
         strategy=replace(asked.strategy, calibration_path="/etc/theirs"),
+        server=replace(asked.server, start="/etc/theirs"),
     )
+    asked = replace(asked, model=replace(asked.model, expert_cache="/etc/theirs"))
+    asked = replace(asked, data=replace(asked.data, path="/etc/theirs"))
+    # Whatever option comes to name a path is asked for here too.
+    paths = [key for key in known_options() if key.endswith(("path", "start", "cache"))]
+    assert all("theirs" in str(option_value(asked, key)) for key in paths)
     own = Consent("own.jsonl", model="own", retention="kept.jsonl", calibration="corpus.jsonl")
     applied = own_recipe(own, asked)
     assert "theirs" not in to_toml(applied)

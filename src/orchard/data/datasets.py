@@ -6,6 +6,7 @@ it stands in the file: nothing is stripped, so a template sees what the owner of
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections import Counter
@@ -18,7 +19,7 @@ from orchard.data.examples import Example as Example
 from orchard.data.examples import Fields as Fields
 from orchard.data.reading import Reader, Reading, read_source
 from orchard.data.rows import SUFFIXES, Row, read_rows
-from orchard.hub import cached_copy, can_only_be_path, spelled_like
+from orchard.hub import cached_copy, can_only_be_path, find_on_hub, spelled_like
 from orchard.library_errors import first_line
 
 # A parquet file says the types of its columns itself.
@@ -171,6 +172,9 @@ def read_dataset(
     """
     import datasets
 
+    if not Path(name).is_dir() and not _is_kept(name):
+        # One request: the library that reads it tries six times when no hub answers.
+        find_on_hub(name, kind="dataset", option="dataset")
     files: Mapping[str, Sequence[str | Path]] | None
     unread: tuple[str, ...] = ()
     try:
@@ -268,6 +272,15 @@ def _hub_files(name: str, subset: str | None) -> dict[str, list[str]] | None:
         file.startswith("hf://") and Path(file).suffix.lower() in _TEXT_SUFFIXES for file in every
     )
     return files if every and is_text and not _has_labels(builder) else None
+
+
+def _is_kept(name: str) -> bool:
+    """Say whether something of a name's owner may be in a cache, which is read without a hub."""
+    import datasets
+
+    owner = name.partition("/")[0]
+    kept = Path(datasets.config.HF_DATASETS_CACHE).glob(f"{glob.escape(owner)}*")
+    return any(kept) or cached_copy(name, kind="dataset") is not None
 
 
 def _has_labels(builder: Any) -> bool:

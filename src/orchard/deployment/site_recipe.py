@@ -118,6 +118,7 @@ def own_recipe(consent: Consent, recipe: Recipe, terms: Terms, *, num_clients: i
     own = replace(
         own,
         model=replace(own.model, path=model, expert_cache=""),
+        server=replace(own.server, start=""),  # a site is sent what a run starts from
         strategy=replace(
             own.strategy,
             calibration_path=_own_file(

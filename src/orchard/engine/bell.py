@@ -16,7 +16,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER
 
 _PULL, _PUSH = "/v1/fleet/pull-messages", "/v1/runtime/push-"
 HELD_SECONDS = 5.0
-"""Flower refuses a question that is older than 10 seconds."""
+"""Who asks gives up after 30 seconds, and has signed when it asked."""
 _QUIET_SECONDS, _MOST_QUIET_SECONDS = 0.05, 0.5
 """Messages for many sites come one after another: all sites are woken after the last of them."""
 _MOST_CALLERS, _LONGEST_KEY = 10_000, 512
