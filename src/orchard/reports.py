@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from orchard.data.examples import Example
@@ -157,7 +158,7 @@ def result_table(result: Mapping[str, Any]) -> Table:
     table.add_column("metric")
     table.add_column("model")
     for client in clients:
-        table.add_column(client, justify="right")
+        table.add_column(escape(client), justify="right")
     for name in ("mean", "worst", "spread"):
         table.add_column(name, justify="right")
     metrics = result["metrics"]
@@ -202,10 +203,10 @@ def partition_table(
     categories = sorted({category for counter in counts.values() for category in counter})
     table = Table("client", title="training examples by category", title_justify="left")
     for name in (*(category or "(none)" for category in categories), "train", "test"):
-        table.add_column(name, justify="right")
+        table.add_column(escape(name), justify="right")
     for client, counter in counts.items():
         sizes = (*(counter[category] for category in categories), len(train[client]))
-        table.add_row(client, *map(str, (*sizes, len(test[client]))))
+        table.add_row(escape(client), *map(str, (*sizes, len(test[client]))))
     return table
 
 

@@ -162,3 +162,17 @@ def test_a_note_stands_once_in_what_a_plan_prints(tmp_path: Path) -> None:
     text = " ".join(shown.output.split())
     assert text.count("'more'") == 1, shown.output
     assert shown.exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["plan", "partition"])
+def test_a_client_has_its_whole_name_in_a_table(command: str, tmp_path: Path) -> None:
+    rows = [
+        {"instruction": f"a {i}", "response": "x", "category": ("ward[b]", "[/b]")[i % 2]}
+        for i in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    overrides = [f"data.path={tmp_path / 'rows.jsonl'}", "data.partition=category"]
+    shown = CliRunner().invoke(app, [command, "tiny/fedavg", *overrides])
+    assert shown.exit_code == 0, shown.output
+    assert "ward[b]" in shown.output
+    assert "[/b]" in shown.output

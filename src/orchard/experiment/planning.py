@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 
+from rich.markup import escape
 from rich.table import Table
 
 from orchard.client.requirements import PeakMemory, Requirements
@@ -236,7 +237,7 @@ def plan_table(plan: Plan) -> Table:
             f"<= {_size(client.uplink_bytes)}" if client.peak else "",
             _size(client.downlink_bytes) if client.peak else "",
         )
-        table.add_row(client.client_id, *cells)
+        table.add_row(escape(client.client_id), *cells)
     return table
 
 
