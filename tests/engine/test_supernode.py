@@ -158,3 +158,13 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
     assert private.public_key() == public
     with pytest.raises(ValueError, match="must be a key on an elliptic curve"):
         read_keys(written(ed25519.Ed25519PrivateKey.generate()))
+
+
+def test_a_message_of_more_than_a_site_reads_is_dropped(
+    socket: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    link = SuperLink(pack({"n": 4}, bytes(6_000_000)))
+    assert take_one(link.connection(), socket, seconds=10.0, limit=5_000_000)
+    assert link.sent == {}
+    assert "message must have at most 5000000 bytes, got more" in caplog.text
+    assert not take_one(link.connection(), socket, seconds=10.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 )
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from orchard.engine.bounded_responses import bounded_responses, largest_message
 from orchard.engine.handing_over import answered
 from orchard.engine.processes import leaves_on_termination
 
@@ -59,12 +61,18 @@ def main() -> None:
     keys = read_keys(given.private_key) if given.private_key else None
     with (
         leaves_on_termination(),
+        bounded_responses(largest_message()),
         http_request_response(given.superlink, given.insecure, certificates, keys) as connection,
     ):
         log.info("SuperNode ID: %s", connection[0])
         while True:
             started = time.monotonic()
-            if not take_one(connection, given.socket, seconds=given.patience_seconds):
+            if not take_one(
+                connection,
+                given.socket,
+                seconds=given.patience_seconds,
+                limit=largest_message(),
+            ):
                 time.sleep(max(_LOOK_SECONDS - (time.monotonic() - started), 0.0))
 
 
@@ -80,11 +88,19 @@ def read_keys(path: Path) -> tuple[ec.EllipticCurvePrivateKey, ec.EllipticCurveP
     return private, private.public_key()
 
 
-def take_one(connection: tuple[Any, ...], socket: Path, *, seconds: float) -> bool:
+def take_one(
+    connection: tuple[Any, ...], socket: Path, *, seconds: float, limit: int = 2**31
+) -> bool:
     """Answer one message, and say whether there was one.
 
     One that cannot be read is dropped: the coordinator probes whoever does not answer, and asks
     again.
+
+    Args:
+        connection: Flower's calls.
+        socket: Of the worker.
+        seconds: The worker has for an answer.
+        limit: Bytes of all objects of a message.
     """
     _, receive, send, _, _, pull_object, push_object, confirm = connection
     received = receive()
@@ -92,11 +108,11 @@ def take_one(connection: tuple[Any, ...], socket: Path, *, seconds: float) -> bo
         return False
     announced, tree = received
     run_id = announced.metadata.run_id
-    started = time.monotonic()
+    started, room = time.monotonic(), _Room(limit)
     try:
         message = pull_and_inflate_object_from_tree(
             tree,
-            lambda object_id: cast(bytes, pull_object(run_id, object_id)),
+            lambda object_id: room.take(cast(bytes, pull_object(run_id, object_id))),
             lambda object_id: confirm(run_id, object_id),
             return_type=Message,
             initial_backoff=_FIRST_BACKOFF,
@@ -109,6 +125,20 @@ def take_one(connection: tuple[Any, ...], socket: Path, *, seconds: float) -> bo
     except Exception:
         log.exception("a message of run %s could not be answered", run_id)
     return True
+
+
+class _Room:
+    """What the objects of one message may take together; several are pulled at a time."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._taken, self._lock = limit, 0, threading.Lock()
+
+    def take(self, content: bytes) -> bytes:
+        with self._lock:
+            self._taken += len(content)
+            if self._taken > self._limit:
+                raise ValueError(f"message must have at most {self._limit} bytes, got more")
+        return content
 
 
 def _give_back(
