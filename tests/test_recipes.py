@@ -40,6 +40,8 @@ def test_every_method_has_a_recipe(folder: str) -> None:
 )
 def test_tiny_recipe_runs(path: Path, tmp_path: Path) -> None:
     overrides = [*QUICK, "server.rounds=1", "evaluation.models=personal", "evaluation.metrics=loss"]
+    if path.stem == "finetune":
+        overrides += ["server.rounds=2", "strategy.finetune_rounds=1"]
     result = run_quickly(tmp_path, read_recipe(path, overrides).recipe)
     assert 0 < result["summary"]["personal"]["loss"]["mean"] < 10
 
