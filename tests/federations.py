@@ -36,7 +36,8 @@ QUICK = (
 # Every method, and every pair that FLEx makes with another.
 COMBINATIONS = [
     *METHODS,
-    *(f"flex+{method}" for method in METHODS if method != "flex"),
+    # Not those with a personal part of another kind, which are refused beside it.
+    *(f"flex+{method}" for method in METHODS if method not in ("flex", "ditto", "orchard")),
     "fedprox+scaffold+fedadam+flex",
 ]
 # Every method alone, and beside FLEx one of each part that a method can decide.
