@@ -59,9 +59,10 @@ def main() -> None:
     given = parser.parse_args()
     certificates = given.root_certificates.read_bytes() if given.root_certificates else None
     keys = read_keys(given.private_key) if given.private_key else None
+    limit = largest_message()
     with (
         leaves_on_termination(),
-        bounded_responses(largest_message()),
+        bounded_responses(limit),
         http_request_response(given.superlink, given.insecure, certificates, keys) as connection,
     ):
         log.info("SuperNode ID: %s", connection[0])
@@ -71,7 +72,7 @@ def main() -> None:
                 connection,
                 given.socket,
                 seconds=given.patience_seconds,
-                limit=largest_message(),
+                limit=limit,
             ):
                 time.sleep(max(_LOOK_SECONDS - (time.monotonic() - started), 0.0))
 

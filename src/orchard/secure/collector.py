@@ -130,8 +130,8 @@ class Collector:
             raise ValueError(f"shares of {owner}: {error}") from error
 
     def _check(self, members: Collection[str]) -> None:
-        least = max(self._rules.least, self._rules.threshold)
-        if len(members) < least:
+        if len(members) < self._rules.fewest:
             raise TooFewError(
-                f"members must be at least {least}, got {len(members)}; the round is done again"
+                f"members must be at least {self._rules.fewest}, got {len(members)}; the round is "
+                "done again"
             )

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -71,9 +72,7 @@ class Member:
             b"",
         )
         signature = self._signing.sign(unsigned.signed(self._session))
-        self._own = Advertisement(
-            unsigned.name, unsigned.mask_key, unsigned.share_key, unsigned.own_mask, signature
-        )
+        self._own = replace(unsigned, signature=signature)
         return self._own
 
     def share(self, advertised: Mapping[str, Advertisement]) -> dict[str, bytes]:

@@ -26,16 +26,20 @@ class Rules:
     least: int
     threshold: int
 
+    @property
+    def fewest(self) -> int:
+        """Members without whom there is no sum."""
+        return max(self.least, self.threshold)
+
     def check(self, num_members: int, what: str) -> None:
         """Refuse too few.
 
         Raises:
-            BrokenRuleError: Fewer than ``least`` or ``threshold``, or a threshold that is too low
-                for so many.
+            BrokenRuleError: There are fewer than ``fewest``.
         """
-        if num_members < max(self.least, self.threshold):
+        if num_members < self.fewest:
             raise BrokenRuleError(
-                f"{what} must be at least {max(self.least, self.threshold)} members, got "
+                f"{what} must be at least {self.fewest} members, got "
                 f"{num_members}; the sum of so few would show what one of them sent"
             )
 
