@@ -25,7 +25,8 @@ from benchmarks.hfedmoe_ablation.grid import Cell, distinct
 from benchmarks.hfedmoe_ablation.report import HERE, page
 from benchmarks.running import arguments_of
 from orchard.engine.progress import Silent
-from orchard.engine.simulator import simulate
+from orchard.engine.simulator import run_rounds
+from orchard.engine.turns import Alone
 from orchard.experiment.budgets import expert_budgets
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.preparation import Experiment, prepare_experiment
@@ -101,12 +102,15 @@ class Runner:
             tempfile.TemporaryDirectory() as folder,
             threads(recipe.model.num_threads),
         ):
-            state = simulate(
-                build_strategy(recipe, num_clients=len(clients)),
-                build_clients(experiment, self.model, Path(folder) / "clients"),
+            strategy = build_strategy(recipe, num_clients=len(clients))
+            channel = build_channel(recipe)
+            own = build_clients(experiment, self.model, Path(folder) / "clients")
+            state = run_rounds(
+                strategy,
+                Alone(strategy, own, channel),
                 ServerState(0, self.start),
                 schedule=build_schedule(recipe),
-                channel=build_channel(recipe),
+                channel=channel,
                 seeds=Seeds(recipe.seed),
                 folder=Path(folder),
                 about={},

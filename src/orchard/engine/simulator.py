@@ -18,13 +18,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from orchard.client.client import Client
 from orchard.communication.channel import Broadcast, Channel
 from orchard.communication.messages import LocalSettings, Task, Update
 from orchard.engine.coverage import Coverage
 from orchard.engine.progress import Reporter
 from orchard.engine.secrecy import Secrecy, sum_in_secret
-from orchard.engine.turns import Alone, Crew, Turn, WorkerFacts
+from orchard.engine.turns import Crew, Turn, WorkerFacts
 from orchard.process_memory import peak_memory_bytes
 from orchard.results import Metrics, MetricsLog
 from orchard.seeding import Seeds
@@ -117,50 +116,6 @@ def sample_clients(
         return [client for client, takes_part in zip(clients, is_in, strict=True) if takes_part]
     drawn = seeds.generator("cohort", round_number).choice(len(clients), size, replace=False)
     return [clients[index] for index in sorted(int(i) for i in drawn)]
-
-
-def simulate(
-    strategy: Strategy,
-    clients: Sequence[Client],
-    state: ServerState,
-    *,
-    schedule: Schedule,
-    channel: Channel,
-    seeds: Seeds,
-    folder: Path,
-    about: Mapping[str, Any],
-    reporter: Reporter,
-    title: str,
-    cost: Callable[[int], float] | None = None,
-) -> ServerState:
-    """Run all rounds with clients that are all in this process; see ``run_rounds``.
-
-    Args:
-        strategy: The method.
-        clients: All clients; their models may be one and the same object.
-        state: The state of round 0, used where there is no checkpoint.
-        schedule: What happens in which round.
-        channel: The way between server and clients.
-        seeds: The run's randomness.
-        folder: The run's folder: ``metrics.jsonl`` and ``checkpoints`` are written here.
-        about: What must be the same to resume.
-        reporter: Shows progress.
-        title: How the run is called there.
-        cost: From a number of rounds to the epsilon that they cost; None = nothing is private.
-    """
-    return run_rounds(
-        strategy,
-        Alone(strategy, clients, channel),
-        state,
-        schedule=schedule,
-        channel=channel,
-        seeds=seeds,
-        folder=folder,
-        about=about,
-        reporter=reporter,
-        title=title,
-        cost=cost,
-    )
 
 
 def run_rounds(

@@ -22,8 +22,9 @@ from unittest.mock import patch
 from orchard.catalog import find_recipe
 from orchard.client.store import ClientStore
 from orchard.client.training import TrainingReport
+from orchard.engine import simulator
 from orchard.engine.progress import Silent
-from orchard.engine.simulator import simulate
+from orchard.engine.turns import Alone
 from orchard.experiment.methods import build_strategy
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import build_clients, build_schedule, load_model
@@ -82,13 +83,14 @@ def run_rounds(num_clients: int, num_rounds: int) -> dict[str, float]:
             for number in range(num_clients)
         ]
         wall, cpu = time.perf_counter(), time.process_time()
+        strategy, channel = build_strategy(recipe, num_clients=num_clients), build_channel(recipe)
         with patch("orchard.strategies.strategy.train", _leave_as_it_is):
-            simulate(
-                build_strategy(recipe, num_clients=num_clients),
-                clients,
+            simulator.run_rounds(
+                strategy,
+                Alone(strategy, clients, channel),
                 state,
                 schedule=build_schedule(recipe, rate=learning_rate(recipe, model.view)),
-                channel=build_channel(recipe),
+                channel=channel,
                 seeds=Seeds(recipe.seed),
                 folder=folder,
                 about={},
