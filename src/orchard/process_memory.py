@@ -98,14 +98,9 @@ def available_memory_bytes() -> int | None:
 
     None where the system does not say.
     """
-    found = []
-    if _MEMINFO.exists():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(1024 * int(line.split()[1]))
-    limit, used = (_GROUP / name for name in ("memory.max", "memory.current"))
-    if limit.exists() and used.exists() and (text := limit.read_text().strip()).isdigit():
-        found.append(max(int(text) - int(used.read_text()), 0))
+    found, used = _of_machine("MemAvailable:"), _GROUP / "memory.current"
+    if used.exists():
+        found += [max(limit - int(used.read_text()), 0) for limit in _of_group()]
     return min(found, default=None)
 
 
@@ -114,15 +109,20 @@ def machine_memory_bytes() -> int | None:
 
     None where the system does not say.
     """
-    found = []
-    if _MEMINFO.exists():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemTotal:"):
-                found.append(1024 * int(line.split()[1]))
+    return min([*_of_machine("MemTotal:"), *_of_group()], default=None)
+
+
+def _of_machine(field: str) -> list[int]:
+    """Return the bytes of a field of the machine, where the system has it."""
+    lines = _MEMINFO.read_text().splitlines() if _MEMINFO.exists() else []
+    return [1024 * int(line.split()[1]) for line in lines if line.startswith(field)]
+
+
+def _of_group() -> list[int]:
+    """Return the limit of this process's control group, where it has one."""
     limit = _GROUP / "memory.max"
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        found.append(int(text))
-    return min(found, default=None)
+    text = limit.read_text().strip() if limit.exists() else ""
+    return [int(text)] if text.isdigit() else []
 
 
 def forget_peak_memory() -> None:

@@ -8,16 +8,15 @@ from collections.abc import Sequence
 from orchard.client.requirements import Requirements
 from orchard.communication.refusals import Code
 from orchard.deployment.consent import Consent, Refusal
+from orchard.deployment.site_recipe import granted_memory
 from orchard.evaluation.quality import METRICS
 from orchard.experiment.budgets import build_requirements
 from orchard.experiment.preparation import Experiment
 from orchard.experiment.settings import lora_settings
 from orchard.models.stored.loading import check_model
 from orchard.process_memory import machine_memory_bytes
-from orchard.recipe.amounts import parse_amounts
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
-from orchard.seeding import Seeds
 
 log = logging.getLogger(__name__)
 
@@ -67,14 +66,7 @@ def _cap(consent: Consent, recipe: Recipe) -> tuple[int | None, str]:
         if recipe.model.device != "cpu":
             return None, ""
         return machine_memory_bytes(), "the machine's memory; lower sizes, or take a larger one"
-    (cap,) = parse_amounts(
-        consent.memory,
-        name="--memory",
-        num_clients=1,
-        generator=Seeds(recipe.seed).generator("budgets"),
-        kind="bytes",
-    )
-    return int(cap), "--memory"
+    return granted_memory(consent, recipe), "--memory"
 
 
 def _measuring(requirements: Requirements, experiment: Experiment, client_id: str) -> int:

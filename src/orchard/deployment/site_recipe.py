@@ -200,8 +200,8 @@ def _smaller(consent: Consent, recipe: Recipe) -> str:
     return str(min(budgets))
 
 
-def _check_memory(consent: Consent, recipe: Recipe) -> None:
-    """Refuse training that is predicted to take more than this site gives."""
+def granted_memory(consent: Consent, recipe: Recipe) -> int:
+    """Return the bytes that the owner's ``--memory`` lets training take."""
     (cap,) = parse_amounts(
         consent.memory,
         name="--memory",
@@ -209,6 +209,12 @@ def _check_memory(consent: Consent, recipe: Recipe) -> None:
         generator=Seeds(recipe.seed).generator("budgets"),
         kind="bytes",
     )
+    return int(cap)
+
+
+def _check_memory(consent: Consent, recipe: Recipe) -> None:
+    """Refuse training that is predicted to take more than this site gives."""
+    cap = granted_memory(consent, recipe)
     view = check_model(recipe.model.path, lora_settings(recipe))
     requirements = build_requirements(recipe, view)
     needed = requirements.peak(sum(requirements.footprint.layers.values())).total
