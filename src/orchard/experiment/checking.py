@@ -27,14 +27,14 @@ def check_clients(recipe: Recipe, federation: Federation) -> None:
 
 
 def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
-    """Refuse a protection that there is in the simulator alone, rather than go without it.
+    """Refuse what there is in the simulator alone, protections first, rather than go without it.
 
     Args:
         recipe: Every choice.
         num_sites: Sites of the federation; 0 = that is not known yet.
 
     Raises:
-        ValueError: The recipe promises one, or a secure sum that could not be kept.
+        ValueError: The recipe asks for it, or for a secure sum that could not be kept.
     """
     if recipe.privacy.unit:
         raise ValueError(
@@ -42,6 +42,12 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
             "are protected in orchard run alone"
         )
     check_deployed_secrecy(recipe, num_sites=num_sites)
+    if recipe.data.conventions:
+        raise ValueError(
+            f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "
+            "client has follows from its place among all clients, and sites answer as their own "
+            "rows do"
+        )
 
 
 def check_cohort(recipe: Recipe, *, num_clients: int) -> None:
