@@ -112,12 +112,12 @@ def results_page(questions: Sequence[Question]) -> str:
     parts = [
         "# Results",
         paragraph(
-            "What the studies of [benchmarks/studies](../benchmarks/studies) found, beside what "
-            "the papers report. `orchard study` runs a study, `python scripts/make_results.py` "
-            "writes this page from `study.json` of each; nothing here is typed by hand. A study "
-            "that was not run says so. The papers fine-tuned models of billions of parameters and "
-            "show no spread; ours are of a base that is named below each table, so values are not "
-            "comparable, only the direction and the size of differences are."
+            "What the studies of `benchmarks/studies` found, beside what the papers report. "
+            "`orchard study` runs a study, `python scripts/make_results.py` writes this page from "
+            "`study.json` of each; nothing here is typed by hand. A study that was not run says "
+            "so. The papers fine-tuned models of billions of parameters and show no spread; ours "
+            "are of a base that is named below each table, so values are not comparable, only the "
+            "direction and the size of differences are."
         ),
     ]
     for question in questions:

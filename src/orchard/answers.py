@@ -41,9 +41,9 @@ def find_answers(
     every = list(read_answers(folder))
     if not every:
         raise FileNotFoundError(
-            f"run must be a folder with answers, got {folder}; evaluate rouge_l, chrf or "
-            "exact_match with evaluation.keep_answers = true; a site that is started with "
-            "--keep-answers has them in its own --store"
+            f"run must be a folder with answers, got {folder}; evaluate rouge_l, chrf, "
+            "exact_match or last_number with evaluation.keep_answers = true; a site that is "
+            "started with --keep-answers has them in its own --store"
         )
     clients = sorted({line["client"] for line in every})
     if client is not None and client not in clients:

@@ -73,10 +73,10 @@ def check_privacy(recipe: Recipe, sizes: Sizes) -> None:
 
 
 def check_between_sites(recipe: Recipe) -> None:
-    """Refuse a protection that there is in the simulator alone, rather than go without it.
+    """Refuse what there is in the simulator alone, protections first, rather than go without it.
 
     Raises:
-        ValueError: The recipe promises one.
+        ValueError: The recipe asks for it.
     """
     if recipe.privacy.unit:
         raise ValueError(
@@ -87,6 +87,12 @@ def check_between_sites(recipe: Recipe) -> None:
         raise ValueError(
             "privacy.secure_aggregation must be false between sites, got true; so far sums are "
             "kept secret in orchard run alone"
+        )
+    if recipe.data.conventions:
+        raise ValueError(
+            f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "
+            "client has follows from its place among all clients, and sites answer as their own "
+            "rows do"
         )
 
 

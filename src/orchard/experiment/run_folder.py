@@ -31,6 +31,7 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "model.frozen_precision": "bf16",
         "data.max_train": 0,
         "data.validation_size": 0.0,
+        "data.conventions": "",
         "strategy.graft_mix": "additive",
         "strategy.shared": "",
         "strategy.kept": "",

@@ -58,8 +58,8 @@ class DataOptions:
 
     path: str = option(
         "",
-        "File (JSON Lines, JSON, CSV, TSV, parquet), folder with one file per client, Hugging Face "
-        "name, or orchard:world.",
+        "File (JSON Lines, JSON, CSV, TSV, parquet), folder with one file per client, several "
+        "files as client=file,client=file, Hugging Face name, or orchard:world.",
     )
     format: str = option(
         "auto",
@@ -153,6 +153,14 @@ class DataOptions:
         "If above 0, the test rows are set aside and a part of each client's training rows is "
         "measured instead, a share below 1 or a number: to choose options by.",
         minimum=0,
+    )
+    conventions: str = option(
+        "",
+        "Clients that must answer the same differently, by their order: label_names = client k "
+        "calls a label of data.labels by the name of the k-th one after it; answer_form = UPPER "
+        "CASE, the first sentence, a numbered list of sentences, or quotes after a lead-in, in "
+        "turn; empty = answers stay as they are.",
+        choices=("", "label_names", "answer_form"),
     )
     duplicates: str = option(
         "report",
@@ -303,7 +311,7 @@ class EvaluationOptions:
     )
     metrics: str = option(
         "loss,rouge_l,exact_match",
-        "Of loss, rouge_l, chrf, exact_match, and with labels or options, accuracy.",
+        "Of loss, rouge_l, chrf, exact_match, last_number, and with labels or options, accuracy.",
     )
     length_normalization: str = option(
         "none",
