@@ -63,7 +63,7 @@ class CudaCarrier:
     def __init__(self, device: str) -> None:
         """Make a stream on a device."""
         self._device = torch.device(device)
-        self._stream = torch.cuda.Stream(self._device)
+        self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
 
     def hold(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return pinned memory."""
