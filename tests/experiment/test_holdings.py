@@ -418,3 +418,28 @@ def test_several_files_are_a_client_each_in_their_order(tmp_path: Path) -> None:
     recipe = read_recipe(RECIPES / "own" / "flex.toml", ["data.path=x=none.jsonl", *options])
     with pytest.raises(FileNotFoundError, match=r"data\.path must be a file with examples"):
         build_federation(recipe.recipe)
+
+
+def test_clients_are_measured_on_rows_of_all_others_and_none_of_their_own(news: Path) -> None:
+    own = ("data.test_per_category=0", "data.partition=iid", "data.test_size=5")
+    experiment = prepare_experiment(recipe_for(news, *own, "evaluation.other_clients=9"))
+    drawn = []
+    for client, others in experiment.others.items():
+        assert len(others) == 9
+        elsewhere = [e for c, test in experiment.test.items() if c != client for e in test]
+        assert all(any(e is other for e in elsewhere) for other in others)
+        drawn.append({elsewhere.index(e) for e in others})
+    assert len({tuple(sorted(own)) for own in drawn}) > 1
+    every = prepare_experiment(recipe_for(news, *own, "evaluation.other_clients=99"))
+    assert {len(others) for others in every.others.values()} == {15}
+    assert prepare_experiment(recipe_for(news, *own)).others == {}
+    with pytest.raises(
+        ValueError, match=r"evaluation\.other_clients must be 0 with data\.test_per"
+    ):
+        recipe_for(news, "evaluation.other_clients=9")
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 with one client"):
+        prepare_experiment(
+            recipe_for(news, *own, "evaluation.other_clients=9", "data.num_clients=1")
+        )
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 between sites"):
+        check_between_sites(recipe_for(news, *own, "evaluation.other_clients=9"))

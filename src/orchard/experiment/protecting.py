@@ -88,6 +88,11 @@ def check_between_sites(recipe: Recipe) -> None:
             "privacy.secure_aggregation must be false between sites, got true; so far sums are "
             "kept secret in orchard run alone"
         )
+    if recipe.evaluation.other_clients:
+        raise ValueError(
+            f"evaluation.other_clients must be 0 between sites, got "
+            f"{recipe.evaluation.other_clients}; no site has another's rows"
+        )
     if recipe.data.conventions:
         raise ValueError(
             f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "

@@ -42,6 +42,7 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "server.keep_rounds": 0,
         "server.start": "",
         "evaluation.best": "",
+        "evaluation.other_clients": 0,
         "privacy.secure_aggregation": False,
         "privacy.secure_least": 3,
         "privacy.secure_bound": 16.0,

@@ -141,6 +141,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             seeds=Seeds(recipe.seed),
             budget_experts=experiment.budgets[client_id],
             submodels=submodels,
+            others=experiment.others.get(client_id, ()),
         )
         for client_id, examples in experiment.federation.train.items()
     ]

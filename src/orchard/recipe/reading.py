@@ -280,6 +280,12 @@ def _check_combinations(recipe: Recipe) -> None:
             f"{recipe.strategy.graft_budget}; random experts have no losses to share it by"
         )
     _check_conventions(recipe)
+    has_central_test = data.test_per_category and data.partition != "file" and not data.conventions
+    if evaluation.other_clients and has_central_test:
+        raise ValueError(
+            "evaluation.other_clients must be 0 with data.test_per_category, got "
+            f"{evaluation.other_clients}; all clients are tested on the same rows already"
+        )
     if "accuracy" in words(evaluation.metrics) and not (data.labels or data.options):
         raise ValueError(
             "data.labels or data.options must be given with accuracy in evaluation.metrics, got "

@@ -331,6 +331,12 @@ class EvaluationOptions:
         "",
         "Metric that --round best goes by; empty = the first of evaluation.metrics.",
     )
+    other_clients: int = option(
+        0,
+        "Each client's models are measured on so many rows of the other clients' tests too, drawn "
+        "at random; 0 = none. In the simulator alone.",
+        minimum=0,
+    )
     retention_path: str = option(
         "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
     )
