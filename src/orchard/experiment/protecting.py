@@ -72,6 +72,7 @@ def check_privacy(recipe: Recipe, sizes: Sizes) -> None:
         )
 
 
+<<<<<<< HEAD
 def check_between_sites(recipe: Recipe) -> None:
     """Refuse what there is in the simulator alone, protections first, rather than go without it.
 
@@ -101,6 +102,8 @@ def check_between_sites(recipe: Recipe) -> None:
         )
 
 
+=======
+>>>>>>> 0f08b6fc346fb3b6c5474e05032c45167a997488
 def _check_method(recipe: Recipe) -> None:
     unit, named = recipe.privacy.unit, recipe.strategy.name
     for name in check_strategy(named):

@@ -45,7 +45,9 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "evaluation.other_clients": 0,
         "privacy.secure_aggregation": False,
         "privacy.secure_least": 3,
+        "privacy.secure_neighbors": 0,
         "privacy.secure_bound": 16.0,
+        "deployment.sum_seconds": 120.0,
     }
 )
 

@@ -293,6 +293,12 @@ class PrivacyOptions:
     secure_least: int = option(
         3, "With secure_aggregation: fewest clients of whose updates a sum is made.", minimum=2
     )
+    secure_neighbors: int = option(
+        0,
+        "With secure_aggregation: with how many others each client masks its update, an even "
+        "number; 0 = with all of its round.",
+        minimum=0,
+    )
     secure_bound: float = option(
         16.0,
         "With secure_aggregation: the largest absolute value in an update. A larger one is an "
@@ -362,6 +368,11 @@ class DeploymentOptions:
     )
     probe_seconds: float = option(
         30.0, "Without an answer for so long, a site is asked whether it still works.", above=0
+    )
+    sum_seconds: float = option(
+        120.0,
+        "With privacy.secure_aggregation: wait for the answers to each of a sum's five questions.",
+        above=0,
     )
     attempts: int = option(3, "Tries of one site's task, and of one round.", minimum=1)
     stragglers: str = option(
