@@ -11,11 +11,11 @@ from federations import RECIPES
 from orchard.data.examples import Example
 from orchard.data.partition import DuplicateReport
 from orchard.evaluation.quality import TestExample
+from orchard.experiment.checking import check_between_sites
 from orchard.experiment.data_record import data_digest
 from orchard.experiment.holdings import Federation, build_federation, build_site
 from orchard.experiment.planning import make_plan
 from orchard.experiment.preparation import data_notes, prepare_experiment
-from orchard.experiment.protecting import check_between_sites
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from sites import site_recipe, write_sites

@@ -42,6 +42,11 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
             "are protected in orchard run alone"
         )
     check_deployed_secrecy(recipe, num_sites=num_sites)
+    if recipe.evaluation.other_clients:
+        raise ValueError(
+            f"evaluation.other_clients must be 0 between sites, got "
+            f"{recipe.evaluation.other_clients}; no site has another's rows"
+        )
     if recipe.data.conventions:
         raise ValueError(
             f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "

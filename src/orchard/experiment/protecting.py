@@ -72,38 +72,6 @@ def check_privacy(recipe: Recipe, sizes: Sizes) -> None:
         )
 
 
-<<<<<<< HEAD
-def check_between_sites(recipe: Recipe) -> None:
-    """Refuse what there is in the simulator alone, protections first, rather than go without it.
-
-    Raises:
-        ValueError: The recipe asks for it.
-    """
-    if recipe.privacy.unit:
-        raise ValueError(
-            f"privacy.unit must be empty between sites, got {recipe.privacy.unit}; so far updates "
-            "are protected in orchard run alone"
-        )
-    if recipe.privacy.secure_aggregation:
-        raise ValueError(
-            "privacy.secure_aggregation must be false between sites, got true; so far sums are "
-            "kept secret in orchard run alone"
-        )
-    if recipe.evaluation.other_clients:
-        raise ValueError(
-            f"evaluation.other_clients must be 0 between sites, got "
-            f"{recipe.evaluation.other_clients}; no site has another's rows"
-        )
-    if recipe.data.conventions:
-        raise ValueError(
-            f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "
-            "client has follows from its place among all clients, and sites answer as their own "
-            "rows do"
-        )
-
-
-=======
->>>>>>> 0f08b6fc346fb3b6c5474e05032c45167a997488
 def _check_method(recipe: Recipe) -> None:
     unit, named = recipe.privacy.unit, recipe.strategy.name
     for name in check_strategy(named):
