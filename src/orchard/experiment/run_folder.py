@@ -39,6 +39,7 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "strategy.finetune_rounds": 1,
         "strategy.ditto_lambda": 0.1,
         "strategy.holdout": 0.25,
+        "server.lora_aggregation": "factors",
         "server.keep_rounds": 0,
         "server.start": "",
         "evaluation.best": "",
