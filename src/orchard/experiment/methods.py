@@ -19,6 +19,7 @@ from orchard.recipe.reading import words
 from orchard.server.lora_product import product_delta
 from orchard.server.optimizers import SGD
 from orchard.server.robust import MIN_CONTRIBUTORS, RobustSettings, robust_aggregate
+from orchard.strategies.arriving import arriving
 from orchard.strategies.ditto import ditto
 from orchard.strategies.fedavg_dropout import fedavg_dropout
 from orchard.strategies.fedavg_random import fedavg_random
@@ -394,7 +395,37 @@ def build_strategy(
     strategy = strategy if is_split else split_names(strategy, split)
     if recipe.strategy.kept_steps:
         strategy = in_turn(strategy, kept_steps=recipe.strategy.kept_steps)
+    if recipe.data.arriving:
+        check_arriving(recipe, order, num_clients=num_clients)
+        strategy = arriving(strategy, after_round=recipe.server.rounds)
     return strategy
+
+
+def check_arriving(recipe: Recipe, names: Sequence[str], *, num_clients: int) -> None:
+    """Refuse clients that arrive after training where that means nothing, or is not known to.
+
+    Raises:
+        ValueError: It does not, or it is not.
+    """
+    number = recipe.data.arriving
+    stay = num_clients - number
+    if stay < max(1, recipe.server.clients_per_round):
+        raise ValueError(
+            f"data.arriving must leave a cohort of {max(1, recipe.server.clients_per_round)} of "
+            f"{num_clients} clients, got {number}; lower it, or add clients"
+        )
+    parts = {name: METHODS[name].part if name in METHODS else "" for name in names}
+    for name, part in parts.items():
+        if part in ("budget", "control", ""):
+            raise ValueError(
+                f"data.arriving must be 0 with {name}, got {number}; what a client that arrives "
+                "would train is not known of that method"
+            )
+    if recipe.privacy.unit or recipe.privacy.secure_aggregation:
+        raise ValueError(
+            f"data.arriving must be 0 with an option of privacy, got {number}; rounds in which "
+            "nothing is sent are not counted there"
+        )
 
 
 def check_split(recipe: Recipe, names: Sequence[str]) -> None:

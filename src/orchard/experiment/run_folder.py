@@ -32,6 +32,8 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "data.max_train": 0,
         "data.validation_size": 0.0,
         "data.conventions": "",
+        "data.arriving": 0,
+        "strategy.arrival_rounds": 5,
         "strategy.graft_mix": "additive",
         "strategy.shared": "",
         "strategy.kept": "",

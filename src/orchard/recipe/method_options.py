@@ -161,6 +161,11 @@ class StrategyOptions:
     finetune_rounds: int = option(
         1, "finetune: so many of the last rounds train each client's own model.", minimum=1
     )
+    arrival_rounds: int = option(
+        5,
+        "With data.arriving: rounds in which clients that arrive train what they keep.",
+        minimum=1,
+    )
     ditto_lambda: float = option(
         0.1, "Ditto: strength of the pull of a personal model to the shared one.", minimum=0
     )
