@@ -50,6 +50,11 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
             "are protected in orchard run alone"
         )
     check_deployed_secrecy(recipe, num_sites=num_sites)
+    if recipe.data.arriving:
+        raise ValueError(
+            f"data.arriving must be 0 between sites, got {recipe.data.arriving}; a site that comes "
+            "later starts from what orchard export writes, with server.start"
+        )
     if recipe.evaluation.other_clients:
         raise ValueError(
             f"evaluation.other_clients must be 0 between sites, got "

@@ -184,18 +184,23 @@ def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
 
 
 def build_schedule(
-    recipe: Recipe, *, rate: float | None = None, secrecy: Secrecy | None = None
+    recipe: Recipe,
+    *,
+    rate: float | None = None,
+    secrecy: Secrecy | None = None,
+    arriving: Sequence[str] = (),
 ) -> Schedule:
     """Return what happens in which round.
 
     Args:
         recipe: Every choice.
         secrecy: How the server is kept from seeing single updates; None = it sees them.
+        arriving: Clients that arrive after training.
         rate: Learning rate of the first round, see ``settings.learning_rate``; None = the recipe's.
     """
     client, server, evaluation = recipe.client, recipe.server, recipe.evaluation
     return Schedule(
-        num_rounds=server.rounds,
+        num_rounds=server.rounds + (recipe.strategy.arrival_rounds if arriving else 0),
         clients_per_round=server.clients_per_round,
         steps=client.steps,
         epochs=client.epochs,
@@ -213,7 +218,15 @@ def build_schedule(
             else 0
         ),
         secrecy=secrecy,
+        arriving=frozenset(arriving),
+        arrival_rounds=recipe.strategy.arrival_rounds if arriving else 0,
     )
+
+
+def arriving_clients(experiment: Experiment) -> list[str]:
+    """Return the clients that arrive after training."""
+    number = experiment.recipe.data.arriving
+    return list(experiment.train)[-number:] if number else []
 
 
 def check_run(
@@ -354,8 +367,13 @@ def run_experiment(
         )
         for sentence in ground.notes:
             warn(sentence)
-        schedule = build_schedule(recipe, rate=ground.rate, secrecy=build_secrecy(recipe, sizes))
-        paid = private_rounds(recipe, sizes)
+        schedule = build_schedule(
+            recipe,
+            rate=ground.rate,
+            secrecy=build_secrecy(recipe, sizes),
+            arriving=arriving_clients(experiment),
+        )
+        paid = private_rounds(recipe, sizes) + schedule.arrival_rounds
         if paid < schedule.num_rounds:
             warn(
                 f"privacy.epsilon = {recipe.privacy.epsilon:g} pays for {paid} of "
@@ -401,6 +419,7 @@ def _facts(
         "learning_rate": ground.rate,
         **privacy_facts(recipe, sizes, rounds=state.round_number),
         **secrecy_facts(recipe),
+        **({"arriving": own} if (own := arriving_clients(experiment)) else {}),
         "parameters": {
             "shared": sum(tensor.numel() for tensor in state.shared.values()),
             "private": {
