@@ -399,7 +399,7 @@ def run_experiment(
         "learning_rate": ground.rate,
         **privacy_facts(recipe, sizes, rounds=state.round_number),
         **secrecy_facts(recipe),
-        **({"arriving": own} if (own := arriving_clients(experiment)) else {}),
+        **({"arriving": arriving_clients(experiment)} if recipe.data.arriving else {}),
         "parameters": {
             "shared": sum(tensor.numel() for tensor in state.shared.values()),
             "private": {
