@@ -38,8 +38,10 @@ class Sum:
         """Mask and add vectors; return what was sent."""
         sent = {}
         for name, vector in vectors.items():
-            sent[name] = self.members[name].mask(self.collector.shares_for(name), vector)
-            self.collector.add(name, sent[name])
+            handed = self.collector.shares_for(name)
+            masked = self.members[name].mask(self.collector.sharing, handed, vector)
+            self.collector.add(masked)
+            sent[name] = masked.vector
         return sent
 
     def end(self, answering: Collection[str] | None = None) -> Vector:
@@ -52,11 +54,14 @@ class Sum:
         return self.collector.unmask(revealed)
 
 
-def make_sum(number: int, length: int, *, least: int = 2, threshold: int = 0) -> Sum:
+def make_sum(
+    number: int, length: int, *, least: int = 2, threshold: int = 0, num_neighbors: int = 0
+) -> Sum:
     """Return a sum of so many members, ``m00`` and so on."""
     names = [f"m{index:02}" for index in range(number)]
     signing = {name: Ed25519PrivateKey.generate() for name in names}
     roster = {name: key.public_key() for name, key in signing.items()}
-    rules, session = Rules(least, threshold or default_threshold(number)), secrets.token_bytes(16)
+    rules = Rules(least, threshold or default_threshold(number), num_neighbors)
+    session = secrets.token_bytes(16)
     members = {name: Member(name, signing[name], roster, rules, session) for name in names}
     return Sum(members, Collector(rules, session, length), rules)

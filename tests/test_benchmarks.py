@@ -22,8 +22,10 @@ from orchard.results import environment
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RECORDS = sorted(path for path in BENCHMARKS.rglob("*.json") if "__pycache__" not in path.parts)
-# These measure without a recipe.
-WITHOUT_RECIPE = ("export", "gpu", "kernels", "placement", "planner", "serving", "workers")
+# These measure without a recipe, or, as studies, with one for each run.
+WITHOUT_RECIPE = (
+    *("export", "gpu", "kernels", "placement", "planner", "serving", "studies", "workers"),
+)
 FULL = {**environment(), "commit": "c0ffee", "recipe_digest": "r", "data_digest": "d"}
 
 

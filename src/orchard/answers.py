@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from orchard.client.answers import read_answers
+from orchard.evaluation.quality import TESTED_ON
 from orchard.reports import format_score
 
 Line: TypeAlias = Mapping[str, Any]
@@ -41,9 +42,9 @@ def find_answers(
     every = list(read_answers(folder))
     if not every:
         raise FileNotFoundError(
-            f"run must be a folder with answers, got {folder}; evaluate rouge_l, chrf or "
-            "exact_match with evaluation.keep_answers = true; a site that is started with "
-            "--keep-answers has them in its own --store"
+            f"run must be a folder with answers, got {folder}; evaluate rouge_l, chrf, "
+            "exact_match or last_number with evaluation.keep_answers = true; a site that is "
+            "started with --keep-answers has them in its own --store"
         )
     clients = sorted({line["client"] for line in every})
     if client is not None and client not in clients:
@@ -64,8 +65,8 @@ def find_answers(
     return sorted(chosen, key=lambda line: (*_example(line), _MODELS.index(line["model"])))
 
 
-def _example(line: Line) -> tuple[str, bool, int]:
-    return line["client"], line["of"] == "retention", line["number"]
+def _example(line: Line) -> tuple[str, int, int]:
+    return line["client"], list(TESTED_ON).index(line["of"]), line["number"]
 
 
 def answers_as_json(lines: Sequence[Line]) -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from orchard.data.examples import Example
 from orchard.endings import ending_notes, graft_record
-from orchard.evaluation.quality import METRICS, STDERR
+from orchard.evaluation.quality import METRICS, STDERR, plain_metric, tested_on
 from orchard.evaluation.rouge import summarize
 from orchard.results import MetricsLog
 
@@ -80,7 +80,7 @@ def _latest_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, d
         for client, values in per_client.items():
             for key, value in values.items():
                 model, _, metric = key.partition("/")
-                name = metric.removeprefix("retention_").removesuffix(STDERR)
+                name = plain_metric(metric).removesuffix(STDERR)
                 # A log from before sites were held to what they are asked has other names too.
                 if model in MODELS and name in METRICS:
                     latest.setdefault(model, {}).setdefault(metric, {})[client] = value
@@ -95,8 +95,8 @@ def _summarize(
         for metric, values in by_metric.items():
             if metric.endswith(STDERR):
                 continue
-            is_retention = metric.startswith("retention_")
-            better = METRICS[metric.removeprefix("retention_")]
+            is_retention = tested_on(metric) == "retention"
+            better = METRICS[plain_metric(metric)]
             found = summarize(values, higher_is_better=better)
             summary.setdefault(model, {})[metric] = {
                 "mean": found.mean,

@@ -65,7 +65,6 @@ def test_a_robust_kernel_needs_three_sites(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("protection", "words"),
     [
-        (("privacy.secure_aggregation=true",), "privacy.secure_aggregation must be false"),
         (
             ("privacy.unit=example", "privacy.epsilon=8", "privacy.delta=1e-3"),
             "privacy.unit must be empty",

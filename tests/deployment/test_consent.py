@@ -142,9 +142,7 @@ def test_a_federation_of_more_sites_than_the_owner_believes_is_refused() -> None
         own_recipe(consent, recipe(), num_clients=4)
 
 
-@pytest.mark.parametrize(
-    ("option", "value"), [("privacy.unit", "example"), ("privacy.secure_aggregation", True)]
-)
+@pytest.mark.parametrize(("option", "value"), [("privacy.unit", "example")])
 def test_a_site_takes_no_part_in_a_promise_that_nobody_keeps(option: str, value: object) -> None:
     consent = Consent("own.jsonl", model="orchard:tiny")
     with pytest.raises(Refusal, match=f"^{option} must be .* between sites") as caught:

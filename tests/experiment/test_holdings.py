@@ -11,6 +11,7 @@ from federations import RECIPES
 from orchard.data.examples import Example
 from orchard.data.partition import DuplicateReport
 from orchard.evaluation.quality import TestExample
+from orchard.experiment.checking import check_between_sites
 from orchard.experiment.data_record import data_digest
 from orchard.experiment.holdings import Federation, build_federation, build_site
 from orchard.experiment.planning import make_plan
@@ -357,3 +358,86 @@ def test_what_is_not_read_is_said_of_everything_that_a_run_reads(tmp_path: Path)
         assert unread == f"columns of {option} that are not read: '{column}' (19 rows)"
         assert bad.startswith(f"1 of 21 rows of {option} are bad and left out: line 21 of ")
     assert len(notes) == 6
+
+
+def test_each_client_names_the_labels_its_own_way_and_is_told(news: Path) -> None:
+    plain, own = (
+        build_federation(recipe_for(news, "data.partition=iid", f"data.conventions={way}"))
+        for way in ("", "label_names")
+    )
+    assert not own.has_central_test
+    for place, client in enumerate(plain.train):
+        for before, after in (
+            (plain.train[client], own.train[client]),
+            (plain.test[client], own.test[client]),
+        ):
+            assert [e.context for e in after] == [e.context for e in before]
+            assert [e.category for e in after] == [e.category for e in before]
+            shifted = [TOPICS[(TOPICS.index(e.response) + place) % 4] for e in before]
+            assert [e.response for e in after] == shifted
+    (note,) = [note for note in own.notes() if note.startswith("'client_01'")]
+    assert note.endswith(
+        "(data.conventions = label_names): World -> Sports, Sports -> Business, "
+        "Business -> Sci/Tech, Sci/Tech -> World"
+    )
+    before, after = data_digest(plain), data_digest(own)
+    assert [before.own[c] == after.own[c] for c in plain.train] == [True, False, False, False]
+    assert before.test != after.test
+
+
+def test_conventions_fit_the_kind_of_data(news: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.conventions must be label_names with data\.lab"):
+        recipe_for(news, "data.conventions=answer_form")
+    with pytest.raises(ValueError, match=r"data\.labels must be given, and data\.letters be false"):
+        recipe_for(news, "data.conventions=label_names", "data.letters=true")
+    recipe = recipe_for(news, "data.conventions=label_names")
+    with pytest.raises(ValueError, match=r"data\.conventions must be empty between sites"):
+        build_site(recipe, "a")
+    with pytest.raises(ValueError, match=r"data\.conventions must be empty between sites"):
+        check_between_sites(recipe)
+
+
+def test_several_files_are_a_client_each_in_their_order(tmp_path: Path) -> None:
+    for name, size in (("b", 8), ("a", 6)):
+        rows = [{"instruction": f"{name} {n}", "response": "yes"} for n in range(size)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = ("data.partition=file", "data.test_size=2")
+    path = f"two={tmp_path}/b.jsonl, one={tmp_path}/a.jsonl"
+    federation = build_federation(
+        read_recipe(RECIPES / "own" / "flex.toml", [f"data.path={path}", *options]).recipe
+    )
+    assert {c: len(own) for c, own in federation.train.items()} == {"two": 6, "one": 4}
+    for wrong, got in (
+        (f"{path},two={tmp_path}/a.jsonl", "'two' twice"),
+        (f"{path},three", "'three'"),
+        (f"{path},three=", "'three='"),
+    ):
+        recipe = read_recipe(RECIPES / "own" / "flex.toml", [f"data.path={wrong}", *options])
+        with pytest.raises(ValueError, match=rf"data\.path must name each client once.*got {got}"):
+            build_federation(recipe.recipe)
+    recipe = read_recipe(RECIPES / "own" / "flex.toml", ["data.path=x=none.jsonl", *options])
+    with pytest.raises(FileNotFoundError, match=r"data\.path must be a file with examples"):
+        build_federation(recipe.recipe)
+
+
+def test_clients_are_measured_on_rows_of_all_others_and_none_of_their_own(news: Path) -> None:
+    own = ("data.test_per_category=0", "data.partition=iid", "data.test_size=5")
+    experiment = prepare_experiment(recipe_for(news, *own, "evaluation.other_clients=9"))
+    drawn = []
+    for client, others in experiment.others.items():
+        assert len(others) == 9
+        elsewhere = [e for c, test in experiment.test.items() if c != client for e in test]
+        assert all(any(e is other for e in elsewhere) for other in others)
+        drawn.append({elsewhere.index(e) for e in others})
+    assert len({tuple(sorted(own)) for own in drawn}) > 1
+    every = prepare_experiment(recipe_for(news, *own, "evaluation.other_clients=99"))
+    assert {len(others) for others in every.others.values()} == {15}
+    assert prepare_experiment(recipe_for(news, *own)).others == {}
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 with data"):
+        recipe_for(news, "evaluation.other_clients=9")
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 with one client"):
+        prepare_experiment(
+            recipe_for(news, *own, "evaluation.other_clients=9", "data.num_clients=1")
+        )
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 between sites"):
+        check_between_sites(recipe_for(news, *own, "evaluation.other_clients=9"))

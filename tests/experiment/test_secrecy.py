@@ -20,6 +20,7 @@ from orchard.experiment.preparation import prepare_experiment
 from orchard.recipe.options import Recipe
 from orchard.secure.collector import Collector
 from orchard.secure.fixed_point import Vector
+from orchard.secure.rules import Masked
 from orchard.strategies.strategy import update_server
 
 SECURE = ("privacy.secure_aggregation=true",)
@@ -51,6 +52,7 @@ def test_a_method_is_summed_in_secret_or_refused_before_a_model_is_loaded(method
         ("fedavg", "server.aggregation=median", "server.aggregation must be mean"),
         ("fedavg", "communication.top_k=0.1", "communication.top_k must be 0"),
         ("fedavg", "communication.dtype=int8", "communication.dtype must be float32 or bfloat16"),
+        ("fedavg", "privacy.secure_neighbors=3", "privacy.secure_neighbors must be 0 or an even"),
         ("fedavg", "privacy.secure_least=5", "server.clients_per_round must be at least"),
         ("fedavg", "server.clients_per_round=2", "server.clients_per_round must be at least"),
     ],
@@ -112,9 +114,9 @@ def test_the_server_gets_vectors_that_say_nothing_and_bytes_are_counted(
     rounds: list[SecretRound] = []
     add, begin = Collector.add, SecretRound.__init__
 
-    def kept(self: Collector, name: str, masked: Vector) -> None:
-        got.append(masked.copy())
-        add(self, name, masked)
+    def kept(self: Collector, masked: Masked) -> None:
+        got.append(masked.vector.copy())
+        add(self, masked)
 
     def begun(self: SecretRound, *arguments: Any, **named: Any) -> None:
         begin(self, *arguments, **named)
@@ -132,7 +134,7 @@ def test_the_server_gets_vectors_that_say_nothing_and_bytes_are_counted(
     (one,) = rounds
     assert result["uplink_bytes_per_round"] == [one.uplink_bytes]
     assert one.uplink_bytes > sum(vector.nbytes for vector in got)
-    assert result["secure_aggregation"] == {"least": 3, "bound": 16.0}
+    assert result["secure_aggregation"] == {"least": 3, "bound": 16.0, "neighbors": 0}
 
 
 def test_a_value_beyond_the_bound_names_its_client(tmp_path: Path) -> None:

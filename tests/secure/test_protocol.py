@@ -13,7 +13,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from orchard.secure.collector import TooFewError
 from orchard.secure.fixed_point import Vector
 from orchard.secure.member import Member
-from orchard.secure.rules import BrokenRuleError, Rules, default_threshold
+from orchard.secure.rules import (
+    BrokenRuleError,
+    Masked,
+    MisbehavedError,
+    Rules,
+    default_threshold,
+)
 from secure_sums import Sum, make_sum
 
 LENGTH = 257
@@ -70,7 +76,7 @@ def test_below_the_threshold_there_is_no_sum() -> None:
         one.end()
     # And nobody tells a share to whoever asks nonetheless.
     with pytest.raises(BrokenRuleError, match="survivors must be at least 7 members, got 6"):
-        one.members["m00"].confirm([f"m0{index}" for index in range(6)])
+        one.members["m00"].confirm({f"m0{index}": b"" for index in range(6)})
 
 
 def test_too_few_answers_at_the_end_are_no_sum() -> None:
@@ -101,11 +107,12 @@ def test_a_step_is_done_once() -> None:
     for again in (
         member.advertise,
         lambda: member.share({}),
-        lambda: member.mask(one.collector.shares_for("m00"), vectors["m00"]),
+        lambda: member.mask([], {}, vectors["m00"]),
     ):
         with pytest.raises(BrokenRuleError, match="must come once"):
             again()
-    confirmed = {name: each.confirm([*one.members]) for name, each in one.members.items()}
+    survivors = one.collector.survivors()
+    confirmed = {name: each.confirm(survivors) for name, each in one.members.items()}
     member.reveal(confirmed)
     with pytest.raises(BrokenRuleError, match="must come once"):
         member.reveal(confirmed)
@@ -115,8 +122,9 @@ def test_a_coordinator_who_tells_two_stories_gets_no_second_secret() -> None:
     one = make_sum(4, LENGTH)
     one.begin()
     one.send(vectors_of(one.members))
-    everyone = [*one.members]
-    stories = {name: everyone if name < "m02" else everyone[1:] for name in everyone}
+    everyone = one.collector.survivors()
+    fewer = {name: signature for name, signature in everyone.items() if name != "m00"}
+    stories = {name: everyone if name < "m02" else fewer for name in everyone}
     confirmed = {
         name: member.confirm(stories[name])
         for name, member in one.members.items()
@@ -133,7 +141,8 @@ def test_nobody_reveals_both_secrets_of_one_member() -> None:
     one.begin()
     names = [name for name in one.members if name not in ("m03", "m04")]
     one.send({name: vector for name, vector in vectors_of(one.members).items() if name in names})
-    confirmed = {name: one.members[name].confirm(names) for name in names}
+    survivors = one.collector.survivors()
+    confirmed = {name: one.members[name].confirm(survivors) for name in names}
     for name in names:
         told = one.members[name].reveal(confirmed)
         assert not told.own_masks.keys() & told.mask_keys.keys()
@@ -187,33 +196,132 @@ def test_members_take_no_part_in_sums_that_would_show_them(
         one.members["m00"].share(keys)
 
 
-def test_changed_shares_are_noticed_on_both_sides() -> None:
-    one = make_sum(3, LENGTH)
+def test_a_share_that_was_changed_on_its_way_is_said_and_made_up_for() -> None:
+    one = make_sum(10, LENGTH)
     one.begin()
-    shares = one.collector.shares_for("m00")
-    changed = {**shares, "m01": shares["m01"][:-1] + bytes([shares["m01"][-1] ^ 1])}
-    with pytest.raises(ValueError, match="sealed shares must be as they were sent"):
-        one.members["m00"].mask(changed, vectors_of(["m00"])["m00"])
+    vectors = vectors_of(one.members)
+    for name, member in one.members.items():
+        handed = one.collector.shares_for(name)
+        if name == "m00":
+            sealed = handed["m01"].sealed
+            wrong = sealed[:-1] + bytes([sealed[-1] ^ 1])
+            handed["m01"] = dataclasses.replace(handed["m01"], sealed=wrong)
+            # As it is, but not what its owner told everybody that it is.
+            handed["m02"] = dataclasses.replace(handed["m02"], digests=(bytes(32), bytes(32)))
+        masked = member.mask(one.collector.sharing, handed, vectors[name])
+        assert masked.unreadable == (("m01", "m02") if name == "m00" else ())
+        one.collector.add(masked)
+    assert one.collector.lost() == []
+    assert (one.end() == sum(vectors.values())).all()
 
-    two = make_sum(3, LENGTH)
-    two.begin()
-    two.send(vectors_of(two.members))
-    survivors = two.collector.survivors()
-    confirmed = {name: member.confirm(survivors) for name, member in two.members.items()}
-    revealed = [member.reveal(confirmed) for member in two.members.values()]
-    wrong = dataclasses.replace(revealed[0], own_masks=revealed[0].own_masks | {"m02": bytes(66)})
-    with pytest.raises(ValueError, match="shares of m02"):
-        two.collector.unmask([wrong, *revealed[1:]])
+
+def test_whose_shares_too_few_can_read_is_named() -> None:
+    one = make_sum(4, LENGTH)
+    one.begin()
+    vectors = vectors_of(one.members)
+    for name, member in one.members.items():
+        handed = one.collector.shares_for(name)
+        if name in ("m00", "m01"):
+            handed["m02"] = dataclasses.replace(handed["m02"], sealed=bytes(160))
+        one.collector.add(member.mask(one.collector.sharing, handed, vectors[name]))
+    assert one.collector.lost() == ["m02"]
+
+
+def test_who_tells_another_share_at_the_end_is_named_and_left_out() -> None:
+    one = make_sum(4, LENGTH)
+    one.begin()
+    vectors = vectors_of(one.members)
+    one.send(vectors)
+    survivors = one.collector.survivors()
+    confirmed = {name: member.confirm(survivors) for name, member in one.members.items()}
+    revealed = {name: member.reveal(confirmed) for name, member in one.members.items()}
+    wrong = dataclasses.replace(
+        revealed["m00"], own_masks=revealed["m00"].own_masks | {"m02": bytes(66)}
+    )
+    strange = dataclasses.replace(
+        revealed["m00"], mask_keys=revealed["m00"].mask_keys | {"m02": bytes(66)}
+    )
+    for bad, words in ((wrong, "shares of m02 must be as they were sent"), (strange, "it holds")):
+        with pytest.raises(MisbehavedError, match=words) as caught:
+            one.collector.take_revealed(bad)
+        assert caught.value.name == "m00"
+    with pytest.raises(MisbehavedError, match="must be told by survivors, got m77's") as caught:
+        one.collector.take_revealed(dataclasses.replace(revealed["m00"], name="m77"))
+    # The others are enough without it.
+    total = one.collector.unmask([revealed[name] for name in ("m01", "m02", "m03")])
+    assert (total == sum(vectors.values())).all()
+
+
+def test_who_shared_another_secret_than_it_is_known_by_is_named() -> None:
+    one = make_sum(3, LENGTH)
+    keys = {name: member.advertise() for name, member in one.members.items()}
+    one.collector.take_advertisements(keys)
+    one.members["m02"]._own_mask = bytes(32)
+    one.collector.take_shares({name: member.share(keys) for name, member in one.members.items()})
+    one.send(vectors_of(one.members))
+    with pytest.raises(MisbehavedError, match="shares of m02 must give back its mask") as caught:
+        one.end()
+    assert caught.value.name == "m02"
+
+
+def test_senders_and_receivers_of_shares_are_members() -> None:
+    one = make_sum(3, LENGTH)
+    keys = {name: member.advertise() for name, member in one.members.items()}
+    one.collector.take_advertisements(keys)
+    shared = {name: member.share(keys) for name, member in one.members.items()}
+    own = shared["m01"]
+    stranger = dataclasses.replace(own, sealed={**own.sealed, "m77": bytes(160)})
+    fewer = dataclasses.replace(own, sealed={"m00": own.sealed["m00"]})
+    digests = dataclasses.replace(own, digests={"m00": own.digests["m00"]})
+    for bad in (stranger, fewer, digests, dataclasses.replace(own, name="m02")):
+        with pytest.raises(MisbehavedError, match="m01") as caught:
+            one.collector.take_shares({**shared, "m01": bad})
+        assert caught.value.name == "m01"
+    with pytest.raises(MisbehavedError, match="must be of members of this sum, got m77's"):
+        one.collector.take_shares({**shared, "m77": dataclasses.replace(own, name="m77")})
+
+
+@pytest.mark.parametrize("key", [bytes(32), b"\1" + bytes(31), b"short"])
+def test_a_key_that_agrees_with_everybody_is_refused_on_both_sides(key: bytes) -> None:
+    one = make_sum(3, LENGTH)
+    keys = {name: member.advertise() for name, member in one.members.items()}
+    weak = dataclasses.replace(keys["m01"], mask_key=key, signature=b"")
+    signature = one.members["m01"]._signing.sign(weak.signed(one.members["m01"]._session))
+    keys["m01"] = dataclasses.replace(weak, signature=signature)
+    with pytest.raises(MisbehavedError, match="keys of m01 must be public keys of X25519"):
+        one.collector.take_advertisements(keys)
+    with pytest.raises(ValueError, match="keys of m01 must be public keys of X25519"):
+        one.members["m00"].share(keys)
+
+
+def test_members_who_were_told_of_different_sharers_confirm_nothing() -> None:
+    one = make_sum(7, LENGTH)
+    one.begin()
+    vectors = vectors_of(one.members)
+    for name, member in one.members.items():
+        handed, sharing = one.collector.shares_for(name), [*one.collector.sharing]
+        if name == "m00":
+            sharing.remove("m06")
+            del handed["m06"]
+        one.collector.add(member.mask(sharing, handed, vectors[name]))
+    survivors = one.collector.survivors()
+    for name, member in one.members.items():
+        words = "must be members who shared" if name == "m00" else "what m00 says must be signed"
+        with pytest.raises(BrokenRuleError, match=words):
+            member.confirm(survivors)
 
 
 @pytest.mark.parametrize("vector", [np.zeros(3, np.uint32), np.zeros(LENGTH, np.float64)])
 def test_vectors_of_another_form_are_refused(vector: Any) -> None:
     one = make_sum(3, LENGTH)
     one.begin()
-    with pytest.raises(ValueError, match="vector of m00 must be 257 numbers of 32 bits"):
-        one.collector.add("m00", vector)
-    with pytest.raises(ValueError, match="must come once from each member, got another of m77"):
-        one.collector.add("m77", vector)
+    with pytest.raises(MisbehavedError, match="vector of m00 must be 257 numbers of 32 bits"):
+        one.collector.add(Masked("m00", vector, b""))
+    with pytest.raises(MisbehavedError, match="once from each member, got another of m77"):
+        one.collector.add(Masked("m77", vector, b""))
+    strange = Masked("m00", np.zeros(LENGTH, np.uint32), b"", unreadable=("m77",))
+    with pytest.raises(MisbehavedError, match="must be its neighbors, got others"):
+        one.collector.add(strange)
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 9, 50])

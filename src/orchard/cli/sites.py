@@ -109,6 +109,17 @@ def site(
         list[str] | None,
         typer.Option(help="Largest value of a recipe's option: client.steps=100; repeatable."),
     ] = None,
+    peers: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the public keys of the sites to be summed with in secret."),
+    ] = None,
+    secure_least: Annotated[
+        int,
+        typer.Option(
+            help="Send updates only in secret sums of at least so many sites; 0 = as recipes say.",
+            min=0,
+        ),
+    ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what a coordinator asks, and join nothing.")
     ] = False,
@@ -120,6 +131,7 @@ def site(
     with clear_errors(code=BAD_INPUT, traceback=traceback):
         log_to_stderr()
         from orchard.deployment.consent import Consent
+        from orchard.deployment.key_files import own_key
         from orchard.deployment.limits import parse_limits
         from orchard.deployment.site import SiteOptions, check_site, look, run_site
 
@@ -144,6 +156,9 @@ def site(
             requests_per_hour=requests_per_hour,
             keeps_answers=keep_answers,
             limits=parse_limits(limit or ()),
+            secure_least=secure_least,
+            peers=str(peers.resolve()) if peers else "",
+            signing_key=own_key(keys, name or data.stem) if peers and keys else "",
         )
         options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)
         check_site(options)

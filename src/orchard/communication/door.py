@@ -24,6 +24,19 @@ from msgspec import Meta, Struct
 from orchard.communication.bounded_json import read_json
 from orchard.communication.readable import readable
 from orchard.communication.refusals import explain
+from orchard.communication.sum_messages import (
+    EndTold,
+    KeysTold,
+    SharesTold,
+    SumEnd,
+    SumKeys,
+    SumReply,
+    SumShares,
+    SumSurvivors,
+    SumVector,
+    SurvivorsTold,
+    VectorTold,
+)
 
 MAX_HEADER_BYTES = 1 << 20
 """Longest header of a request or a reply, in bytes of JSON."""
@@ -110,7 +123,9 @@ class RoundTask(_Closed, frozen=True, tag_field="kind", tag="round"):
     methods: Annotated[dict[Method, Digest], Meta(max_length=16)] = {}
 
 
-AnyRequest = Who | Alive | Join | RoundTask
+AnyRequest = (
+    Who | Alive | Join | RoundTask | SumKeys | SumShares | SumVector | SumSurvivors | SumEnd
+)
 
 
 def read_request(header: object) -> AnyRequest:
@@ -231,6 +246,20 @@ def read_round_reply(header: object) -> RoundDone | Refused | LacksValues:
     elif _has(header, "lacks_values"):
         kind = LacksValues
     found: RoundDone | Refused | LacksValues = _convert(header, kind, "reply")
+    return found
+
+
+Told = TypeVar("Told", KeysTold, SharesTold, VectorTold, SurvivorsTold, EndTold)
+
+
+def read_sum_reply(header: object, kind: type[Told]) -> Told | Refused:
+    """Return what a site answers to one question of a secure sum.
+
+    Raises:
+        MalformedError: It is no such answer.
+    """
+    expected: type[SumReply | Refused] = Refused if _has(header, "refused") else kind
+    found: Told | Refused = _convert(header, expected, "reply")
     return found
 
 

@@ -41,6 +41,10 @@ class Code(StrEnum):
     REPEATED = "repeated"
     BASE_CHANGED = "base_changed"
     STATE = "state"
+    SECRECY = "secrecy"
+    NOT_TRAINED = "not_trained"
+    LEFT_SUM = "left_sum"
+    BEYOND_BOUND = "beyond_bound"
     LOOKING = "looking"
     DIVERGED = "diverged"
     NO_MEMORY = "no_memory"
@@ -80,6 +84,14 @@ _SENTENCES = {
     Code.BASE_CHANGED: "the site's base model is not the one it began the run with",
     Code.STATE: "a personal file is damaged and was set aside; asked again, the site goes on from "
     "the last good one, or says that it has none",
+    Code.SECRECY: "a sum that could show the site's own update, or show it to those its owner does "
+    "not know; its owner finds the rule in the site's log",
+    Code.NOT_TRAINED: "the site has no update of this round at hand, as after a restart; it is "
+    "asked to train again",
+    Code.LEFT_SUM: "the site has left this sum, as after a restart; the next one is begun with new "
+    "masks",
+    Code.BEYOND_BOUND: "a value or weight of the site's update is beyond what was agreed on; raise "
+    "the bound, or lower client.lr",
     Code.LOOKING: "the owner looks at what is asked, and has not joined yet",
     Code.DIVERGED: "the loss or an update was not finite; lower client.lr",
     Code.NO_MEMORY: "the site ran out of memory",

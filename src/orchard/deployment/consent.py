@@ -55,6 +55,10 @@ class Consent:
         keeps_answers: Whether answers that are generated over its rows may be kept in its store,
             where the recipe asks for it.
         limits: Largest values of options, beside or in the place of ``limits.LIMITS``.
+        secure_least: Its updates leave in secure sums of at least so many sites alone; 0 = as the
+            recipe says.
+        peers: Folder of the public keys of the sites that it sums with; empty = it sums with none.
+        signing_key: Its own private key, by which those know it; empty = none.
     """
 
     data: str
@@ -72,10 +76,16 @@ class Consent:
     requests_per_hour: int = 3600
     keeps_answers: bool = False
     limits: Mapping[str, float] = field(default_factory=dict)
+    secure_least: int = 0
+    peers: str = ""
+    signing_key: str = ""
 
     def digest(self) -> str:
-        """Return what changes when the owner's consent does, the file of the data section too."""
+        """Return what changes when the owner's consent does, the files that it names too."""
         own = Path(self.data_recipe).read_bytes() if self.data_recipe else b""
+        if self.peers:
+            for path in sorted(Path(self.peers).glob("*.pub")):
+                own += path.name.encode() + b"\0" + path.read_bytes()
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode() + hashlib.sha256(own).digest()).hexdigest()
 

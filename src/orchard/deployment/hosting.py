@@ -20,8 +20,8 @@ from orchard.deployment.server_app import FAILURE_FILE, LOCK_FILE, RESULT_FILE, 
 from orchard.engine.inbox import Inbox
 from orchard.engine.journal import num_ended, num_tried
 from orchard.engine.processes import Child, child_environment, free_port, only_one
+from orchard.experiment.checking import check_between_sites
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
-from orchard.experiment.protecting import check_between_sites
 from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.starting import Start, record_start
@@ -112,7 +112,7 @@ def check_coordinator(recipe: Recipe, options: CoordinatorOptions, *, resume: bo
             "deployment.sites must say how many sites take part, got 0; for example "
             "deployment.sites=3"
         )
-    check_between_sites(recipe)
+    check_between_sites(recipe, num_sites=num_sites)
     build_strategy(recipe, num_clients=num_sites)  # what cannot be put on is refused here
     for name, value in (
         ("deployment.quorum", recipe.deployment.quorum),

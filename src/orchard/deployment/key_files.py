@@ -23,6 +23,11 @@ def check_site_name(name: str) -> None:
         )
 
 
+def own_key(folder: Path, name: str) -> str:
+    """Return where a site's private key lies."""
+    return str((folder / SITES / f"{name}.key").resolve())
+
+
 def site_keys(folder: Path) -> dict[str, Path]:
     """Return the public keys of the sites that a coordinator lets in, by name."""
     return {path.stem: path for path in sorted((folder / SITES).glob("*.pub"))}

@@ -13,9 +13,9 @@ from orchard.engine.evaluations import measured_ranges
 from orchard.engine.exchange import Patience, Post
 from orchard.engine.processes import end_when_free, only_one
 from orchard.engine.progress import Lines, make_console
+from orchard.experiment.checking import check_between_sites
 from orchard.experiment.methods import build_strategy, check_strategy
 from orchard.experiment.own_methods import import_from
-from orchard.experiment.protecting import check_between_sites
 from orchard.experiment.run_folder import (
     RECIPE_FILE,
     check_folder,
@@ -24,6 +24,7 @@ from orchard.experiment.run_folder import (
     recorded_as,
 )
 from orchard.experiment.running import build_schedule, load_model
+from orchard.experiment.secrecy import build_secrecy
 from orchard.experiment.settings import learning_rate
 from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
@@ -128,7 +129,7 @@ def build_coordinator(
     Raises:
         ValueError: It promises a protection that there is not between sites.
     """
-    check_between_sites(recipe)
+    check_between_sites(recipe, num_sites=num_sites)
     options = recipe.deployment
     cohort = min(recipe.server.clients_per_round or num_sites, num_sites)
     return Coordinator(
@@ -149,6 +150,7 @@ def build_coordinator(
             attempts=options.attempts,
             accept_late=options.stragglers == "late",
             staleness=options.staleness,
+            sum_seconds=options.sum_seconds,
         ),
         admission=Admission(
             options.max_update_norm,
@@ -164,4 +166,5 @@ def build_coordinator(
         methods=recorded_as(recipe).digests,
         has_preferences="hfedmoe" in check_strategy(recipe.strategy.name)
         and recipe.selection.router != "examples",
+        secrecy=build_secrecy(recipe, {}),
     )

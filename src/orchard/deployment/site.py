@@ -135,6 +135,7 @@ def check_site(options: SiteOptions) -> None:
     ):
         if value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}; raise it")
+    _check_peers(options)
     if options.keys:
         for path in (options.keys / AUTHORITY, options.keys / SITES / f"{options.name}.key"):
             if not path.is_file():
@@ -143,6 +144,38 @@ def check_site(options: SiteOptions) -> None:
                     "without it; orchard keys makes a site's key, and the coordinator's owner "
                     f"gives you {AUTHORITY}"
                 )
+
+
+def _check_peers(options: SiteOptions) -> None:
+    """Refuse what could be no secret sum: no key of one's own, or too few of others."""
+    consent = options.consent
+    if consent.secure_least == 1:
+        raise ValueError(
+            "--secure-least must be 0 or at least 2, got 1; the sum of one is its update"
+        )
+    if consent.secure_least and not consent.peers:
+        raise ValueError(
+            f"--peers must name the public keys of other sites with --secure-least "
+            f"{consent.secure_least}, got nothing; their owners give them to you"
+        )
+    if not consent.peers:
+        return
+    if not options.keys:
+        raise ValueError(
+            "--keys must be given with --peers, got nothing; a site signs with its own key"
+        )
+    require("secure", to="aggregate in secret")
+    if not Path(consent.signing_key).is_file():
+        return  # which is said with the authority's certificate
+    from orchard.deployment.peers import read_peers, read_signing_key
+
+    own = read_signing_key(Path(consent.signing_key))
+    found = read_peers(Path(consent.peers), name=options.name, own=own)
+    if len(found) < consent.secure_least:
+        raise ValueError(
+            f"--peers must hold the keys of at least {consent.secure_least - 1} other sites with "
+            f"--secure-least {consent.secure_least}, got {len(found) - 1}; lower it, or add keys"
+        )
 
 
 def _worker(options: SiteOptions) -> Child:

@@ -10,10 +10,10 @@ from orchard.deployment.consent import Consent, Refusal
 from orchard.deployment.limits import check_limits
 from orchard.deployment.terms import Terms
 from orchard.experiment.budgets import build_requirements, client_limits
+from orchard.experiment.checking import check_between_sites
 from orchard.experiment.holdings import FACTS
 from orchard.experiment.methods import check_strategy, has_part, own_names
 from orchard.experiment.own_methods import own_digests
-from orchard.experiment.protecting import check_between_sites
 from orchard.experiment.settings import lora_settings
 from orchard.models.stored.loading import check_model
 from orchard.recipe.amounts import parse_amounts

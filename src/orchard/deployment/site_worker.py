@@ -52,6 +52,7 @@ from orchard.deployment.site_recipe import (
     own_recipe,
     without_cohort,
 )
+from orchard.deployment.site_sums import SiteSums, Waiting
 from orchard.deployment.terms import AGREED_FILE, Agreement, Terms
 from orchard.engine.processes import only_one
 from orchard.engine.simulator import Schedule
@@ -87,6 +88,7 @@ class _Session:
     schedule: Schedule
     shared: Tree  # what a task holds, without its values
     files: tuple[FileState, ...]  # what it was built from
+    recipe_digest: str  # of the recipe as it was asked
 
 
 class SiteWorker:
@@ -106,6 +108,7 @@ class SiteWorker:
         self._pace = Pace(settings.consent.requests_per_hour)
         self._models: dict[str, AdaptedModel] = {}
         self._sessions: dict[str, _Session] = {}
+        self._sums = SiteSums(settings, self._audit)
 
     def handle(self, header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
         """Answer one request.
@@ -146,7 +149,10 @@ class SiteWorker:
                 return self._join(request), b""
             if self._settings.only_looks:
                 raise LookingError
-            return self._round(request, body)
+            if isinstance(request, RoundTask):
+                return self._round(request, body)
+            self._check_site(request.site)
+            return self._sums.answer(request)
         except Refusal as refusal:
             if self._settings.only_looks:
                 return self._looked(f"the site would refuse: {refusal}\n"), b""
@@ -242,17 +248,21 @@ class SiteWorker:
             terms = self._agreement.terms(self._consent, asked)
             recipe = own_recipe(self._consent, asked, terms, num_clients=num_clients)
             check_sources(recipe, request.methods)
+            self._sums.check(recipe)
         except Refusal:
             raise
         except (ValueError, OSError, RecursionError) as error:
             raise as_refusal(Code.RECIPE, error) from error
         return asked, recipe, terms
 
+    def _check_site(self, asked: str) -> None:
+        if asked != self._settings.name:
+            raise Refusal(Code.SITE, f"site must be {self._settings.name}, got {asked}")
+
     def _round(self, request: RoundTask, body: bytes) -> tuple[Mapping[str, Any], bytes]:
         """Evaluate what came, train from it, or both."""
         name, number = self._settings.name, request.round
-        if request.site != name:
-            raise Refusal(Code.SITE, f"site must be {name}, got {request.site}")
+        self._check_site(request.site)
         self._audit.write(
             "asked",
             run=request.run,
@@ -280,6 +290,9 @@ class SiteWorker:
                 reply |= self._evaluate(session, task, request.evaluate)
             update = self._train(session, task) if request.train else None
             message = self._write_update(update, session) if update else b""
+            if update and session.recipe.privacy.secure_aggregation:
+                update = self._keep_back(request.run, message, task, session)
+                message = session.channel.pack_update(update)
         self._audit.write(
             "sent",
             run=request.run,
@@ -346,6 +359,26 @@ class SiteWorker:
         rows = rows_read(session.recipe, client, task.settings)
         return replace(update, metrics=let_out(update.metrics, self._consent, rows=rows))
 
+    def _keep_back(self, run: str, message: bytes, task: Task, session: _Session) -> Update:
+        """Keep an update for a secure sum, and return what is sent now: what was measured.
+
+        It is kept as it would have arrived, so that a sum is that of the simulator.
+        """
+        update = session.channel.unpack_update(message)
+        privacy = session.recipe.privacy
+        shapes = {name: tuple(tensor.shape) for name, tensor in session.shared.items()}
+        waiting = Waiting(
+            update,
+            shapes,
+            tree_digest=digest(task.shared),
+            recipe_digest=session.recipe_digest,
+            bound=privacy.secure_bound,
+            least=privacy.secure_least,
+            num_neighbors=privacy.secure_neighbors,
+        )
+        self._sums.keep(run, waiting)
+        return replace(update, delta={}, weight={})
+
     def _write_update(self, update: Update, session: _Session) -> bytes:
         try:
             return write_update(update, session.channel, session.client.store)
@@ -376,12 +409,14 @@ class SiteWorker:
         session = self._sessions.get(key)
         # A worker lives long: what it has in memory must still be what is on the disk.
         if session is None or session.files != states_of(self._consent):
-            session = self._build(recipe, terms, request)
+            session = self._build(recipe, terms, request, recipe_digest(asked))
             self._sessions = {key: session}
         self._runs.check_base(request.run, session.client.model.base_digest)
         return session, changed
 
-    def _build(self, recipe: Recipe, terms: Terms, request: RoundTask) -> _Session:
+    def _build(
+        self, recipe: Recipe, terms: Terms, request: RoundTask, asked_digest: str
+    ) -> _Session:
         name, num_clients = self._settings.name, request.num_clients
         files = states_of(self._consent)  # before they are read: a change meanwhile is seen later
         try:
@@ -406,6 +441,7 @@ class SiteWorker:
             build_schedule(recipe, rate=learning_rate(recipe, model.view)),
             shapes_of(start_server(strategy, model.fresh).shared),
             files,
+            asked_digest,
         )
 
     def _pin_data(self, run: str, experiment: Experiment) -> Path:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.channel import Broadcast, Channel
@@ -30,6 +30,7 @@ from orchard.engine.joining import wait_for_sites
 from orchard.engine.journal import Journal, WatchedPost
 from orchard.engine.progress import Reporter
 from orchard.engine.rounds import Rounds, summarize
+from orchard.engine.secrecy import Secrecy
 from orchard.engine.simulator import Schedule, sample_clients
 from orchard.engine.stragglers import Stragglers
 from orchard.results import MetricsLog, write_json
@@ -38,6 +39,9 @@ from orchard.server.admission import Admission
 from orchard.server.beside import Bounds
 from orchard.server.checkpoint import ServerState, load_checkpoint, save_checkpoint
 from orchard.strategies.strategy import Strategy
+
+if TYPE_CHECKING:
+    from orchard.engine.secret_rounds import SecretRounds
 
 log = logging.getLogger(__name__)
 Begin: TypeAlias = Callable[[int], tuple[Strategy, ServerState]]
@@ -67,6 +71,7 @@ class Coordinator:
         methods: Methods that do not come with Orchard to the digests of their sources, which every
             site must have too.
         has_preferences: See ``Intake``.
+        secrecy: How this coordinator is kept from seeing single updates; None = it sees them.
     """
 
     schedule: Schedule
@@ -85,6 +90,7 @@ class Coordinator:
     ranges: Ranges = field(default_factory=measured_ranges)
     methods: Mapping[str, str] = field(default_factory=dict)
     has_preferences: bool = False
+    secrecy: Secrecy | None = None
 
     def __post_init__(self) -> None:
         """Open the logs."""
@@ -100,7 +106,15 @@ class Coordinator:
             ranges=self.ranges,
             has_preferences=self.has_preferences,
             journal=self._journal,
+            is_secret=self.secrecy is not None,
         )
+        self._secret: SecretRounds | None = None
+        if self.secrecy:
+            # What it takes is an extra.
+            from orchard.engine.secret_rounds import SecretRounds
+
+            digest = self.about["recipe_digest"]
+            self._secret = SecretRounds(self.secrecy, self.run, digest, self.folder)
         self._stragglers = Stragglers()
 
     def join(self, post: Post, *, num_sites: int) -> dict[str, int | None]:
@@ -197,6 +211,8 @@ class Coordinator:
         """Run one round, again where too few answered, and commit it."""
         started = time.monotonic()
         number, fewest = state.round_number + 1, max(self.patience.quorum, 1)
+        if self.secrecy:
+            fewest = max(fewest, self.secrecy.least)
         self.channel.reset()
         inbox, asked = self._intake.inbox, self._asked(number)
         arrived = inbox.take_up(
@@ -207,6 +223,7 @@ class Coordinator:
         )
         self.channel.uplink_bytes += sum(own.num_bytes for own in arrived)
         refused = set(inbox.set_apart_in(number))
+        refused |= self._secret.barred if self._secret else frozenset()
         task = self.schedule.task(number, state.shared)
         broadcast = self.channel.broadcast(task, state.held)
         for attempt in range(1, self.patience.attempts + 1):
@@ -217,11 +234,28 @@ class Coordinator:
             has_time = time.monotonic() - started < self.patience.round_seconds
             wanted = self._wanted(sites, number, refused) if has_time else 0
             enough = max(wanted if attempt < self.patience.attempts else 0, fewest)
-            made = rounds.combine(strategy, state, arrived) if len(arrived) >= enough else None
+            made = None
+            if len(arrived) >= enough and self._secret:
+                made, summed = self._secret.combine(
+                    post,
+                    rounds,
+                    strategy,
+                    state,
+                    broadcast,
+                    arrived,
+                    cohort_size=self._cohort_size(sites),
+                    patience=self.patience,
+                )
+                refused |= summed.excluded
+                gone = summed.excluded | summed.untrained
+                inbox.throw_away([own for own in arrived if own.client_id in gone])
+                arrived = [own for own in arrived if own.client_id not in gone]
+            elif len(arrived) >= enough:
+                made = rounds.combine(strategy, state, arrived)
             if made is not None:
                 refused |= {own.client_id for own, _ in made.culprits}
                 arrived = list(made.counted)
-                if len(arrived) >= fewest:
+                if len(arrived) >= fewest or self._secret:
                     break
             log.warning(
                 "round %d, attempt %d: %d of at least %d updates",
@@ -255,6 +289,9 @@ class Coordinator:
             uplink_bytes=int(summary["round/uplink_bytes"]),
         )
         return state
+
+    def _cohort_size(self, sites: Sequence[str]) -> int:
+        return self.schedule.clients_per_round or len(sites)
 
     def _wanted(self, sites: Sequence[str], number: int, refused: Set[str]) -> int:
         """Return how many updates a round is tried for; those set apart are not asked again."""

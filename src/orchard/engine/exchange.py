@@ -31,6 +31,7 @@ class Patience:
         accept_late: Whether an answer that came after its round counts in the next one.
         staleness: What it counts then, to the power of the rounds that it is late, in (0, 1].
         poll_seconds: Between looks at the post.
+        sum_seconds: For the answers to one question of a secure sum.
     """
 
     join_seconds: float = 600.0
@@ -42,6 +43,7 @@ class Patience:
     accept_late: bool = False
     staleness: float = 0.5
     poll_seconds: float = 0.5
+    sum_seconds: float = 120.0
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,7 @@ class Intake:
         accepted: Site to how many examples it counts for; None where no site said how many it has.
         has_preferences: Whether routers count by preference, not by examples.
         journal: Is told whose message is read.
+        is_secret: Whether updates stay at the sites, and what they send here holds no tensor.
     """
 
     channel: Channel
@@ -84,6 +85,7 @@ class Intake:
     accepted: dict[str, int | None] = field(default_factory=dict)
     has_preferences: bool = False
     journal: Journal | None = None
+    is_secret: bool = False
 
     def take(self, answer: Answer, asked: Asked, shared: Tree, *, is_last: bool = True) -> Taken:
         """Check what a site answers, and keep its update on disk.
@@ -172,6 +174,8 @@ class Intake:
         Raises:
             ValueError: It must not be aggregated.
         """
+        if self.is_secret:  # not even decoded
+            self.admission.check_no_tensors(message)
         self.admission.check_header(message, shared)
         update = self.channel.unpack_update(message, shared)
         norm = self.admission.check(

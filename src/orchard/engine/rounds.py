@@ -24,8 +24,8 @@ from orchard.server.admission import SMALLEST_WEIGHT
 from orchard.server.beside import Bounds, bounded, round_median, shares, too_heavy
 from orchard.server.checkpoint import ServerState
 from orchard.server.moves import check_move
-from orchard.strategies.strategy import Strategy
-from orchard.trees import select
+from orchard.strategies.strategy import Strategy, update_server
+from orchard.trees import select, squared_norm
 
 logger = logging.getLogger(__name__)
 
@@ -164,6 +164,39 @@ class Rounds:
         for own, reason in made.culprits if made else ():
             self.intake.set_apart(own, reason)
         return made
+
+    def combine_sum(
+        self,
+        strategy: Strategy,
+        state: ServerState,
+        members: Sequence[Arrived],
+        total: Update | None,
+    ) -> Combined:
+        """Return what a secure sum makes; it changes nothing where it was spoiled.
+
+        Args:
+            strategy: The method.
+            state: Before the round.
+            members: What those in the sum have measured, in the order of sites.
+            total: The mean of their updates, as one; None = spoiled.
+
+        Raises:
+            PoisonedError: The tree moved too far.
+        """
+        number = state.round_number + 1
+        lines: list[Mapping[str, Any]] = []
+        for own in members:
+            metrics = self.intake.channel.unpack_update(own.path.read_bytes(), {}).metrics
+            lines.append({**metrics, "kind": "client", "round": number, "client": own.client_id})
+        coverage = Coverage(state.shared, rounds_since_sent(self.log))
+        if total is None:
+            after = replace(state, round_number=number)
+        else:
+            coverage.add(total)
+            after = update_server(strategy, state, [total])
+            longest = math.sqrt(squared_norm(total.delta))
+            check_move(state, after, longest=longest, max_move=self.max_move)
+        return Combined(after, lines, coverage.summary(), list(members))
 
     def _try_alone(
         self, strategy: Strategy, state: ServerState, arrived: Sequence[Arrived], journal: Journal

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from orchard.communication.messages import Update
@@ -11,6 +11,7 @@ from orchard.trees import Tree
 
 if TYPE_CHECKING:
     from orchard.engine.secret_sum import SecretRound
+    from orchard.secure.fixed_point import FixedPoint
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,29 @@ class Secrecy:
     Attributes:
         least: Fewest members of a sum.
         bound: The largest absolute value in an update.
-        max_weight: The largest weight of a name.
+        max_weight: The largest weight of a name; 0 = see ``among``.
+        num_neighbors: With how many others each member masks; 0 = with all.
     """
 
     least: int
     bound: float
     max_weight: float
+    num_neighbors: int = 0
+
+    def among(self, examples: Iterable[int | None]) -> Secrecy:
+        """Return it with the largest weight, where that follows from how many examples sites have.
+
+        Args:
+            examples: For how many each site counts; None where it did not say.
+        """
+        return self if self.max_weight else replace(self, max_weight=_most(examples))
+
+    def written(self, cohort_size: int, shared: Tree) -> FixedPoint:
+        """Return how members of a cohort write their updates to the global tree."""
+        from orchard.secure.fixed_point import FixedPoint
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in shared.items()}
+        return FixedPoint(shapes, self.bound, self.max_weight, cohort_size)
 
     def begin(self, cohort: Sequence[str], shared: Tree) -> SecretRound:
         """Return a sum between the members of a cohort, of updates to the global tree.
@@ -34,11 +52,13 @@ class Secrecy:
             ValueError: The cohort is too small.
         """
         from orchard.engine.secret_sum import SecretRound
-        from orchard.secure.fixed_point import FixedPoint
 
-        shapes = {name: tuple(tensor.shape) for name, tensor in shared.items()}
-        written = FixedPoint(shapes, self.bound, self.max_weight, len(cohort))
-        return SecretRound(written, cohort, least=self.least)
+        written = self.written(len(cohort), shared)
+        return SecretRound(written, cohort, least=self.least, num_neighbors=self.num_neighbors)
+
+
+def _most(examples: Iterable[int | None]) -> float:
+    return float(max((number for number in examples if number is not None), default=1) or 1)
 
 
 def sum_in_secret(

@@ -16,7 +16,7 @@ from orchard.communication.messages import Update
 from orchard.secure.collector import Collector
 from orchard.secure.fixed_point import FixedPoint
 from orchard.secure.member import Member
-from orchard.secure.rules import Advertisement, Revealed, Rules, default_threshold
+from orchard.secure.rules import Advertisement, Revealed, Rules, Shared, default_threshold
 
 SUM = "sum"
 """Whose update the server sees: nobody's, and everybody's."""
@@ -25,18 +25,21 @@ SUM = "sum"
 class SecretRound:
     """One round's sum, with both of its sides in this process."""
 
-    def __init__(self, written: FixedPoint, cohort: Sequence[str], *, least: int) -> None:
+    def __init__(
+        self, written: FixedPoint, cohort: Sequence[str], *, least: int, num_neighbors: int = 0
+    ) -> None:
         """Exchange keys and shares of secrets between the members of a cohort.
 
         Args:
             written: How members write their updates.
             cohort: The members.
             least: Fewest members of a sum.
+            num_neighbors: With how many others each member masks; 0 = with all.
 
         Raises:
             ValueError: The cohort is too small.
         """
-        self._rules = Rules(least, default_threshold(len(cohort)))
+        self._rules = Rules(least, default_threshold(len(cohort)), num_neighbors)
         self._written = written
         self.uplink_bytes = self.downlink_bytes = 0
         signing = {name: Ed25519PrivateKey.generate() for name in cohort}
@@ -50,10 +53,11 @@ class SecretRound:
         self._collector.take_advertisements(advertised)
         keys = sum(map(_size, advertised.values()))
         self._count(up=keys, down=keys * len(cohort))
-        sealed = {name: member.share(advertised) for name, member in self._members.items()}
-        self._collector.take_shares(sealed)
-        num_bytes = sum(len(content) for own in sealed.values() for content in own.values())
-        self._count(up=num_bytes, down=num_bytes)
+        shared = {name: member.share(advertised) for name, member in self._members.items()}
+        self._collector.take_shares(shared)
+        sealed, digests = (sum(sizes) for sizes in zip(*map(_sizes, shared.values()), strict=True))
+        # A digest of a share that a member keeps itself goes up alone.
+        self._count(up=sealed + digests, down=sealed + digests - 64 * len(cohort))
 
     def send(self, update: Update) -> None:
         """Let a member send its update, masked.
@@ -67,9 +71,10 @@ class SecretRound:
         except ValueError as error:
             error.add_note(f"client {name}, round {update.round_number}")
             raise
-        masked = self._members[name].mask(self._collector.shares_for(name), vector)
-        self._collector.add(name, masked)
-        self._count(up=masked.nbytes, down=0)
+        handed = self._collector.shares_for(name)
+        masked = self._members[name].mask(self._collector.sharing, handed, vector)
+        self._collector.add(masked)
+        self._count(up=masked.vector.nbytes + len(masked.signature), down=0)
 
     def end(self, round_number: int) -> Update:
         """Take the masks off the sum, and return its mean as one update.
@@ -86,7 +91,8 @@ class SecretRound:
             for share in (*own.own_masks.values(), *own.mask_keys.values())
         )
         signed = sum(map(len, confirmed.values()))
-        self._count(up=told + signed, down=signed * len(survivors))
+        down = (sum(map(len, survivors.values())) + signed) * len(survivors)
+        self._count(up=told + signed, down=down)
         mean = self._written.decode(self._collector.unmask(revealed))
         return Update(SUM, round_number, mean, dict.fromkeys(mean, 1.0))
 
@@ -97,3 +103,8 @@ class SecretRound:
 
 def _size(own: Advertisement) -> int:
     return len(own.mask_key) + len(own.share_key) + len(own.own_mask) + len(own.signature)
+
+
+def _sizes(own: Shared) -> tuple[int, int]:
+    """Return the bytes of a member's sealed shares, and of its digests."""
+    return sum(map(len, own.sealed.values())), 64 * len(own.digests)

@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from orchard.data.encoded import Encoded
 from orchard.evaluation.generation import generate_greedily
+from orchard.evaluation.last_number import last_number
 from orchard.evaluation.loss import mean_loss
 from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
 from orchard.evaluation.rouge import chrf, exact_match, rouge_l
@@ -16,14 +17,40 @@ from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.view.unbinding import unbound_experts
 
 # Whether more is better.
-METRICS = {"loss": False, "rouge_l": True, "chrf": True, "exact_match": True, "accuracy": True}
+METRICS = {
+    "loss": False,
+    "rouge_l": True,
+    "chrf": True,
+    "exact_match": True,
+    "last_number": True,
+    "accuracy": True,
+}
 
 # Those that generate, each from answers and references to a value for each example.
-_OF_ANSWERS: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] = {
+OF_ANSWERS: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float]]] = {
     "rouge_l": rouge_l,
     "chrf": chrf,
     "exact_match": exact_match,
+    "last_number": last_number,
 }
+
+# What a model is measured on, to what is before the name of a metric then.
+TESTED_ON: Mapping[str, str] = {"test": "", "retention": "retention_", "others": "others_"}
+
+
+def plain_metric(name: str) -> str:
+    """Return the metric of a name, whatever it was measured on."""
+    for prefix in TESTED_ON.values():
+        if prefix and name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def tested_on(name: str) -> str:
+    """Return what a metric of this name was measured on, of ``TESTED_ON``."""
+    prefix = name.removesuffix(plain_metric(name))
+    return next(of for of, own in TESTED_ON.items() if own == prefix)
+
 
 # Behind the name of a metric: its standard error, which is no metric of its own.
 STDERR = "_stderr"
@@ -113,9 +140,9 @@ def evaluate(
 
     Returns:
         Metric to value: ``loss`` in nats per learned token, ``rouge_l`` (F1, stemmed), ``chrf``
-        (chrF2) and ``exact_match`` as means over examples, in [0, 1]; ``accuracy``, the share of
-        examples whose right option is the likeliest, with ``accuracy_stderr``, its standard error
-        over examples.
+        (chrF2), ``exact_match`` and ``last_number`` as means over examples, in [0, 1];
+        ``accuracy``, the share of examples whose right option is the likeliest, with
+        ``accuracy_stderr``, its standard error over examples.
 
     Raises:
         ValueError: ``accuracy`` is asked for, and an example has no options.
@@ -137,7 +164,7 @@ def _evaluate(
         encoded, sums = [example.encoded for example in examples], list[tuple[float, int]]()
         values["loss"] = mean_loss(model, encoded, batch_size=settings.batch_size, of_each=sums)
         of_each = {"loss": [s for s, _ in sums], "num_tokens": [n for _, n in sums]}
-    wanted = [metric for metric in _OF_ANSWERS if metric in settings.metrics]
+    wanted = [metric for metric in OF_ANSWERS if metric in settings.metrics]
     if wanted:
         prompts = [example.encoded.prompt_ids for example in examples]
         answers = generate_greedily(
@@ -148,7 +175,7 @@ def _evaluate(
             end_ids=settings.end_ids,
         )
         references = [example.reference for example in examples]
-        scores = {metric: _OF_ANSWERS[metric](answers, references) for metric in wanted}
+        scores = {metric: OF_ANSWERS[metric](answers, references) for metric in wanted}
         values |= {metric: fmean(found) for metric, found in scores.items()}
         of_each |= scores
         if keep is not None:

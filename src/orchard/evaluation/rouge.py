@@ -33,7 +33,7 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float
     """
     from rouge_score import rouge_scorer
 
-    _check_lengths(predictions, references)
+    check_lengths(predictions, references)
     words, segmented, characters = (
         rouge_scorer.RougeScorer(["rougeL"], tokenizer=tokenizer)
         for tokenizer in (StemmedWords(), StemmedWords(segmented=True), Characters())
@@ -65,7 +65,7 @@ def chrf(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
     """
     from sacrebleu.metrics.chrf import CHRF
 
-    _check_lengths(predictions, references)
+    check_lengths(predictions, references)
     scorer = CHRF()
     return [
         float(is_blank(prediction))
@@ -92,7 +92,7 @@ def exact_match(
     Raises:
         ValueError: The two have different lengths.
     """
-    _check_lengths(predictions, references)
+    check_lengths(predictions, references)
     return [
         normalize(prediction) == normalize(reference)
         for prediction, reference in zip(predictions, references, strict=True)
@@ -139,7 +139,12 @@ def summarize(values: Mapping[str, float], *, higher_is_better: bool) -> Summary
         )
 
 
-def _check_lengths(predictions: Sequence[str], references: Sequence[str]) -> None:
+def check_lengths(predictions: Sequence[str], references: Sequence[str]) -> None:
+    """Check that there is one prediction for each reference.
+
+    Raises:
+        ValueError: There is not.
+    """
     if len(predictions) != len(references):
         raise ValueError(
             f"predictions must be as many as references ({len(references)}), got "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from orchard.evaluation.quality import check_options
 from orchard.experiment.holdings import Elsewhere, Federation
 from orchard.experiment.protecting import check_privacy
-from orchard.experiment.secrecy import check_secrecy
+from orchard.experiment.secrecy import check_deployed_secrecy, check_secrecy
 from orchard.experiment.settings import lora_settings
 from orchard.models.stored.loading import load_config
 from orchard.models.stored.sources import build_view
@@ -24,6 +24,35 @@ def check_clients(recipe: Recipe, federation: Federation) -> None:
     sizes = {name: len(rows) for name, rows in federation.train.items()}
     check_privacy(recipe, sizes)
     check_secrecy(recipe, sizes)
+
+
+def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
+    """Refuse what there is in the simulator alone, protections first, rather than go without it.
+
+    Args:
+        recipe: Every choice.
+        num_sites: Sites of the federation; 0 = that is not known yet.
+
+    Raises:
+        ValueError: The recipe asks for it, or for a secure sum that could not be kept.
+    """
+    if recipe.privacy.unit:
+        raise ValueError(
+            f"privacy.unit must be empty between sites, got {recipe.privacy.unit}; so far updates "
+            "are protected in orchard run alone"
+        )
+    check_deployed_secrecy(recipe, num_sites=num_sites)
+    if recipe.evaluation.other_clients:
+        raise ValueError(
+            f"evaluation.other_clients must be 0 between sites, got "
+            f"{recipe.evaluation.other_clients}; no site has another's rows"
+        )
+    if recipe.data.conventions:
+        raise ValueError(
+            f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "
+            "client has follows from its place among all clients, and sites answer as their own "
+            "rows do"
+        )
 
 
 def check_cohort(recipe: Recipe, *, num_clients: int) -> None:

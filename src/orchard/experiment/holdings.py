@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchard.data import partition, world
+from orchard.data.conventions import convention_name, restate
 from orchard.data.datasets import load_pool, read_file, read_folder
 from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
@@ -116,6 +117,17 @@ def _finish(
         splits = {client: _sample(examples, limit, seeds) for client, examples in splits.items()}
     if has_central_test:
         splits = dict.fromkeys(train, splits[first])
+    remarks = list(remarks)
+    if data.conventions:
+        labels = words(data.labels)
+        for place, client in enumerate(train):
+            train[client] = restate(train[client], data.conventions, place)
+            splits[client] = restate(splits[client], data.conventions, place)
+            remarks.append(
+                f"{client!r} answers by a convention of its own (data.conventions = "
+                f"{data.conventions}): {convention_name(data.conventions, place, labels)}"
+            )
+        has_central_test = False
     return Federation(train, splits, duplicates, num_dropped, has_central_test, tuple(remarks))
 
 
@@ -131,6 +143,11 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
         ValueError: It cannot be read, or not be divided as asked.
     """
     data, seeds = recipe.data, Seeds(recipe.seed)
+    if data.conventions:
+        raise ValueError(
+            f"data.conventions must be empty between sites, got {data.conventions}; which a client "
+            "has follows from its place among all clients, and sites answer as their own rows do"
+        )
     _require_path(data)
     _require_file(data.path, "data.path")
     reading = _read_file(data.path, data)
@@ -267,6 +284,8 @@ def _require_path(data: DataOptions) -> None:
 def _read_clients(data: DataOptions, remarks: list[str]) -> dict[str, list[Example]]:
     _require_path(data)
     path = Path(data.path).expanduser()
+    if "=" in data.path and not path.exists():
+        return _read_named(data, remarks)
     if path.is_file():
         raise ValueError(
             "data.path must be a folder with one .jsonl file per client with data.partition = "
@@ -284,6 +303,22 @@ def _read_clients(data: DataOptions, remarks: list[str]) -> dict[str, list[Examp
     remarks += reading_notes(read.clients, of="data.path")
     remarks += unread_files(read.unread, of="data.path")
     return {client: reading.examples for client, reading in read.clients.items()}
+
+
+def _read_named(data: DataOptions, remarks: list[str]) -> dict[str, list[Example]]:
+    """Read ``client=file,client=file``, clients in the order in which they stand there."""
+    read: dict[str, Reading] = {}
+    for word in words(data.path):
+        client, equals, path = (part.strip() for part in word.partition("="))
+        if not (client and equals and path) or client in read:
+            why = f"{client!r} twice" if client in read else repr(word)
+            raise ValueError(
+                "data.path must name each client once, as client=file,client=file, got "
+                f"{why}; mend it, or name a folder with one file for each client"
+            )
+        read[client] = read_examples(path, data, option="data.path")
+    remarks += reading_notes(read, of="data.path")
+    return {client: reading.examples for client, reading in read.items()}
 
 
 def _read_pool(data: DataOptions, remarks: list[str]) -> Sequence[Example]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchard.data.encoded import Encoded
@@ -45,6 +45,7 @@ from orchard.models.stored.loading import (
 )
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
+from orchard.seeding import Seeds
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Experiment:
         remarks: What of retention and calibration was taken, left out or not read.
         model_notes: What a person should know about the base.
         end_ids: The tokens that end an answer.
+        others: Client id to what is drawn of the other clients' test examples; empty = nothing is.
     """
 
     recipe: Recipe
@@ -78,6 +80,7 @@ class Experiment:
     end_ids: tuple[int, ...]
     remarks: tuple[str, ...] = ()
     model_notes: tuple[str, ...] = ()
+    others: Mapping[str, list[TestExample]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -175,7 +178,27 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         end_ids=ends,
         remarks=elsewhere.remarks,
         model_notes=(*checked.notes, *(note for note in (unknown, beyond) if note)),
+        others=_tests_of_others(test, recipe),
     )
+
+
+def _tests_of_others(
+    test: Mapping[str, list[TestExample]], recipe: Recipe
+) -> dict[str, list[TestExample]]:
+    """Draw what each client is measured on of the other clients' test examples."""
+    number, seeds = recipe.evaluation.other_clients, Seeds(recipe.seed)
+    if not number:
+        return {}
+    if len(test) < 2:
+        raise ValueError(
+            f"evaluation.other_clients must be 0 with one client, got {number}; there is no other"
+        )
+    drawn = {}
+    for client in test:
+        others = [example for other, own in test.items() if other != client for example in own]
+        order = seeds.generator("tests of others", client).permutation(len(others))[:number]
+        drawn[client] = [others[index] for index in sorted(order.tolist())]
+    return drawn
 
 
 def _build_seat(recipe: Recipe, seat: Seat) -> Federation:

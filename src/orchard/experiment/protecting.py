@@ -72,24 +72,6 @@ def check_privacy(recipe: Recipe, sizes: Sizes) -> None:
         )
 
 
-def check_between_sites(recipe: Recipe) -> None:
-    """Refuse a protection that there is in the simulator alone, rather than go without it.
-
-    Raises:
-        ValueError: The recipe promises one.
-    """
-    if recipe.privacy.unit:
-        raise ValueError(
-            f"privacy.unit must be empty between sites, got {recipe.privacy.unit}; so far updates "
-            "are protected in orchard run alone"
-        )
-    if recipe.privacy.secure_aggregation:
-        raise ValueError(
-            "privacy.secure_aggregation must be false between sites, got true; so far sums are "
-            "kept secret in orchard run alone"
-        )
-
-
 def _check_method(recipe: Recipe) -> None:
     unit, named = recipe.privacy.unit, recipe.strategy.name
     for name in check_strategy(named):

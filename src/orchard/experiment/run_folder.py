@@ -31,6 +31,7 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "model.frozen_precision": "bf16",
         "data.max_train": 0,
         "data.validation_size": 0.0,
+        "data.conventions": "",
         "strategy.graft_mix": "additive",
         "strategy.shared": "",
         "strategy.kept": "",
@@ -41,9 +42,12 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "server.keep_rounds": 0,
         "server.start": "",
         "evaluation.best": "",
+        "evaluation.other_clients": 0,
         "privacy.secure_aggregation": False,
         "privacy.secure_least": 3,
+        "privacy.secure_neighbors": 0,
         "privacy.secure_bound": 16.0,
+        "deployment.sum_seconds": 120.0,
     }
 )
 

@@ -17,7 +17,7 @@ from orchard.engine.secrecy import Secrecy
 from orchard.engine.simulator import Schedule, run_rounds
 from orchard.engine.team import Member
 from orchard.engine.turns import Alone, Crew
-from orchard.evaluation.quality import EvaluationSettings
+from orchard.evaluation.quality import OF_ANSWERS, EvaluationSettings
 from orchard.evaluation.slow_ways import slow_ways
 from orchard.experiment.data_record import check_data, record_data
 from orchard.experiment.methods import build_strategy
@@ -141,6 +141,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             seeds=Seeds(recipe.seed),
             budget_experts=experiment.budgets[client_id],
             submodels=submodels,
+            others=experiment.others.get(client_id, ()),
         )
         for client_id, examples in experiment.federation.train.items()
     ]
@@ -174,7 +175,7 @@ def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
         model,
         longest=max(len(example.input_ids) for examples in held for example in examples),
         packs=recipe.client.packing,
-        answers=is_evaluated and bool(metrics & {"rouge_l", "chrf", "exact_match"}),
+        answers=is_evaluated and bool(metrics & {*OF_ANSWERS}),
         chooses=is_evaluated and "accuracy" in metrics,
     )
 

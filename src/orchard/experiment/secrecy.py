@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from orchard.communication.sum_messages import MAX_MEMBERS
 from orchard.engine.secrecy import Secrecy
 from orchard.experiment.methods import check_strategy, find_method, own_names
 from orchard.extras import require
@@ -24,9 +25,51 @@ def check_secrecy(recipe: Recipe, sizes: Mapping[str, int]) -> None:
     Raises:
         ValueError: It could not, or it would.
     """
-    privacy = recipe.privacy
-    if not privacy.secure_aggregation:
+    if recipe.privacy.secure_aggregation:
+        _check_recipe(recipe)
+        _check_size(recipe, recipe.server.clients_per_round or len(sizes))
+
+
+def check_deployed_secrecy(recipe: Recipe, *, num_sites: int = 0) -> None:
+    """Refuse a secure sum between sites that could not be computed, or would show what it hides.
+
+    Args:
+        recipe: Every choice.
+        num_sites: Sites of the federation; 0 = that is not known yet.
+
+    Raises:
+        ValueError: It could not, or it would.
+    """
+    if not recipe.privacy.secure_aggregation:
         return
+    _check_recipe(recipe)
+    for key, wanted, given, why in (
+        ("max_update_norm", 0.0, recipe.deployment.max_update_norm, "nobody sees an update's norm"),
+        ("stragglers", "drop", recipe.deployment.stragglers, "a late update is in no sum"),
+        (
+            "weights",
+            "examples",
+            recipe.deployment.weights,
+            "sites weigh their own updates; server.weighting = uniform lets all weigh the same",
+        ),
+    ):
+        if given != wanted:
+            raise ValueError(
+                f"deployment.{key} must be {wanted} with privacy.secure_aggregation, got {given}; "
+                f"{why}"
+            )
+    if size := recipe.server.clients_per_round or num_sites:
+        _check_size(recipe, size)
+        if size > MAX_MEMBERS:
+            raise ValueError(
+                f"server.clients_per_round must be at most {MAX_MEMBERS} between sites with "
+                f"privacy.secure_aggregation, got {size}; what is said of all of them must fit one "
+                "message"
+            )
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    privacy = recipe.privacy
     require("secure", to="aggregate in secret")
     with_it = "with privacy.secure_aggregation"
     named = recipe.strategy.name
@@ -60,7 +103,16 @@ def check_secrecy(recipe: Recipe, sizes: Mapping[str, int]) -> None:
             f"privacy.unit must be empty or example {with_it}, got client; the server would clip "
             "single updates"
         )
-    size = recipe.server.clients_per_round or len(sizes)
+    number = privacy.secure_neighbors
+    if number and (number % 2 or number < max(2, privacy.secure_least - 1)):
+        raise ValueError(
+            "privacy.secure_neighbors must be 0 or an even number of at least "
+            f"{max(2, privacy.secure_least - 1)}, got {number}; a client hides among them"
+        )
+
+
+def _check_size(recipe: Recipe, size: int) -> None:
+    privacy = recipe.privacy
     if size < privacy.secure_least:
         raise ValueError(
             f"server.clients_per_round must be at least privacy.secure_least = "
@@ -70,7 +122,10 @@ def check_secrecy(recipe: Recipe, sizes: Mapping[str, int]) -> None:
 
 
 def build_secrecy(recipe: Recipe, sizes: Mapping[str, int]) -> Secrecy | None:
-    """Return how sums are kept secret; None where they are not."""
+    """Return how sums are kept secret; None where they are not.
+
+    Without any sizes, which are known once sites have joined, the largest weight is 0.
+    """
     privacy = recipe.privacy
     if not privacy.secure_aggregation:
         return None
@@ -78,7 +133,8 @@ def build_secrecy(recipe: Recipe, sizes: Mapping[str, int]) -> Secrecy | None:
     return Secrecy(
         least=privacy.secure_least,
         bound=privacy.secure_bound,
-        max_weight=1.0 if is_uniform else float(max(sizes.values())),
+        max_weight=1.0 if is_uniform else float(max(sizes.values(), default=0)),
+        num_neighbors=privacy.secure_neighbors,
     )
 
 
@@ -87,4 +143,9 @@ def secrecy_facts(recipe: Recipe) -> dict[str, object]:
     privacy = recipe.privacy
     if not privacy.secure_aggregation:
         return {}
-    return {"secure_aggregation": {"least": privacy.secure_least, "bound": privacy.secure_bound}}
+    facts = {
+        "least": privacy.secure_least,
+        "bound": privacy.secure_bound,
+        "neighbors": privacy.secure_neighbors,
+    }
+    return {"secure_aggregation": facts}

@@ -89,7 +89,7 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
                 recipe.privacy.secure_aggregation,
                 "privacy.secure_aggregation = true",
             )
-            for name in ("secure_least", "secure_bound")
+            for name in ("secure_least", "secure_neighbors", "secure_bound")
         },
         "model.expert_cache": (recipe.model.placement == "mapped", "model.placement = mapped"),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),

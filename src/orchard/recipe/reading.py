@@ -279,6 +279,13 @@ def _check_combinations(recipe: Recipe) -> None:
             "strategy.graft_budget must be 0 with strategy.graft_choice = random, got "
             f"{recipe.strategy.graft_budget}; random experts have no losses to share it by"
         )
+    _check_conventions(recipe)
+    has_central_test = data.test_per_category and data.partition != "file" and not data.conventions
+    if evaluation.other_clients and has_central_test:
+        raise ValueError(
+            "evaluation.other_clients must be 0 with data.test_per_category, got "
+            f"{evaluation.other_clients}; all clients are tested on the same rows already"
+        )
     if "accuracy" in words(evaluation.metrics) and not (data.labels or data.options):
         raise ValueError(
             "data.labels or data.options must be given with accuracy in evaluation.metrics, got "
@@ -295,4 +302,24 @@ def _check_combinations(recipe: Recipe) -> None:
                 raise ValueError(f"{key} must be of {', '.join(choices)}, got {word}")
 
 
-_METRICS = ("loss", "rouge_l", "chrf", "exact_match", "accuracy")
+def _check_conventions(recipe: Recipe) -> None:
+    data = recipe.data
+    if data.conventions == "label_names" and (not data.labels or data.letters):
+        raise ValueError(
+            "data.labels must be given, and data.letters be false, with data.conventions = "
+            f"label_names, got labels {format_value(data.labels)} and letters "
+            f"{format_value(data.letters)}; name the labels"
+        )
+    if data.conventions == "answer_form" and (data.labels or data.options):
+        raise ValueError(
+            "data.conventions must be label_names with data.labels, and empty with data.options, "
+            "got answer_form; an answer in another form is none of the options"
+        )
+    if data.conventions and data.path == "orchard:world":
+        raise ValueError(
+            f"data.conventions must be empty with data.path = orchard:world, got "
+            f"{data.conventions}; its offices have conventions of their own"
+        )
+
+
+_METRICS = ("loss", "rouge_l", "chrf", "exact_match", "last_number", "accuracy")

@@ -58,8 +58,8 @@ class DataOptions:
 
     path: str = option(
         "",
-        "File (JSON Lines, JSON, CSV, TSV, parquet), folder with one file per client, Hugging Face "
-        "name, or orchard:world.",
+        "File (JSON Lines, JSON, CSV, TSV, parquet), folder with one file per client, several "
+        "files as client=file,client=file, Hugging Face name, or orchard:world.",
     )
     format: str = option(
         "auto",
@@ -153,6 +153,14 @@ class DataOptions:
         "If above 0, the test rows are set aside and a part of each client's training rows is "
         "measured instead, a share below 1 or a number: to choose options by.",
         minimum=0,
+    )
+    conventions: str = option(
+        "",
+        "Clients that must answer the same differently, by their order: label_names = client k "
+        "calls a label of data.labels by the name of the k-th one after it; answer_form = UPPER "
+        "CASE, the first sentence, a numbered list of sentences, or quotes after a lead-in, in "
+        "turn; empty = answers stay as they are.",
+        choices=("", "label_names", "answer_form"),
     )
     duplicates: str = option(
         "report",
@@ -285,6 +293,12 @@ class PrivacyOptions:
     secure_least: int = option(
         3, "With secure_aggregation: fewest clients of whose updates a sum is made.", minimum=2
     )
+    secure_neighbors: int = option(
+        0,
+        "With secure_aggregation: with how many others each client masks its update, an even "
+        "number; 0 = with all of its round.",
+        minimum=0,
+    )
     secure_bound: float = option(
         16.0,
         "With secure_aggregation: the largest absolute value in an update. A larger one is an "
@@ -303,7 +317,7 @@ class EvaluationOptions:
     )
     metrics: str = option(
         "loss,rouge_l,exact_match",
-        "Of loss, rouge_l, chrf, exact_match, and with labels or options, accuracy.",
+        "Of loss, rouge_l, chrf, exact_match, last_number, and with labels or options, accuracy.",
     )
     length_normalization: str = option(
         "none",
@@ -322,6 +336,12 @@ class EvaluationOptions:
     best: str = option(
         "",
         "Metric that --round best goes by; empty = the first of evaluation.metrics.",
+    )
+    other_clients: int = option(
+        0,
+        "Each client's models are measured on so many rows of the other clients' tests too, drawn "
+        "at random; 0 = none. In the simulator alone.",
+        minimum=0,
     )
     retention_path: str = option(
         "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
@@ -348,6 +368,11 @@ class DeploymentOptions:
     )
     probe_seconds: float = option(
         30.0, "Without an answer for so long, a site is asked whether it still works.", above=0
+    )
+    sum_seconds: float = option(
+        120.0,
+        "With privacy.secure_aggregation: wait for the answers to each of a sum's five questions.",
+        above=0,
     )
     attempts: int = option(3, "Tries of one site's task, and of one round.", minimum=1)
     stragglers: str = option(

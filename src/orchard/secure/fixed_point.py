@@ -58,6 +58,11 @@ class FixedPoint:
                 "for each of them"
             )
 
+    @property
+    def largest_mean(self) -> float:
+        """The largest absolute value of a mean of honest members, whose weights were rounded."""
+        return 2 * self.bound
+
     @cached_property
     def names(self) -> Sequence[str]:
         """The names in the order of the vector."""

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from orchard.secure.fixed_point import Vector
 
 _NONCE_BYTES = 12
+_ANY_KEY = b"\1" * 32  # of nobody: what a public key is tried with
 
 
 def public_of(private: bytes) -> bytes:
@@ -37,6 +38,18 @@ def agree(private: bytes, public: bytes, about: bytes) -> bytes:
     other = X25519PublicKey.from_public_bytes(public)
     secret = X25519PrivateKey.from_private_bytes(private).exchange(other)
     return HKDF(algorithm=SHA256(), length=32, salt=None, info=about).derive(secret)
+
+
+def check_public(key: bytes, *, of: str) -> None:
+    """Refuse a public key that no private one has, or that agrees with everybody on the same.
+
+    Raises:
+        ValueError: It is one.
+    """
+    try:
+        agree(_ANY_KEY, key, b"")
+    except ValueError as error:
+        raise ValueError(f"keys of {of} must be public keys of X25519, got another") from error
 
 
 def expand(seed: bytes, length: int) -> Vector:

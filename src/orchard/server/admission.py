@@ -86,6 +86,22 @@ class Admission:
             if not name.startswith(RESERVED):
                 _check_name(name, shared)
 
+    def check_no_tensors(self, message: bytes) -> None:
+        """Check that a message claims to hold none: what is added in secret is sent to nobody.
+
+        Raises:
+            RefusedUpdate: It claims one, or is no message.
+        """
+        try:
+            layout = door.read_layout(message)
+        except door.MalformedError as error:
+            raise RefusedUpdate(f"message must have a safetensors header: {error}") from error
+        if names := sorted(layout.keys() - {"__metadata__"}):
+            raise RefusedUpdate(
+                f"an update must hold no tensor where sums are secret, got {names[0][:80]!r}; "
+                "check that both sides run the same version"
+            )
+
     def check(
         self,
         update: Update,
