@@ -34,7 +34,7 @@ from orchard.strategies.strategy import (
 RECIPES = Path(__file__).parents[2] / "recipes" / "tiny"
 COMMON = (
     *("data.test_size=1.0", "data.category=category", "evaluation.retention_path="),
-    *("client.schedule=constant", "privacy.random=seed", "server.weighting=uniform"),
+    *("client.schedule=constant", "server.weighting=uniform"),
 )
 
 

@@ -1,4 +1,4 @@
-"""Rows for attacks on the packaged model: of one category a client, or of all, with secrets in them.
+"""Rows of clients that are attacked: of one category each, or of all, with secrets in them.
 
     python -m benchmarks.privacy.rows ROWS.jsonl
 

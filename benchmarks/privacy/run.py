@@ -8,8 +8,10 @@ A record of each part, setting and seed is kept in results/; what has one is not
 
 from __future__ import annotations
 
+import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,7 +23,7 @@ from benchmarks.privacy.federation import Federation, as_names, as_vectors
 from benchmarks.privacy.report import CATEGORY, HERE, MEMORY, page
 from benchmarks.privacy.rows import canaries, members, of_one_kind, write_clients
 from benchmarks.privacy.step import measure_step
-from benchmarks.records import keep
+from benchmarks.records import OF_A_RECIPE, keep
 from benchmarks.running import arguments_of
 from orchard.communication.messages import Update
 from orchard.communication.quantization import Int8
@@ -36,13 +38,11 @@ from orchard.trees import Tree
 EPSILON, DELTA, CLIP = 8.0, 1e-3, 0.5
 EXAMPLE = (
     *("privacy.unit=example", f"privacy.epsilon={EPSILON}", f"privacy.delta={DELTA}"),
-    f"privacy.clip={CLIP}",
+    *(f"privacy.clip={CLIP}", "privacy.random=seed"),
 )
 CLIENT = (
-    "privacy.unit=client",
-    f"privacy.epsilon={EPSILON}",
-    "privacy.delta=1e-2",
-    "privacy.clip=0.5",
+    *("privacy.unit=client", f"privacy.epsilon={EPSILON}", "privacy.delta=1e-2"),
+    *(f"privacy.clip={CLIP}", "privacy.random=seed"),
 )
 RANDOM = ("strategy.graft_choice=random",)
 EXPERTS = ("model.lora_targets=q_proj,v_proj,experts", "client.budget=25%")
@@ -182,6 +182,7 @@ def attack_memory(setting: str, seed: int) -> dict[str, Any]:
             "test_rouge_l": worth[model]["rouge_l"],
         }
     return {
+        "setting": setting,
         "models": models,
         "repeats": [c.repeats for c in secrets],
         "values": values,
@@ -197,24 +198,28 @@ def main() -> None:
     for seed in () if given.table else given.seeds:
         with threads(1):
             if "category" in given.only:
-                _keep(f"category-{seed}", lambda seed=seed: {"found": attack_category(seed)}, seed)
+                _keep(f"category-{seed}", partial(_category, seed), seed)
             for setting in SETTINGS if "memory" in given.only else ():
                 name = setting.replace(", ", "-")
-                _keep(
-                    f"memory-{name}-{seed}",
-                    lambda setting=setting, seed=seed: {
-                        "setting": setting,
-                        **attack_memory(setting, seed),
-                    },
-                    seed,
-                )
+                _keep(f"memory-{name}-{seed}", partial(attack_memory, setting, seed), seed)
     if "step" in given.only and not given.table:
         with threads(1):
             _keep("step", lambda: {"steps": measure_step(given.model, given.data)}, 0)
     page().write()
 
 
-def _keep(name: str, measure: Any, seed: int) -> None:
+def _category(seed: int) -> dict[str, Any]:
+    found = attack_category(seed)
+    return {"found": found, **{key: together(found, key) for key in OF_A_RECIPE}}
+
+
+def together(found: Sequence[Mapping[str, Any]], key: str) -> str:
+    """Return one digest of what several recipes, or their data, have as ``key``."""
+    parts = dict.fromkeys(str(entry[key]) for entry in found)
+    return hashlib.sha256("".join(parts).encode()).hexdigest()
+
+
+def _keep(name: str, measure: Callable[[], dict[str, Any]], seed: int) -> None:
     path = HERE / "results" / f"{name}.json"
     if path.exists():
         return

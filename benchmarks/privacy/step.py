@@ -1,4 +1,4 @@
-"""A step of DP-SGD against a plain one: the same rows, in turn, both with their optimizer's step."""
+"""A step of DP-SGD against a plain one: the same rows, in turn, each with its optimizer's step."""
 
 from __future__ import annotations
 
