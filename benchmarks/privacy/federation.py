@@ -109,7 +109,7 @@ class Federation:
 
 def as_vectors(updates: Sequence[Update], shared: Mapping[str, Any]) -> Reals:
     """Return updates as one vector each over all global names, zeros where nothing was sent."""
-    names = [name for name in sorted(shared) if any(name in u.delta for u in updates)]
+    names = sorted(shared)
     return np.stack(
         [
             np.concatenate(

@@ -441,3 +441,35 @@ def test_clients_are_measured_on_rows_of_all_others_and_none_of_their_own(news: 
         )
     with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 between sites"):
         check_between_sites(recipe_for(news, *own, "evaluation.other_clients=9"))
+
+
+def test_a_corpus_of_plain_texts_chooses_experts(news: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"text": "word fig " * 40}, {"text": " "}, {"text": "fig"}]
+    corpus.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = ("strategy.name=flex", "strategy.calibration=corpus", "model.lora_targets=attention")
+    path = f"strategy.calibration_path={corpus}"
+    experiment = prepare_experiment(recipe_for(news, *options, path, "data.max_tokens=32"))
+    first, second = experiment.calibration
+    assert len(first.input_ids) == 32
+    assert first.is_truncated
+    assert not second.is_truncated
+    tokenizer = experiment.tokenizer
+    assert tokenizer.decode(second.input_ids, skip_special_tokens=True).strip() == "fig"
+    # Rows of the data's own form are read as examples.
+    own = prepare_experiment(recipe_for(news, *options, f"strategy.calibration_path={news}"))
+    assert len(own.calibration) == 80
+
+
+def test_a_fresh_graft_is_refused_what_an_expert_is_needed_for(news: Path) -> None:
+    fresh = ("strategy.name=flex", "strategy.graft_choice=fresh")
+    dense = (*fresh, "strategy.graft_kind=dense", "strategy.graft_gate=closed")
+    assert recipe_for(news, *dense).strategy.graft_choice == "fresh"
+    for options, key in (
+        (fresh, "kind must be dense"),
+        ((*fresh, "strategy.graft_kind=dense"), "gate must be closed or none"),
+        ((*dense, "strategy.graft_mix=difference"), "mix must be additive or convex"),
+        ((*dense, "strategy.graft_experts=2"), "experts must be 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"strategy\.graft_{key} with strategy\.graft_choice"):
+            recipe_for(news, *options)

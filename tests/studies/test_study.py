@@ -258,3 +258,15 @@ def test_methods_are_compared_on_the_tests_of_others_too(tmp_path: Path) -> None
             assert scores is not None
             assert len(scores["loss"]) == 7
             assert sum(scores["loss"]) / sum(scores["num_tokens"]) == pytest.approx(value)
+
+
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_that_come_with_orchard_can_be_read(path: Path) -> None:
+    if "[[method]]" not in path.read_text():
+        pytest.skip("no study: what a study is made of")
+    design = read_design(path, ["model.path=orchard:tiny", "data.path=rows.jsonl"])
+    assert len(design.seeds) >= 3
+    assert design.title

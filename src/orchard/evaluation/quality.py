@@ -38,8 +38,13 @@ OF_ANSWERS: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float
 TESTED_ON: Mapping[str, str] = {"test": "", "retention": "retention_", "others": "others_"}
 
 
+# Before the name of a metric, and before that: of clients that arrived after training.
+ARRIVING = "arriving_"
+
+
 def plain_metric(name: str) -> str:
     """Return the metric of a name, whatever it was measured on."""
+    name = name.removeprefix(ARRIVING)
     for prefix in TESTED_ON.values():
         if prefix and name.startswith(prefix):
             return name.removeprefix(prefix)
@@ -48,7 +53,7 @@ def plain_metric(name: str) -> str:
 
 def tested_on(name: str) -> str:
     """Return what a metric of this name was measured on, of ``TESTED_ON``."""
-    prefix = name.removesuffix(plain_metric(name))
+    prefix = name.removeprefix(ARRIVING).removesuffix(plain_metric(name))
     return next(of for of, own in TESTED_ON.items() if own == prefix)
 
 

@@ -290,6 +290,9 @@ def _train_privately(client: Client, task: Task, plan: Plan) -> TrainingReport |
 def _train(strategy: Strategy, client: Client, task: Task, plan: Plan, own: Tree) -> Contribution:
     """Train by a plan, save what the client keeps, and return what it sends."""
     model = plan.model or client.model
+    if own and not (plan.shared or plan.personal):
+        client.store.save(Personal(own), round_number=task.round_number)
+        return Contribution({}, {}, {}, {"client/train_seconds": 0.0})
     turn = task.round_number, client.client_id
     report = _train_privately(client, task, plan) or train(
         model,

@@ -181,7 +181,7 @@ def _interval(own: Column, reference: Column, seeds: Sequence[int], metric: str)
         pairs.append(
             [
                 _pair(_scores(mine, client, metric), _scores(other, client, metric), metric)
-                for client in mine.result["clients"]
+                for client in mine.result["metrics"]["personal"][metric]
             ]
         )
     generator = Seeds(0).generator("bootstrap", metric)
