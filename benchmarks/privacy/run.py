@@ -71,7 +71,8 @@ def attack_category(seed: int) -> list[dict[str, Any]]:
                 if not data.exists():
                     clients = of_one_kind(of_rows, per_kind=PER_KIND, num_rows=NUM_ROWS)
                     write_clients(data, clients)
-                own = [*options, f"seed={of_rows}", "client.steps=2", "client.batch_size=5"]
+                # The attacker is sent the same global values.
+                own = [*options, f"seed={seed}", "client.steps=2", "client.batch_size=5"]
                 folder = Path(name) / f"{side}-{method}"
                 federation = Federation(
                     data, folder, method=recipe, options=[*own, "server.rounds=1"]
@@ -81,7 +82,10 @@ def attack_category(seed: int) -> list[dict[str, Any]]:
             shadow, seen = sides
             labels = [[u.client_id.rpartition("-")[0] for u in side] for side in sides]
             for view in CATEGORY[method]:
-                vectors = [_seen_as(view, side, shared, seed) for side in (shadow, seen)]
+                vectors = [
+                    _seen_as(view, updates, shared, np.random.default_rng([seed, side]))
+                    for side, updates in enumerate((shadow, seen))
+                ]
                 guessed = classify(vectors[0], labels[0], vectors[1])
                 hits = sum(g == right for g, right in zip(guessed, labels[1], strict=True))
                 sent = np.mean([sum(t.numel() for t in u.delta.values()) for u in seen])
@@ -99,7 +103,9 @@ def attack_category(seed: int) -> list[dict[str, Any]]:
     return found
 
 
-def _seen_as(view: str, updates: Sequence[Update], shared: Tree, seed: int) -> Reals:
+def _seen_as(
+    view: str, updates: Sequence[Update], shared: Tree, generator: np.random.Generator
+) -> Reals:
     """Return what an attacker has of each update: itself, its names, or a sum that it is in."""
     if view == "names":
         return as_names(updates, shared)
@@ -114,7 +120,6 @@ def _seen_as(view: str, updates: Sequence[Update], shared: Tree, seed: int) -> R
     vectors = as_vectors(updates, shared)
     if view == "update":
         return vectors
-    generator = np.random.default_rng([seed, len(view)])
     if view == "noisy mean":
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
         vectors = vectors * np.minimum(1.0, CLIP / np.maximum(norms, 1e-12))
