@@ -181,6 +181,18 @@ def _findings(
                     f"{'above' if low > CHANCE else 'not surely above'} chance."
                 )
             )
+    hidden = {
+        "selection.experts=all takes the names away": ("hfedmoe, experts=all", "names"),
+        "secure aggregation leaves a sum": ("fedavg", "sum"),
+        "example-level noise leaves of the update": ("fedavg, example", "update"),
+    }
+    said = [
+        f"{what}: {int(guessed[key]['hits'])} of {int(guessed[key]['total'])}"
+        for what, key in hidden.items()
+        if key in guessed
+    ]
+    if said:
+        found.append(Finding(f"What protects: {'; '.join(said)}. int8 and top_k do not."))
     plain, private = models.get(("fedavg", "global")), models.get(("fedavg, example", "global"))
     if plain and private:
         often = [fmean(own["exposures"][8]) for own in (plain, private)]

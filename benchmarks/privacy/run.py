@@ -38,8 +38,9 @@ from orchard.trees import Tree
 EPSILON, DELTA, CLIP = 8.0, 1e-3, 0.5
 EXAMPLE = (
     *("privacy.unit=example", f"privacy.epsilon={EPSILON}", f"privacy.delta={DELTA}"),
-    *(f"privacy.clip={CLIP}", "privacy.random=seed"),
+    f"privacy.clip={CLIP}",
 )
+"""Noise is the system's: one that follows the seed would be the same for shadow clients."""
 CLIENT = (
     *("privacy.unit=client", f"privacy.epsilon={EPSILON}", "privacy.delta=1e-2"),
     *(f"privacy.clip={CLIP}", "privacy.random=seed"),
