@@ -186,13 +186,13 @@ def _findings(
         "secure aggregation leaves a sum": ("fedavg", "sum"),
         "example-level noise leaves of the update": ("fedavg, example", "update"),
     }
-    said = [
+    left = [
         f"{what}: {int(guessed[key]['hits'])} of {int(guessed[key]['total'])}"
         for what, key in hidden.items()
         if key in guessed
     ]
-    if said:
-        found.append(Finding(f"What protects: {'; '.join(said)}. int8 and top_k do not."))
+    if left:
+        found.append(Finding(f"What protects: {'; '.join(left)}. int8 and top_k do not."))
     plain, private = models.get(("fedavg", "global")), models.get(("fedavg, example", "global"))
     if plain and private:
         often = [fmean(own["exposures"][8]) for own in (plain, private)]
