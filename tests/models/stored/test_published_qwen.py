@@ -99,7 +99,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(view: MoEView) -> Tensor:
     with torch.no_grad():
-        return view.model(input_ids=torch.arange(2, 34)[None], use_cache=False).logits
+        found: Tensor = view.model(input_ids=torch.arange(2, 34)[None], use_cache=False).logits
+    return found
 
 
 def test_every_expert_and_router_is_that_of_its_published_name(checkpoint: Path) -> None:
