@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from orchard.secure.collector import TooFewError
 from orchard.secure.fixed_point import Vector
+from orchard.secure.graph import Graph, order_seed
 from orchard.secure.member import Member
 from orchard.secure.rules import (
     BrokenRuleError,
@@ -331,3 +332,78 @@ def test_two_groups_cannot_both_reach_the_threshold(number: int) -> None:
     # those who are hostile are at most what is not needed for one.
     assert threshold <= number
     assert 3 * threshold > 2 * number
+
+
+@pytest.mark.parametrize(
+    ("number", "num_neighbors"), [(9, 4), pytest.param(50, 24, marks=pytest.mark.long)]
+)
+def test_members_who_mask_with_neighbors_have_the_same_sum(number: int, num_neighbors: int) -> None:
+    one = make_sum(number, LENGTH, num_neighbors=num_neighbors)
+    one.begin()
+    vectors = vectors_of(one.members)
+    one.send(vectors)
+    graph = one.collector.graph
+    assert {len(graph.neighbors(name)) for name in one.members} == {num_neighbors}
+    assert all(
+        name in graph.neighbors(other) for name in vectors for other in graph.neighbors(name)
+    )
+    assert (one.end() == sum(vectors.values())).all()
+
+
+@pytest.mark.long
+def test_30_percent_of_50_members_with_neighbors_may_leave() -> None:
+    one = make_sum(50, LENGTH, num_neighbors=24)
+    assert one.rules.threshold == 34
+    one.begin()
+    graph, vectors = one.collector.graph, vectors_of(one.members)
+    draws = np.random.default_rng(0)
+    for _ in range(20):  # that it is enough for every neighborhood is likely, not certain
+        gone = {f"m{index:02}" for index in draws.choice(50, 15, replace=False)}
+        left = vectors.keys() - gone
+        if all(len(graph.holders(name) & left) >= graph.threshold(one.rules) for name in vectors):
+            break
+    sending = {name: vector for name, vector in vectors.items() if name not in gone}
+    one.send(sending)
+    assert (one.end() == sum(sending.values())).all()
+
+
+def test_a_neighborhood_of_whom_too_few_are_left_has_no_sum_and_shows_nothing() -> None:
+    one = make_sum(12, LENGTH, num_neighbors=4)
+    one.begin()
+    graph, vectors = one.collector.graph, vectors_of(one.members)
+    # Of five who hold a member's shares three must answer; enough of all members do.
+    gone = {*sorted(graph.neighbors("m00"))[:3]}
+    one.send({name: vector for name, vector in vectors.items() if name not in gone})
+    with pytest.raises(TooFewError, match=r"shares of m.. must be at least 3, got 2"):
+        one.end()
+
+
+def test_survivors_who_share_no_masks_are_two_sums_and_are_refused() -> None:
+    one = make_sum(9, LENGTH, num_neighbors=2)
+    one.begin()
+    graph, vectors = one.collector.graph, vectors_of(one.members)
+    cut = sorted(graph.neighbors("m00"))
+    sending = {name: vector for name, vector in vectors.items() if name not in cut}
+    one.send(sending)
+    with pytest.raises(TooFewError, match="hang together by masks"):
+        one.collector.survivors()
+    signed = dict(one.collector._signatures)
+    for name in signed:
+        with pytest.raises(BrokenRuleError, match="hang together by masks"):
+            one.members[name].confirm(signed)
+
+
+def test_an_order_of_members_depends_on_all_their_keys_and_the_session() -> None:
+    names, keys = frozenset(map(str, range(20))), [b"a", b"b"]
+    orders = [
+        Graph(names, 4, order_seed(session, own)).neighbors("3")
+        for session, own in ((b"1", keys), (b"1", keys[::-1]), (b"2", keys), (b"1", [b"a", b"c"]))
+    ]
+    assert orders[0] == orders[1]
+    assert len({*orders}) == 3
+
+
+@pytest.mark.parametrize(("least", "num_neighbors"), [(2, 3), (2, -2), (6, 4)])
+def test_neighbors_that_hide_nobody_are_refused(least: int, num_neighbors: int) -> None:
+    with pytest.raises(ValueError, match="neighbors must be 0 or an even number"):
+        Rules(least, 3, num_neighbors)

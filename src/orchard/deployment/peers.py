@@ -52,9 +52,9 @@ def read_peers(folder: Path, *, name: str, own: SiteSigningKey) -> dict[str, Sit
         if not SITE_NAME.fullmatch(path.stem):
             raise ValueError(f"{path} must be called as a site, got {path.stem!r}; rename it")
         key = SiteVerifyingKey(_read_public(path))
-        other = seen.setdefault(_raw(key), path.stem)
-        if path.stem == name and other != name:
+        if path.stem == name and _raw(key) != _raw(found[name]):
             raise ValueError(f"{path} must be this site's own key, got another")
+        other = seen.setdefault(_raw(key), path.stem)
         if other != path.stem:
             raise ValueError(
                 f"{path} must hold another key than {other}'s, got the same; one site would count "

@@ -25,7 +25,7 @@ from orchard.experiment.run_folder import (
     recorded_as,
 )
 from orchard.experiment.running import build_schedule, load_model
-from orchard.experiment.secrecy import build_secrecy
+from orchard.experiment.secrecy import build_secrecy, secrecy_facts
 from orchard.experiment.settings import learning_rate
 from orchard.experiment.start_values import starting_values
 from orchard.experiment.wiring import build_channel
@@ -101,6 +101,7 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
         folder,
         {
             **facts_of(recorded_as(recipe)),
+            **secrecy_facts(recipe),
             # The data is at the sites, and of what it is nothing leaves them.
             "data_digest": None,
             "test_digest": None,

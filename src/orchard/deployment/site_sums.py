@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from orchard.communication.audit import AuditLog, content_digest
 from orchard.communication.messages import Update
@@ -172,6 +172,8 @@ class SiteSums:
         if isinstance(request, SumKeys):
             return self._begin(request), b""
         if current is None or current.nonce != request.nonce:
+            if request.run not in self._waiting:
+                self._not_trained(request.round)
             raise Refusal(
                 Code.LEFT_SUM,
                 f"sum must be the one that this site is in, got {request.nonce[:12]}; it was "
@@ -208,10 +210,7 @@ class SiteSums:
 
         waiting = self._waiting.get(request.run)
         if waiting is None or waiting.update.round_number != request.round:
-            raise Refusal(
-                Code.NOT_TRAINED,
-                f"an update of round {request.round} must be there, got none; it is trained again",
-            )
+            self._not_trained(request.round)
         self._note_begin(request)
         try:
             written = words.written_as(waiting.shapes, waiting.bound, request)
@@ -240,6 +239,13 @@ class SiteSums:
         member = Member(self._settings.name, signing, roster, rules, terms.session())
         self._sums[request.run] = _Sum(request.nonce, member, vector)
         return words.keys_as_json(member.advertise())
+
+    @staticmethod
+    def _not_trained(number: int) -> NoReturn:
+        raise Refusal(
+            Code.NOT_TRAINED,
+            f"an update of round {number} must be there, got none; it is trained again",
+        )
 
     def _note_begin(self, request: SumKeys) -> None:
         """Write down that a sum is begun, before anything of it leaves."""

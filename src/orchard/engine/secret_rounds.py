@@ -158,7 +158,7 @@ class SecretTry:
         collector = Collector(rules, terms.session(), written.length)
         self._exchange_keys(collector, terms)
         self._add_vectors(collector, written)
-        self._tell_survivors(collector)
+        self._tell_survivors(collector, fewest=rules.fewest)
         members = tuple(collector.survivors())
         try:
             mean = written.decode(collector.unmask())
@@ -226,7 +226,7 @@ class SecretTry:
         if self._excluded & {*collector.lost()}:
             raise TooFewError("secrets of all members must come back, got some that cannot")
 
-    def _tell_survivors(self, collector: Collector) -> None:
+    def _tell_survivors(self, collector: Collector, *, fewest: int) -> None:
         survivors = collector.survivors()
 
         def read_signature(answer: Answer, told: SurvivorsTold) -> str:
@@ -236,6 +236,11 @@ class SecretTry:
         confirmed = self._ask(
             "sum_survivors", survivors, lambda site: fields, SurvivorsTold, read_signature
         )
+        if len(confirmed) < fewest:
+            raise TooFewError(
+                f"survivors who agree on who they are must be at least {fewest}, got "
+                f"{len(confirmed)}; the round is done again"
+            )
         ending = {"confirmed": confirmed}
 
         def take(answer: Answer, told: EndTold) -> None:
