@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from orchard.client.answers import read_answers
+from orchard.evaluation.quality import TESTED_ON
 from orchard.reports import format_score
 
 Line: TypeAlias = Mapping[str, Any]
@@ -64,8 +65,8 @@ def find_answers(
     return sorted(chosen, key=lambda line: (*_example(line), _MODELS.index(line["model"])))
 
 
-def _example(line: Line) -> tuple[str, bool, int]:
-    return line["client"], line["of"] == "retention", line["number"]
+def _example(line: Line) -> tuple[str, int, int]:
+    return line["client"], list(TESTED_ON).index(line["of"]), line["number"]
 
 
 def answers_as_json(lines: Sequence[Line]) -> str:

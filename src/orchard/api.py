@@ -188,6 +188,7 @@ class Prepared:
         trackers: That will get the metrics, by name.
         strategy: A method that was passed as an object.
         workers: Who computes the clients.
+        resume: Whether a run that is there may be continued.
     """
 
     experiment: Experiment
@@ -196,6 +197,7 @@ class Prepared:
     trackers: Mapping[str, Tracker]
     strategy: Strategy | Transform | None = None
     workers: WorkerOptions | None = None
+    resume: bool = False
 
 
 def prepare(
@@ -232,18 +234,23 @@ def prepare(
     trackers = make_trackers([track] if isinstance(track, str) else track)
     from orchard.experiment.preparation import data_notes, prepare_experiment
     from orchard.experiment.room import check_gpu, check_workers
-    from orchard.experiment.run_folder import check_folder
+    from orchard.experiment.run_folder import check_folder, check_unused
     from orchard.experiment.running import check_passed, check_run
 
     check_passed(options, strategy)
     folder = Path(out)
+    check_unused(folder)
     check_folder(folder, recipe, resume=resume, passed=strategy)
     experiment = prepare_experiment(recipe)
-    check_run(folder, experiment, resume=resume, passed=strategy)
+    try:
+        check_run(folder, experiment, resume=resume, passed=strategy)
+    except ValueError:
+        check_unused(folder)  # who began a run there meanwhile is the reason
+        raise
     check_workers(recipe, options)
     check_gpu(recipe)
     notes = tuple(data_notes(experiment))
-    return Prepared(experiment, folder, notes, trackers, strategy, options)
+    return Prepared(experiment, folder, notes, trackers, strategy, options, resume)
 
 
 def execute(
@@ -264,7 +271,7 @@ def execute(
     """
     from orchard.experiment.run_folder import recorded_as
     from orchard.experiment.running import run_experiment
-    from orchard.experiment.starting import Start, record_start
+    from orchard.experiment.starting import Start
     from orchard.experiment.workers import WorkerOptions
     from orchard.tracking.following import Following
 
@@ -279,7 +286,6 @@ def execute(
         workers=workers.number,
         ray=workers.ray,
     )
-    record_start(folder, start)
     record = run_experiment(
         experiment,
         folder=folder,
@@ -287,6 +293,8 @@ def execute(
         strategy=prepared.strategy,
         warn=warn,
         workers=workers,
+        start=start,
+        resume=prepared.resume,
     )
     return Result(folder, record)
 

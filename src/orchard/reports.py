@@ -15,7 +15,7 @@ from rich.table import Table
 
 from orchard.data.examples import Example
 from orchard.endings import ending_notes, graft_record
-from orchard.evaluation.quality import METRICS, STDERR
+from orchard.evaluation.quality import ARRIVING, METRICS, STDERR, plain_metric, tested_on
 from orchard.evaluation.rouge import summarize
 from orchard.results import MetricsLog
 
@@ -41,7 +41,7 @@ def build_result(folder: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     seconds = math.fsum(line["round/seconds"] for line in rounds)
     overhead = math.fsum(line["round/overhead_seconds"] for line in rounds)
-    metrics = _latest_metrics(lines)
+    metrics = _apart(_latest_metrics(lines), facts.get("arriving", ()))
     losses, grafts = [line.get("round/train_loss") for line in rounds], graft_record(lines)
     return {
         **facts,
@@ -80,11 +80,24 @@ def _latest_metrics(lines: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, d
         for client, values in per_client.items():
             for key, value in values.items():
                 model, _, metric = key.partition("/")
-                name = metric.removeprefix("retention_").removesuffix(STDERR)
+                name = plain_metric(metric).removesuffix(STDERR)
                 # A log from before sites were held to what they are asked has other names too.
                 if model in MODELS and name in METRICS:
                     latest.setdefault(model, {}).setdefault(metric, {})[client] = value
     return {model: latest[model] for model in MODELS if model in latest}
+
+
+def _apart(
+    metrics: Mapping[str, Mapping[str, Mapping[str, float]]], arriving: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return metrics with those of clients that arrived after training under names of their own."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for model, by_metric in metrics.items():
+        for metric, values in by_metric.items():
+            for client, value in values.items():
+                name = f"{ARRIVING}{metric}" if client in arriving else metric
+                found.setdefault(model, {}).setdefault(name, {})[client] = value
+    return found
 
 
 def _summarize(
@@ -95,8 +108,8 @@ def _summarize(
         for metric, values in by_metric.items():
             if metric.endswith(STDERR):
                 continue
-            is_retention = metric.startswith("retention_")
-            better = METRICS[metric.removeprefix("retention_")]
+            is_retention = tested_on(metric) == "retention"
+            better = METRICS[plain_metric(metric)]
             found = summarize(values, higher_is_better=better)
             summary.setdefault(model, {})[metric] = {
                 "mean": found.mean,

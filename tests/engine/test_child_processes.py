@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from orchard.engine.processes import only_one
+from orchard.engine.processes import InUseError, only_one
 
 
 def test_another_one_is_waited_for_and_no_longer_than_asked(tmp_path: Path) -> None:
@@ -24,7 +25,10 @@ def test_another_one_is_waited_for_and_no_longer_than_asked(tmp_path: Path) -> N
     holder.start()
     assert is_held.wait(10)
     with (
-        pytest.raises(TimeoutError, match=r"^only one writer may run, got another one that holds"),
+        pytest.raises(
+            InUseError,
+            match=rf"^only one writer may run, got process {os.getpid()} of .*, which holds",
+        ),
         only_one(path, seconds=0.0, what="writer"),
     ):
         pass

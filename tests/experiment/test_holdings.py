@@ -11,11 +11,11 @@ from federations import RECIPES
 from orchard.data.examples import Example
 from orchard.data.partition import DuplicateReport
 from orchard.evaluation.quality import TestExample
+from orchard.experiment.checking import check_between_sites
 from orchard.experiment.data_record import data_digest
 from orchard.experiment.holdings import Federation, build_federation, build_site
 from orchard.experiment.planning import make_plan
 from orchard.experiment.preparation import data_notes, prepare_experiment
-from orchard.experiment.protecting import check_between_sites
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import read_recipe
 from sites import site_recipe, write_sites
@@ -418,3 +418,58 @@ def test_several_files_are_a_client_each_in_their_order(tmp_path: Path) -> None:
     recipe = read_recipe(RECIPES / "own" / "flex.toml", ["data.path=x=none.jsonl", *options])
     with pytest.raises(FileNotFoundError, match=r"data\.path must be a file with examples"):
         build_federation(recipe.recipe)
+
+
+def test_clients_are_measured_on_rows_of_all_others_and_none_of_their_own(news: Path) -> None:
+    own = ("data.test_per_category=0", "data.partition=iid", "data.test_size=5")
+    experiment = prepare_experiment(recipe_for(news, *own, "evaluation.other_clients=9"))
+    drawn = []
+    for client, others in experiment.others.items():
+        assert len(others) == 9
+        elsewhere = [e for c, test in experiment.test.items() if c != client for e in test]
+        assert all(any(e is other for e in elsewhere) for other in others)
+        drawn.append({elsewhere.index(e) for e in others})
+    assert len({tuple(sorted(own)) for own in drawn}) > 1
+    every = prepare_experiment(recipe_for(news, *own, "evaluation.other_clients=99"))
+    assert {len(others) for others in every.others.values()} == {15}
+    assert prepare_experiment(recipe_for(news, *own)).others == {}
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 with data"):
+        recipe_for(news, "evaluation.other_clients=9")
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 with one client"):
+        prepare_experiment(
+            recipe_for(news, *own, "evaluation.other_clients=9", "data.num_clients=1")
+        )
+    with pytest.raises(ValueError, match=r"evaluation\.other_clients must be 0 between sites"):
+        check_between_sites(recipe_for(news, *own, "evaluation.other_clients=9"))
+
+
+def test_a_corpus_of_plain_texts_chooses_experts(news: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.jsonl"
+    rows = [{"text": "word fig " * 40}, {"text": " "}, {"text": "fig"}]
+    corpus.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    options = ("strategy.name=flex", "strategy.calibration=corpus", "model.lora_targets=attention")
+    path = f"strategy.calibration_path={corpus}"
+    experiment = prepare_experiment(recipe_for(news, *options, path, "data.max_tokens=32"))
+    first, second = experiment.calibration
+    assert len(first.input_ids) == 32
+    assert first.is_truncated
+    assert not second.is_truncated
+    tokenizer = experiment.tokenizer
+    assert tokenizer.decode(second.input_ids, skip_special_tokens=True).strip() == "fig"
+    # Rows of the data's own form are read as examples.
+    own = prepare_experiment(recipe_for(news, *options, f"strategy.calibration_path={news}"))
+    assert len(own.calibration) == 80
+
+
+def test_a_fresh_graft_is_refused_what_an_expert_is_needed_for(news: Path) -> None:
+    fresh = ("strategy.name=flex", "strategy.graft_choice=fresh")
+    dense = (*fresh, "strategy.graft_kind=dense", "strategy.graft_gate=closed")
+    assert recipe_for(news, *dense).strategy.graft_choice == "fresh"
+    for options, key in (
+        (fresh, "kind must be dense"),
+        ((*fresh, "strategy.graft_kind=dense"), "gate must be closed or none"),
+        ((*dense, "strategy.graft_mix=difference"), "mix must be additive or convex"),
+        ((*dense, "strategy.graft_experts=2"), "experts must be 1"),
+    ):
+        with pytest.raises(ValueError, match=rf"strategy\.graft_{key} with strategy\.graft_choice"):
+            recipe_for(news, *options)

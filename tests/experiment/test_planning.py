@@ -3,21 +3,61 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from typer.testing import CliRunner
 
+import tiny_families
 from federations import BUDGETS, quick_recipe, tiny_recipe
 from orchard.cli import app
 from orchard.engine.progress import Silent
 from orchard.experiment.planning import make_plan, plan_as_json, plan_sentences
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import run_experiment
+from orchard.models.stored.loading import resolve, without_progress_bars
 from orchard.recipe.options import Recipe
 from orchard.results import MetricsLog
+from tiny_composites import COMPOSITES, composite_builder_of
 
 CARVE = ("selection.mode=carve", "selection.cadence=round")
+ADAPTED = "model.lora_targets=router,experts"
+CHOOSES = ("data.options=options", "evaluation.metrics=accuracy")
+FOREIGN = ("deepseek_v4", "ernie4_5_vl_moe", "switch")
+
+
+def write_rows(folder: Path, _: str) -> str:
+    """Write examples whose options differ at their end alone."""
+    options = [f"{'the same words again and again ' * 6}{end}" for end in ("one", "two")]
+    rows = [
+        {"instruction": f"Which {i}?", "response": options[i % 2], "options": options}
+        for i in range(60)
+    ]
+    (folder / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    return f"data.path={folder / 'rows.jsonl'}"
+
+
+def write_model(folder: Path, option: str) -> str:
+    """Write a tiny model of a family, with the packaged tokenizer."""
+    key, _, family = option.partition("=")
+    tiny = Path(resolve("orchard:tiny"))
+    size = json.loads((tiny / "config.json").read_text())["vocab_size"]
+    with pytest.MonkeyPatch.context() as patch, without_progress_bars():
+        patch.setitem(tiny_families.SIZES, "vocab_size", size)
+        if family == "switch":
+            config = SwitchTransformersConfig(vocab_size=size, d_model=32, d_ff=16, num_experts=4)
+            model = SwitchTransformersForConditionalGeneration(config)
+        else:
+            model = (composite_builder_of if family in COMPOSITES else tiny_families.builder_of)(
+                family
+            )()
+        model.save_pretrained(folder / family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny / name, folder / family)
+    return f"{key}={folder / family}"
 
 
 def transferred(recipe: Recipe, folder: Path) -> tuple[int, int]:
@@ -140,17 +180,54 @@ def test_the_command_prints_a_table_and_json() -> None:
         ),
         ("fedavg", ("strategy.shared=nothing_like_it",), ValueError, r"^strategy\.shared"),
         ("fedavg", ("data.labels=a,b", "evaluation.metrics=accuracy"), ValueError, "options"),
+        (
+            "fedavg",
+            ("data.path=ROWS", "data.partition=iid", "data.max_tokens=16", *CHOOSES),
+            ValueError,
+            r"^options of the test examples of [\w-]+ must differ cut to data.max_tokens = 16",
+        ),
+        (
+            "fedavg",
+            ("data.path=ROWS", "data.partition=iid", "model.path=deepseek_v4"),
+            None,
+            "",
+        ),
+        (
+            "hfedmoe",
+            ("data.path=ROWS", "data.partition=iid", "model.path=deepseek_v4", *CARVE, ADAPTED),
+            ValueError,
+            "must choose among any of its experts alone, got tid2eid",
+        ),
+        (
+            "hfedmoe",
+            ("data.path=ROWS", "data.partition=iid", "model.path=ernie4_5_vl_moe", *CARVE, ADAPTED),
+            ValueError,
+            "experts",
+        ),
+        (
+            "fedavg",
+            ("data.path=ROWS", "data.partition=iid", "model.path=switch"),
+            ValueError,
+            r"^model\.path must lead to a model that continues a text, got .*, an encoder-decoder",
+        ),
     ],
 )
 def test_a_plan_refuses_what_a_run_refuses(
-    method: str, overrides: tuple[str, ...], error: type[Exception], match: str
+    method: str,
+    overrides: tuple[str, ...],
+    error: type[Exception] | None,
+    match: str,
+    tmp_path: Path,
 ) -> None:
+    written = {"data.path=ROWS": write_rows, **{f"model.path={f}": write_model for f in FOREIGN}}
+    overrides = tuple(written.get(o, lambda _, same: same)(tmp_path, o) for o in overrides)
     recipe = quick_recipe(method, *overrides)
     messages = []
     for read in (make_plan, prepare_experiment):
-        with pytest.raises(error, match=match) as caught:
+        expected = pytest.raises(error, match=match) if error else nullcontext()
+        with expected as caught:
             read(recipe)
-        messages.append(str(caught.value))
+        messages.append(str(caught.value) if caught else "")
     assert messages[0] == messages[1]
 
 

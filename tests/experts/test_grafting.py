@@ -405,3 +405,22 @@ def test_a_graft_has_the_norm_behind_its_expert() -> None:
     with torch.no_grad():
         _, y_BSD = graft(x_BSD)
         torch.testing.assert_close(y_BSD, alone(layer, 3, x_BSD))
+
+
+def test_a_fresh_graft_says_nothing_at_first_and_learns() -> None:
+    model = adapt()
+    expected = logits_of(model)
+    settings = replace(LORA, kind="dense", gate="none", is_fresh=True)
+    begun = []
+    for seed in (0, 0, 1):
+        with grafted(model, CHOICE, settings, seed=seed) as grafts:
+            assert torch.equal(logits_of(model), expected)
+            begun.append(model.read(grafts.names))
+            optimizer = torch.optim.SGD(model.set_trainable(grafts.names), lr=0.1)
+            model.model(**batch_of(model.model)).logits.square().mean().backward()
+            optimizer.step()
+            assert not torch.equal(logits_of(model), expected)
+            model.set_trainable(())
+    name = next(name for name in begun[0] if "up_proj" in name)
+    assert torch.equal(begun[0][name], begun[1][name])
+    assert not torch.equal(begun[0][name], begun[2][name])

@@ -231,3 +231,42 @@ def test_data_that_does_not_fit_is_refused_before_any_weight_is_loaded(
     design = read_design(write(tmp_path, extra=TUNING.replace("= 8", "= 4000.0")))
     with pytest.raises(ValueError, match=r"\(method fedavg\)"):
         check_study(design)
+
+
+def test_methods_are_compared_on_the_tests_of_others_too(tmp_path: Path) -> None:
+    path = write(tmp_path, extra=KEPT)
+    text = path.read_text().replace("[set]", "[set]\nevaluation.other_clients = 7")
+    path.write_text(text)
+    rows = {(row.method, row.metric): row for row in rows_of(path, tmp_path / "out")}
+    assert {metric for _, metric in rows} == {"loss", "others_loss"}
+    own, others = rows["kept", "loss"], rows["kept", "others_loss"]
+    assert others.interval is not None
+    assert others.mean != own.mean
+    reference = rows["fedavg", "others_loss"]
+    assert others.interval.mean == pytest.approx(others.mean - reference.mean, abs=0.2)
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "## others_loss" in page
+    # The mean over 7 rows of other clients, by client, is what each row scored.
+    from orchard.client.scores import read_scores
+
+    for folder in (tmp_path / "out" / "runs").iterdir():
+        result = json.loads((folder / "result.json").read_text())
+        for client, value in result["metrics"]["personal"]["others_loss"].items():
+            scores = read_scores(
+                folder / "clients" / client, round_number=2, model="personal", of="others"
+            )
+            assert scores is not None
+            assert len(scores["loss"]) == 7
+            assert sum(scores["loss"]) / sum(scores["num_tokens"]) == pytest.approx(value)
+
+
+STUDIES = sorted((Path(__file__).parents[2] / "benchmarks" / "studies").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_that_come_with_orchard_can_be_read(path: Path) -> None:
+    if "[[method]]" not in path.read_text():
+        pytest.skip("no study: what a study is made of")
+    design = read_design(path, ["model.path=orchard:tiny", "data.path=rows.jsonl"])
+    assert len(design.seeds) >= 3
+    assert design.title

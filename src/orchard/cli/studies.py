@@ -31,14 +31,15 @@ def study(
         check_study(design)
     folder = out or Path("runs") / file.stem
     with clear_errors(code=FAILED, traceback=traceback):
-        from orchard.engine.processes import leaves_on_termination
+        from orchard.engine.processes import leaves_on_termination, only_one
         from orchard.studies.reporting import write_report
         from orchard.studies.running import Progress, run_study
 
         def report(progress: Progress) -> None:
             write_report(design, progress, folder)
 
-        with leaves_on_termination():
+        alone = only_one(folder / "study.lock", seconds=1.0, what="writer of a study's folder")
+        with leaves_on_termination(), alone:
             progress = run_study(
                 design,
                 folder,
@@ -46,5 +47,5 @@ def study(
                 tell=lambda text: print(text, flush=True),
                 changed=report,
             )
-        report(progress)
+            report(progress)
     print(f"the report is {folder / 'report.md'}")

@@ -39,7 +39,7 @@ def keep_answers(
         client_id: Whose they are.
         round_number: The completed round; 0 = before training.
         model: ``base``, ``global``, ``local`` or ``personal``.
-        of: ``test`` or ``retention``, what the examples are.
+        of: ``test``, ``retention`` or ``others``, what the examples are.
     """
     path = store.folder / FOLDER / f"round_{round_number:06d}.jsonl"
     lines = [line for line in _read(path) if (line["model"], line["of"]) != (model, of)]

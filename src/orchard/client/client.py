@@ -33,6 +33,7 @@ class Client:
         seeds: The run's randomness.
         budget_experts: How many experts it can afford to train, over all MoE layers; None = all.
         submodels: Where it opens models that hold some experts; None = it has no checkpoint.
+        others: Held-out examples of the other clients, which its models are measured on too.
     """
 
     client_id: str
@@ -48,6 +49,7 @@ class Client:
     seeds: Seeds
     budget_experts: int | None = None
     submodels: SubmodelSource | None = None
+    others: Sequence[TestExample] = ()
 
     @property
     def num_examples(self) -> int:

@@ -32,7 +32,7 @@ def keep_scores(
         scores: Of all examples.
         round_number: The completed round; 0 = before training.
         model: ``base``, ``global``, ``local`` or ``personal``.
-        of: ``test`` or ``retention``, what the examples are.
+        of: ``test``, ``retention`` or ``others``, what the examples are.
     """
     path = _path(store.folder, round_number)
     kept = _read(path)

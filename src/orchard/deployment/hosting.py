@@ -16,13 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 from orchard.deployment.addresses import check_proxies, check_security, split_address
 from orchard.deployment.key_files import AUTHORITY, CERTIFICATE, PRIVATE, site_keys
-from orchard.deployment.server_app import FAILURE_FILE, LOCK_FILE, RESULT_FILE, RUN_FILE
+from orchard.deployment.server_app import FAILURE_FILE, RESULT_FILE, RUN_FILE
 from orchard.engine.inbox import Inbox
 from orchard.engine.journal import num_ended, num_tried
-from orchard.engine.processes import Child, child_environment, free_port, only_one
+from orchard.engine.processes import Child, child_environment, free_port
 from orchard.experiment.checking import check_between_sites
 from orchard.experiment.methods import build_strategy, check_strategy, require_path
-from orchard.experiment.run_folder import begin_folder, check_folder, recorded_as
+from orchard.experiment.run_folder import (
+    begin_folder,
+    check_folder,
+    recorded_as,
+    writing_alone,
+)
 from orchard.experiment.settings import lora_settings
 from orchard.experiment.starting import Start, record_start
 from orchard.experiment.wiring import check_communication
@@ -36,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 _START_SECONDS, _LOOK_SECONDS = 60.0, 0.5
+LOCK_SECONDS = 30.0
+"""How long one that is started again waits for the end of the one before."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +143,11 @@ def coordinate(recipe: Recipe, options: CoordinatorOptions, *, num_sites: int) -
     Raises:
         ConnectionError: The SuperLink does not start.
         RoundsFailedError: Again and again no round was completed.
-        TimeoutError: Another coordinator holds the folder.
+        InUseError: Another coordinator, or a run, writes to the folder.
     """
     folder = options.folder.resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    with only_one(folder / LOCK_FILE, seconds=30.0, what="coordinator in one folder"):
+    with writing_alone(folder, seconds=LOCK_SECONDS):
+        check_folder(folder, recipe, resume=True)  # somebody may have begun another run meanwhile
         start = Start(
             directory=str(Path.cwd()),
             address=options.address,

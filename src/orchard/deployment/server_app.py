@@ -17,6 +17,7 @@ from orchard.experiment.checking import check_between_sites
 from orchard.experiment.methods import build_strategy, check_strategy
 from orchard.experiment.own_methods import import_from
 from orchard.experiment.run_folder import (
+    LOCK_FILE,
     RECIPE_FILE,
     check_folder,
     facts_of,
@@ -46,7 +47,6 @@ if TYPE_CHECKING:
 
 # Of a run's folder; hosting.py writes the first and waits for the others.
 RUN_FILE, RESULT_FILE, FAILURE_FILE = "run.json", "result.json", "failure.json"
-LOCK_FILE = "coordinator.lock"
 
 
 def run_in_server_app(folder: Path, grid: Grid) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import logging
 import os
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 log = logging.getLogger(__name__)
 _PR_SET_PDEATHSIG = 1
@@ -147,9 +149,15 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+class InUseError(TimeoutError):
+    """Another process writes where this one would."""
+
+
 @contextmanager
 def only_one(path: Path, *, seconds: float, what: str) -> Iterator[None]:
     """Hold a lock file, so that two processes never write one folder.
+
+    The system lets go of it whatever ends the process. The file names who holds it.
 
     Args:
         path: The lock file; its folder is made.
@@ -157,23 +165,63 @@ def only_one(path: Path, *, seconds: float, what: str) -> Iterator[None]:
         what: What there may be one of, for the message.
 
     Raises:
-        TimeoutError: Another process still holds it.
+        InUseError: Another process still holds it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    with path.open("a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= end:
-                    raise TimeoutError(
-                        f"only one {what} may run, got another one that holds {path}; stop it "
-                        "first, or use another folder"
-                    ) from None
-                time.sleep(0.2)
-        yield
+    with path.open("a+") as file:
+        while not _is_locked(file, fcntl.LOCK_EX, path):
+            if time.monotonic() >= end:
+                raise InUseError(_in_use(path, what))
+            time.sleep(0.2)
+        _write_holder(file, f"process {os.getpid()} of {socket.gethostname()}")
+        try:
+            yield
+        finally:
+            _write_holder(file, "")
+
+
+def check_free(path: Path, *, what: str) -> None:
+    """Refuse what another process holds, without holding it; a file that is not there is free.
+
+    Raises:
+        InUseError: Another process holds it.
+    """
+    if path.is_file():
+        with path.open() as file:
+            if not _is_locked(file, fcntl.LOCK_SH, path):
+                raise InUseError(_in_use(path, what))
+
+
+def _is_locked(file: TextIO, kind: int, path: Path) -> bool:
+    """Lock an open file, and say whether nobody else has it."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
+        log.warning(
+            "the file system of %s has no locks (%s): see to it that no other process writes there",
+            path,
+            error.strerror,
+        )
+    return True
+
+
+def _in_use(path: Path, what: str) -> str:
+    holder = path.read_text().strip() or "another process"
+    return (
+        f"only one {what} may run, got {holder}, which holds {path}; wait until it ends, stop it, "
+        "or use another folder"
+    )
+
+
+def _write_holder(file: TextIO, holder: str) -> None:
+    file.truncate(0)
+    file.write(holder)
+    file.flush()
 
 
 def end_when_free(path: Path) -> None:

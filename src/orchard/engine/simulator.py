@@ -7,6 +7,7 @@ tensors of an uninterrupted one.
 
 from __future__ import annotations
 
+import itertools
 import math
 import secrets
 import time
@@ -55,6 +56,8 @@ class Schedule:
         is_secret: Whether the seed does not tell who is in a Poisson cohort.
         final_rounds: So many of the last rounds have a cosine of their own, which starts anew.
         secrecy: How the server is kept from seeing single updates; None = it sees them.
+        arriving: Clients that are in the cohorts of the arrival rounds alone.
+        arrival_rounds: So many of the last rounds are theirs, with a cosine of their own.
     """
 
     num_rounds: int
@@ -71,6 +74,8 @@ class Schedule:
     is_secret: bool = False
     final_rounds: int = 0
     secrecy: Secrecy | None = None
+    arriving: frozenset[str] = frozenset()
+    arrival_rounds: int = 0
 
     def local(self, round_number: int) -> LocalSettings:
         """Return how clients train in a round.
@@ -80,8 +85,14 @@ class Schedule:
         """
         lr = self.lr
         if self.is_cosine:
-            before = self.num_rounds - self.final_rounds
-            first, length = (0, before) if round_number <= before else (before, self.final_rounds)
+            trained = self.num_rounds - self.arrival_rounds
+            ends = [0, trained - self.final_rounds, trained, self.num_rounds]
+            first, end = next(
+                (first, end)
+                for first, end in itertools.pairwise(ends)
+                if first < round_number <= end
+            )
+            length = end - first
             angle = math.pi * (round_number - first - 1) / length
             lr = self.lr_min + 0.5 * (self.lr - self.lr_min) * (1 + math.cos(angle))
         return LocalSettings(steps=self.steps, epochs=self.epochs, learning_rate=lr)
@@ -94,6 +105,11 @@ class Schedule:
             settings=self.local(round_number),
             evaluate_local="local" in self.models and self.has_evaluation(round_number),
         )
+
+    def taking_part(self, clients: Sequence[str], round_number: int) -> list[str]:
+        """Return of whom the cohort of a round is drawn: those that arrive, or all others."""
+        is_theirs = round_number > self.num_rounds - self.arrival_rounds
+        return [client for client in clients if (client in self.arriving) == is_theirs]
 
     def has_evaluation(self, round_number: int) -> bool:
         """Say whether models are evaluated after this round."""
@@ -108,7 +124,7 @@ def sample_clients(
     clients: Sequence[_AnyClient], schedule: Schedule, seeds: Seeds, round_number: int
 ) -> list[_AnyClient]:
     """Draw the cohort of a round, in the order of ``clients``, which may be their names."""
-    size = schedule.clients_per_round or len(clients)
+    size = min(schedule.clients_per_round or len(clients), len(clients))
     if schedule.is_poisson:
         own = np.random.default_rng(secrets.randbits(128)) if schedule.is_secret else None
         draws = own or seeds.generator("cohort", round_number)
@@ -169,7 +185,9 @@ def run_rounds(
             channel.reset()
             is_evaluated = schedule.has_evaluation(round_number)
             task = schedule.task(round_number, state.shared)
-            cohort = sample_clients(crew.client_ids, schedule, seeds, round_number)
+            cohort = sample_clients(
+                schedule.taking_part(crew.client_ids, round_number), schedule, seeds, round_number
+            )
             tally, coverage = _Tally(), Coverage(state.shared, since_sent)
             broadcast = channel.broadcast(task, state.held)
             # Lines are written as they come: until the round is committed, resuming drops them.

@@ -204,10 +204,10 @@ class Alone:
         """Evaluate each client when it is asked for."""
         task = self._channel.unpack_task(message)
         # The base and the global model are the same for all, and so may be what they are tested on.
-        common: dict[tuple[int, int], dict[str, float]] = {}
+        common: dict[tuple[int, ...], dict[str, float]] = {}
         for position, (client_id, client) in enumerate(self._clients.items()):
             tell(f"{client_id} is evaluated", position)
-            tests = id(client.test), id(client.retention)
+            tests = id(client.test), id(client.retention), id(client.others)
             known = common.get(tests, {})
             wanted = still_wanted(models, known)
             own = take_test(self._strategy, client, task, wanted, known=known)

@@ -34,6 +34,29 @@ OF_ANSWERS: Mapping[str, Callable[[Sequence[str], Sequence[str]], Sequence[float
     "last_number": last_number,
 }
 
+# What a model is measured on, to what is before the name of a metric then.
+TESTED_ON: Mapping[str, str] = {"test": "", "retention": "retention_", "others": "others_"}
+
+
+# Before the name of a metric, and before that: of clients that arrived after training.
+ARRIVING = "arriving_"
+
+
+def plain_metric(name: str) -> str:
+    """Return the metric of a name, whatever it was measured on."""
+    name = name.removeprefix(ARRIVING)
+    for prefix in TESTED_ON.values():
+        if prefix and name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return name
+
+
+def tested_on(name: str) -> str:
+    """Return what a metric of this name was measured on, of ``TESTED_ON``."""
+    prefix = name.removeprefix(ARRIVING).removesuffix(plain_metric(name))
+    return next(of for of, own in TESTED_ON.items() if own == prefix)
+
+
 # Behind the name of a metric: its standard error, which is no metric of its own.
 STDERR = "_stderr"
 

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from orchard.evaluation.quality import check_options
+from orchard.experiment.budgets import build_requirements
 from orchard.experiment.holdings import Elsewhere, Federation
 from orchard.experiment.protecting import check_privacy
 from orchard.experiment.secrecy import check_deployed_secrecy, check_secrecy
 from orchard.experiment.settings import lora_settings
+from orchard.experts.submodel_source import check_several
+from orchard.models.stored.carving import check_carvable
+from orchard.models.stored.conversion import match_checkpoint
 from orchard.models.stored.loading import load_config
 from orchard.models.stored.sources import build_view
 from orchard.models.trainable.adapters import trainable_names
+from orchard.models.view.detection import view_config
+from orchard.models.view.moe import MoEView
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
 from orchard.strategies.splitting import Split
@@ -42,6 +50,16 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
             "are protected in orchard run alone"
         )
     check_deployed_secrecy(recipe, num_sites=num_sites)
+    if recipe.data.arriving:
+        raise ValueError(
+            f"data.arriving must be 0 between sites, got {recipe.data.arriving}; a site that comes "
+            "later starts from what orchard export writes, with server.start"
+        )
+    if recipe.evaluation.other_clients:
+        raise ValueError(
+            f"evaluation.other_clients must be 0 between sites, got "
+            f"{recipe.evaluation.other_clients}; no site has another's rows"
+        )
     if recipe.data.conventions:
         raise ValueError(
             f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "
@@ -89,3 +107,31 @@ def check_names(recipe: Recipe) -> None:
     if split != Split():
         view = build_view(load_config(recipe.model.path), recipe.model.path)
         split.check(trainable_names(view, lora_settings(recipe)))
+
+
+def check_carving(recipe: Recipe, view: MoEView, budgets: Sequence[int | None]) -> None:
+    """Check that clients can load some experts of a base alone, where a method lets them.
+
+    Which experts a client holds follows from its data; here it is as many in every layer as the
+    smallest budget affords.
+
+    Args:
+        recipe: Every choice.
+        view: The model, which may be on the meta device.
+        budgets: Of clients, in experts over all MoE layers; None = all, 0 = takes no part.
+
+    Raises:
+        ValueError: Experts of the checkpoint cannot be read one by one, or its routers do not
+            choose among some of them.
+    """
+    affordable = [budget for budget in budgets if budget]
+    if recipe.selection.mode != "carve" or not affordable:
+        return
+    requirements = build_requirements(recipe, view)
+    if not requirements.is_carved:
+        return
+    match_checkpoint(recipe.model.path)
+    numbers = requirements.spread(min(affordable))
+    check_carvable(view_config(view.model.config), [range(number) for number in numbers])
+    for layer, number in zip(view.layers, numbers, strict=True):
+        check_several(layer, number, lora_settings(recipe))

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from orchard.data.encoded import Encoded
+from orchard.data.encoded import Cut, Encoded
 from orchard.data.examples import Example
+from orchard.data.special_tokens import Piece
 from orchard.data.templates import Wording, encode, encode_options
 from orchard.evaluation.quality import TestExample
 from orchard.models.stored.endings import read_end_ids
@@ -50,7 +51,7 @@ def encode_all(
     """Encode examples to learn from.
 
     Args:
-        examples: What to encode.
+        examples: What to encode; one without an instruction is a text alone.
         wording: How.
         max_tokens: The longest result.
         whose: What the examples are called in messages.
@@ -61,8 +62,19 @@ def encode_all(
     found = []
     for number, example in enumerate(examples, start=1):
         with _naming(number, whose):
-            found.append(encode(example, wording, max_tokens=max_tokens))
+            if example.instruction:
+                found.append(encode(example, wording, max_tokens=max_tokens))
+            else:
+                found.append(_encode_text(example.response, wording, max_tokens=max_tokens))
     return found
+
+
+def _encode_text(text: str, wording: Wording, *, max_tokens: int) -> Encoded:
+    """Encode a text of a corpus as it is, up to a length."""
+    ids, _ = wording.encoder.encode([Piece(text)], begins=True)
+    cut: tuple[Cut, ...] = ("response",) if len(ids) > max_tokens else ()
+    ids = ids[:max_tokens]
+    return Encoded(ids, list(ids), prompt_length=0, cut=cut)
 
 
 def encode_test(

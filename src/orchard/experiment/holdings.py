@@ -12,6 +12,7 @@ from orchard.data.datasets import load_pool, read_file, read_folder
 from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
 from orchard.data.reading import Reader, Reading, reading_notes, unread_files
+from orchard.data.rows import read_rows
 from orchard.hub import spelled_like
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
@@ -169,7 +170,8 @@ class Elsewhere:
 
     Attributes:
         retention: Examples of ``evaluation.retention_path``.
-        calibration: Examples of ``strategy.calibration_path``.
+        calibration: Examples of ``strategy.calibration_path``; of a corpus of plain texts each is a
+            response to nothing.
         remarks: What of them was taken, left out or not read.
     """
 
@@ -192,7 +194,9 @@ def read_elsewhere(recipe: Recipe) -> Elsewhere:
     calibration: list[Example] = []
     if recipe.strategy.calibration == "corpus":
         path = recipe.strategy.calibration_path
-        calibration = _read_other(path, recipe.data, "strategy.calibration_path", remarks)
+        calibration = _read_texts(path, recipe.data, "strategy.calibration_path") or _read_other(
+            path, recipe.data, "strategy.calibration_path", remarks
+        )
     return Elsewhere(retention, calibration, tuple(remarks))
 
 
@@ -221,6 +225,17 @@ def _require_file(path: str, option: str) -> None:
             f"{option} must be a file with examples, got {path} (looked in {Path.cwd()})"
             f"{spelled_like(path)}; check the spelling, or name another"
         )
+
+
+def _read_texts(path: str, data: DataOptions, option: str) -> list[Example]:
+    """Return the texts of a file whose rows have a column ``text`` and no response; else none."""
+    _require_file(path, option)
+    rows = list(read_rows(Path(path).expanduser()))
+    columns = rows[0].columns if rows else {}
+    if "text" not in columns or data.response in columns or _reader(data).format != "auto":
+        return []
+    texts = [row.columns.get("text") for row in rows if not row.error]
+    return [Example("", text) for text in texts if isinstance(text, str) and text.strip()]
 
 
 def _read_other(path: str, data: DataOptions, option: str, remarks: list[str]) -> list[Example]:

@@ -16,8 +16,10 @@ from orchard.experts.graft_search import SearchSettings
 from orchard.recipe.method_options import BUILT_IN, method_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
+from orchard.server.lora_product import product_delta
 from orchard.server.optimizers import SGD
 from orchard.server.robust import MIN_CONTRIBUTORS, RobustSettings, robust_aggregate
+from orchard.strategies.arriving import arriving
 from orchard.strategies.ditto import ditto
 from orchard.strategies.fedavg_dropout import fedavg_dropout
 from orchard.strategies.fedavg_random import fedavg_random
@@ -324,6 +326,37 @@ def check_aggregation(recipe: Recipe, *, num_clients: int) -> None:
         )
 
 
+def check_lora_product(recipe: Recipe) -> None:
+    """Refuse the mean of adapters' products where something else acts on their factors.
+
+    Raises:
+        ValueError: It does.
+    """
+    server, strategy, sent = recipe.server, recipe.strategy, recipe.communication
+    names = set(check_strategy(strategy.name)) - {"fedavg"}
+    acting = sorted(n for n in names & METHODS.keys() if METHODS[n].part in ("server", "control"))
+    splits = [key for key in ("shared", "kept") if "lora_" in getattr(strategy, key)]
+    reasons = {
+        f"server.aggregation = {server.aggregation}": server.aggregation != "mean",
+        f"server.lr = {server.lr:g}": server.lr not in (0.0, 1.0),
+        f"{''.join(acting[:1])} in strategy.name": bool(acting),
+        "local in strategy.name": "local" in names,
+        f"strategy.{''.join(splits[:1])} on single factors": bool(splits),
+        "router in model.lora_targets": "router" in words(recipe.model.lora_targets),
+        "privacy.secure_aggregation": recipe.privacy.secure_aggregation,
+        f"privacy.unit = {recipe.privacy.unit}": recipe.privacy.unit == "client",
+        "what encoding took from factors (communication.feedback)": sent.feedback
+        and (sent.dtype == "int8" or sent.top_k > 0),
+        "deployment.stragglers = late": recipe.deployment.stragglers == "late",
+    }
+    for reason, is_so in reasons.items():
+        if is_so:
+            raise ValueError(
+                f"server.lora_aggregation must be factors with {reason}, got product; the mean of "
+                "products turns the factors anew each round, on which that acts one by one"
+            )
+
+
 def build_strategy(
     recipe: Recipe, *, num_clients: int, own: Mapping[str, Transform] | None = None
 ) -> Strategy:
@@ -343,6 +376,9 @@ def build_strategy(
     aggregate: Aggregate = mean_delta
     if server.aggregation != "mean":
         aggregate = robust_aggregate(RobustSettings(server.aggregation, server.trim, server.clip))
+    if server.lora_aggregation == "product":
+        check_lora_product(recipe)
+        aggregate = product_delta
     strategy = Strategy(weigh=weigh, aggregate=aggregate, optimizer=SGD(lr=server.lr or 1.0))
     named, passed = method_names(recipe.strategy.name), own or {}
     methods = {name: find_method(name) for name in named}
@@ -359,7 +395,37 @@ def build_strategy(
     strategy = strategy if is_split else split_names(strategy, split)
     if recipe.strategy.kept_steps:
         strategy = in_turn(strategy, kept_steps=recipe.strategy.kept_steps)
+    if recipe.data.arriving:
+        check_arriving(recipe, order, num_clients=num_clients)
+        strategy = arriving(strategy, after_round=recipe.server.rounds)
     return strategy
+
+
+def check_arriving(recipe: Recipe, names: Sequence[str], *, num_clients: int) -> None:
+    """Refuse clients that arrive after training where that means nothing, or is not known to.
+
+    Raises:
+        ValueError: It does not, or it is not.
+    """
+    number = recipe.data.arriving
+    stay = num_clients - number
+    if stay < max(1, recipe.server.clients_per_round):
+        raise ValueError(
+            f"data.arriving must leave a cohort of {max(1, recipe.server.clients_per_round)} of "
+            f"{num_clients} clients, got {number}; lower it, or add clients"
+        )
+    parts = {name: METHODS[name].part if name in METHODS else "" for name in names}
+    for name, part in parts.items():
+        if part in ("budget", "control", ""):
+            raise ValueError(
+                f"data.arriving must be 0 with {name}, got {number}; what a client that arrives "
+                "would train is not known of that method"
+            )
+    if recipe.privacy.unit or recipe.privacy.secure_aggregation:
+        raise ValueError(
+            f"data.arriving must be 0 with an option of privacy, got {number}; rounds in which "
+            "nothing is sent are not counted there"
+        )
 
 
 def check_split(recipe: Recipe, names: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from orchard.client.requirements import PeakMemory, Requirements
 from orchard.communication.stages import message_bytes
 from orchard.experiment.budgets import Limit, build_requirements, client_limits
 from orchard.experiment.checking import (
+    check_carving,
     check_clients,
     check_cohort,
     check_names,
@@ -29,6 +30,7 @@ from orchard.experiment.placements import (
     placements_as_rows,
     plan_placements,
 )
+from orchard.experiment.preparation import encode_holdings
 from orchard.experiment.settings import learning_rate, lora_settings
 from orchard.experiment.start_values import check_start
 from orchard.experiment.wiring import build_channel, check_communication
@@ -89,12 +91,15 @@ class Plan:
     free_bytes: int | None = None
 
 
-def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
+def make_plan(
+    recipe: Recipe, *, federation: Federation | None = None, encodes: bool = True
+) -> Plan:
     """Compute what every client of a recipe needs.
 
     Args:
         recipe: Every choice.
         federation: Its data; None = it is read as the recipe says.
+        encodes: Whether what would be refused of that data as tokens is looked for.
 
     Raises:
         FileNotFoundError: Data or model are not there.
@@ -119,10 +124,15 @@ def make_plan(recipe: Recipe, *, federation: Federation | None = None) -> Plan:
         check_start(recipe)
     tokenizer = load_tokenizer(path)
     unknown = check_vocabulary(tokenizer, checked.vocabulary, path=path)
-    ends = end_ids(recipe, make_wording(recipe, tokenizer))  # what cannot be worded is refused, too
+    wording = make_wording(recipe, tokenizer)
+    if is_whole and encodes:
+        rows = checked.vocabulary if unknown else None
+        encode_holdings(recipe, federation, elsewhere, wording, rows=rows)
+    ends = end_ids(recipe, wording)  # what cannot be worded is refused, too
     beyond = unknown_ends(ends, checked.vocabulary, path=path)
     view = checked.view
     limits = client_limits(recipe, view, num_clients=len(federation.train))
+    check_carving(recipe, view, [limit.budget for limit in limits])
     requirements = build_requirements(recipe, view)
     num_experts = requirements.footprint.num_experts
     clients = []

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchard.data.encoded import Encoded
+from orchard.data.templates import Wording
 from orchard.evaluation.quality import TestExample
 from orchard.experiment.budgets import expert_budgets
 from orchard.experiment.checking import (
+    check_carving,
     check_clients,
     check_cohort,
     check_names,
@@ -26,6 +28,7 @@ from orchard.experiment.encoding import (
     options_note,
 )
 from orchard.experiment.holdings import (
+    Elsewhere,
     Federation,
     build_federation,
     build_site,
@@ -45,6 +48,7 @@ from orchard.models.stored.loading import (
 )
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
+from orchard.seeding import Seeds
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ class Experiment:
         remarks: What of retention and calibration was taken, left out or not read.
         model_notes: What a person should know about the base.
         end_ids: The tokens that end an answer.
+        others: Client id to what is drawn of the other clients' test examples; empty = nothing is.
     """
 
     recipe: Recipe
@@ -78,6 +83,7 @@ class Experiment:
     end_ids: tuple[int, ...]
     remarks: tuple[str, ...] = ()
     model_notes: tuple[str, ...] = ()
+    others: Mapping[str, list[TestExample]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +125,6 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         check_clients(recipe, federation)
     check_cohort(recipe, num_clients=num_clients)
     elsewhere = read_elsewhere(recipe)
-    retention, calibration = elsewhere.retention, elsewhere.calibration
     check_tested(recipe, federation, elsewhere)
     check_device(recipe.model.device)
     placement_of(recipe)  # what cannot be placed there is refused
@@ -130,12 +135,68 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)
     if seat:
         budgets = budgets[seat.index : seat.index + 1]
+    check_carving(recipe, checked.view, budgets)
     tokenizer = load_tokenizer(recipe.model.path)
     unknown = check_vocabulary(tokenizer, checked.vocabulary, path=recipe.model.path)
 
     wording = make_wording(recipe, tokenizer)
-    limit, chooses = recipe.data.max_tokens, "accuracy" in words(recipe.evaluation.metrics)
+    held = encode_holdings(
+        recipe, federation, elsewhere, wording, rows=checked.vocabulary if unknown else None
+    )
+    ends = end_ids(recipe, wording)
+    beyond = unknown_ends(ends, checked.vocabulary, path=recipe.model.path)
+    return Experiment(
+        recipe=recipe,
+        federation=federation,
+        train=held.train,
+        test=held.test,
+        retention=held.retention,
+        calibration=held.calibration,
+        tokenizer=tokenizer,
+        budgets=dict(zip(federation.train, budgets, strict=True)),
+        digest=data_digest(
+            federation, retention=elsewhere.retention, calibration=elsewhere.calibration
+        ),
+        end_ids=ends,
+        remarks=elsewhere.remarks,
+        model_notes=(*checked.notes, *(note for note in (unknown, beyond) if note)),
+        others=held.others,
+    )
 
+
+@dataclass(frozen=True)
+class Held:
+    """What clients hold and are measured on, as token ids; see ``Experiment``."""
+
+    train: Mapping[str, list[Encoded]]
+    test: Mapping[str, list[TestExample]]
+    retention: list[TestExample]
+    calibration: list[Encoded]
+    others: Mapping[str, list[TestExample]]
+
+
+def encode_holdings(
+    recipe: Recipe,
+    federation: Federation,
+    elsewhere: Elsewhere,
+    wording: Wording,
+    *,
+    rows: int | None,
+) -> Held:
+    """Encode all data of an experiment.
+
+    Args:
+        recipe: Every choice.
+        federation: Who holds what.
+        elsewhere: Retention and calibration.
+        wording: How examples become ids.
+        rows: Of the embedding, where the tokenizer knows tokens beyond them; None = it does not.
+
+    Raises:
+        ValueError: An example cannot be encoded, or has a token beyond the embedding, or options of
+            equal tokens.
+    """
+    limit, chooses = recipe.data.max_tokens, "accuracy" in words(recipe.evaluation.metrics)
     train, test = encode_clients(
         federation.train,
         federation.test,
@@ -144,38 +205,44 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
         max_tokens=limit,
         chooses=chooses,
     )
-    retention_set = encode_test(
-        retention,
+    retention = encode_test(
+        elsewhere.retention,
         wording,
         max_tokens=limit,
         whose="the examples of evaluation.retention_path",
         chooses=chooses,
     )
-    calibration_set = encode_all(
-        calibration, wording, max_tokens=limit, whose="the examples of strategy.calibration_path"
+    calibration = encode_all(
+        elsewhere.calibration,
+        wording,
+        max_tokens=limit,
+        whose="the examples of strategy.calibration_path",
     )
-    if unknown:
-        tests = [own for each in (*test.values(), retention_set) for own in each]
-        encoded = [own for each in (*train.values(), calibration_set) for own in each]
+    if rows is not None:
+        tests = [own for each in (*test.values(), retention) for own in each]
+        encoded = [own for each in (*train.values(), calibration) for own in each]
         encoded += [one for own in tests for one in (own.encoded, *own.options)]
-        ids = (own.input_ids for own in encoded)
-        check_tokens(ids, checked.vocabulary, path=recipe.model.path)
-    ends = end_ids(recipe, wording)
-    beyond = unknown_ends(ends, checked.vocabulary, path=recipe.model.path)
-    return Experiment(
-        recipe=recipe,
-        federation=federation,
-        train=train,
-        test=test,
-        retention=retention_set,
-        calibration=calibration_set,
-        tokenizer=tokenizer,
-        budgets=dict(zip(federation.train, budgets, strict=True)),
-        digest=data_digest(federation, retention=retention, calibration=calibration),
-        end_ids=ends,
-        remarks=elsewhere.remarks,
-        model_notes=(*checked.notes, *(note for note in (unknown, beyond) if note)),
-    )
+        check_tokens((own.input_ids for own in encoded), rows, path=recipe.model.path)
+    return Held(train, test, retention, calibration, _tests_of_others(test, recipe))
+
+
+def _tests_of_others(
+    test: Mapping[str, list[TestExample]], recipe: Recipe
+) -> dict[str, list[TestExample]]:
+    """Draw what each client is measured on of the other clients' test examples."""
+    number, seeds = recipe.evaluation.other_clients, Seeds(recipe.seed)
+    if not number:
+        return {}
+    if len(test) < 2:
+        raise ValueError(
+            f"evaluation.other_clients must be 0 with one client, got {number}; there is no other"
+        )
+    drawn = {}
+    for client in test:
+        others = [example for other, own in test.items() if other != client for example in own]
+        order = seeds.generator("tests of others", client).permutation(len(others))[:number]
+        drawn[client] = [others[index] for index in sorted(order.tolist())]
+    return drawn
 
 
 def _build_seat(recipe: Recipe, seat: Seat) -> Federation:

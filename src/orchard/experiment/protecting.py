@@ -85,7 +85,11 @@ def _check_method(recipe: Recipe) -> None:
             raise ValueError(
                 f"strategy.name must not hold {name} with privacy.unit = {unit}, got {named}; {why}"
             )
-        if name == "flex" and unit == "example" and recipe.strategy.graft_choice != "random":
+        if (
+            name == "flex"
+            and unit == "example"
+            and recipe.strategy.graft_choice == "reconstruction"
+        ):
             raise ValueError(
                 "strategy.graft_choice must be random with privacy.unit = example, got "
                 f"{recipe.strategy.graft_choice}; which expert fits best is read from the examples "

@@ -18,6 +18,11 @@ _MAIN_TREES = 4
 and an update."""
 
 
+def _plan(recipe: Recipe) -> Plan:
+    """Plan what was prepared: its data was encoded then."""
+    return make_plan(recipe, encodes=False)
+
+
 def check_workers(recipe: Recipe, options: WorkerOptions, *, available: int | None = None) -> None:
     """Refuse more workers than this machine's memory has room for, as the planner predicts it.
 
@@ -35,7 +40,7 @@ def check_workers(recipe: Recipe, options: WorkerOptions, *, available: int | No
     free = available_memory_bytes() if available is None else available
     if options.number == 1 or options.ray or free is None or recipe.model.device != "cpu":
         return
-    peak, mapped = _largest(make_plan(recipe))
+    peak, mapped = _largest(_plan(recipe))
     each = peak.training if mapped else peak.total
     own = PROCESS_BYTES + _MAIN_TREES * peak.received
     fitting = max((free - own) // each, 0)
@@ -49,7 +54,7 @@ def check_workers(recipe: Recipe, options: WorkerOptions, *, available: int | No
 
 
 def check_gpu(
-    recipe: Recipe, *, free: int | None = None, plan: Callable[[Recipe], Plan] = make_plan
+    recipe: Recipe, *, free: int | None = None, plan: Callable[[Recipe], Plan] = _plan
 ) -> None:
     """Refuse a GPU that has too little memory free for the recipe, and say what would fit.
 

@@ -7,11 +7,13 @@ import json
 import re
 import unicodedata
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from orchard.engine.processes import check_free, only_one
 from orchard.experiment.methods import own_names
 from orchard.experiment.own_methods import Transform, own_digests, passed_digest, passed_name
 from orchard.recipe.options import Recipe
@@ -32,6 +34,8 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "data.max_train": 0,
         "data.validation_size": 0.0,
         "data.conventions": "",
+        "data.arriving": 0,
+        "strategy.arrival_rounds": 5,
         "strategy.graft_mix": "additive",
         "strategy.shared": "",
         "strategy.kept": "",
@@ -39,9 +43,11 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "strategy.finetune_rounds": 1,
         "strategy.ditto_lambda": 0.1,
         "strategy.holdout": 0.25,
+        "server.lora_aggregation": "factors",
         "server.keep_rounds": 0,
         "server.start": "",
         "evaluation.best": "",
+        "evaluation.other_clients": 0,
         "privacy.secure_aggregation": False,
         "privacy.secure_least": 3,
         "privacy.secure_neighbors": 0,
@@ -51,6 +57,9 @@ _LATER: Mapping[str, Any] = MappingProxyType(
 )
 
 RECIPE_FILE, METHODS_FILE = "recipe.toml", "methods.json"
+LOCK_FILE = "run.lock"
+"""Held by the one process that writes a run's folder, a coordinator's too."""
+_WRITER = "writer of a run's folder"
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,28 @@ def facts_of(recorded: Recorded) -> dict[str, Any]:
         "recipe_digest": recipe_digest(recipe),
         **({"own_methods": dict(digests)} if digests else {}),
     }
+
+
+def writing_alone(folder: Path, *, seconds: float = 1.0) -> AbstractContextManager[None]:
+    """Be the one process that writes to a run's folder, while the context lasts.
+
+    Args:
+        folder: Of the run; made where it is not there.
+        seconds: How long to wait for another process to end.
+
+    Raises:
+        InUseError: Another process writes there.
+    """
+    return only_one(folder / LOCK_FILE, seconds=seconds, what=_WRITER)
+
+
+def check_unused(folder: Path) -> None:
+    """Refuse a folder to which another process writes now.
+
+    Raises:
+        InUseError: One does.
+    """
+    check_free(folder / LOCK_FILE, what=_WRITER)
 
 
 def begin_folder(folder: Path, recorded: Recorded) -> None:

@@ -38,10 +38,12 @@ from orchard.experiment.run_folder import (
     folder_name,
     recipe_digest,
     recorded_as,
+    writing_alone,
 )
 from orchard.experiment.secrecy import build_secrecy, secrecy_facts
 from orchard.experiment.settings import learning_rate, lora_settings, placement_of
 from orchard.experiment.start_values import starting_values
+from orchard.experiment.starting import Start, record_start
 from orchard.experiment.wiring import build_channel
 from orchard.experiment.workers import IN_THIS_PROCESS, WorkerOptions, open_team, threads_note
 from orchard.experts.submodel_source import SubmodelSource
@@ -54,6 +56,7 @@ from orchard.recipe.reading import words
 from orchard.reports import build_result
 from orchard.results import write_json
 from orchard.seeding import Seeds
+from orchard.server.checkpoint import ServerState
 from orchard.strategies.strategy import Strategy, start_server
 from orchard.trees import Tree, digest
 
@@ -141,6 +144,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             seeds=Seeds(recipe.seed),
             budget_experts=experiment.budgets[client_id],
             submodels=submodels,
+            others=experiment.others.get(client_id, ()),
         )
         for client_id, examples in experiment.federation.train.items()
     ]
@@ -180,18 +184,23 @@ def slow_ways_of(experiment: Experiment, model: AdaptedModel) -> list[str]:
 
 
 def build_schedule(
-    recipe: Recipe, *, rate: float | None = None, secrecy: Secrecy | None = None
+    recipe: Recipe,
+    *,
+    rate: float | None = None,
+    secrecy: Secrecy | None = None,
+    arriving: Sequence[str] = (),
 ) -> Schedule:
     """Return what happens in which round.
 
     Args:
         recipe: Every choice.
         secrecy: How the server is kept from seeing single updates; None = it sees them.
+        arriving: Clients that arrive after training.
         rate: Learning rate of the first round, see ``settings.learning_rate``; None = the recipe's.
     """
     client, server, evaluation = recipe.client, recipe.server, recipe.evaluation
     return Schedule(
-        num_rounds=server.rounds,
+        num_rounds=server.rounds + (recipe.strategy.arrival_rounds if arriving else 0),
         clients_per_round=server.clients_per_round,
         steps=client.steps,
         epochs=client.epochs,
@@ -209,7 +218,15 @@ def build_schedule(
             else 0
         ),
         secrecy=secrecy,
+        arriving=frozenset(arriving),
+        arrival_rounds=recipe.strategy.arrival_rounds if arriving else 0,
     )
+
+
+def arriving_clients(experiment: Experiment) -> list[str]:
+    """Return the clients that arrive after training."""
+    number = experiment.recipe.data.arriving
+    return list(experiment.train)[-number:] if number else []
 
 
 def check_run(
@@ -301,6 +318,8 @@ def run_experiment(
     strategy: Strategy | Transform | None = None,
     warn: Callable[[str], None] = log.warning,
     workers: WorkerOptions = IN_THIS_PROCESS,
+    start: Start | None = None,
+    resume: bool = True,
 ) -> dict[str, Any]:
     """Run, or go on running, an experiment in ``folder``, and write its result there.
 
@@ -314,17 +333,19 @@ def run_experiment(
             name, and goes on with it alone.
         warn: Told once of every fast way that the model cannot go.
         workers: How many processes compute the clients.
+        start: How the run was started, to be written down; None = nobody asks.
+        resume: Whether a run that is there may be continued.
 
     Returns:
         The content of ``result.json``.
 
     Raises:
+        InUseError: Another process writes to the folder.
         ValueError: The folder holds another run, or the method cannot be put on.
     """
     check_passed(workers, strategy)
     recipe, num_clients = experiment.recipe, len(experiment.train)
     sizes = sizes_of(experiment)
-    check_run(folder, experiment, resume=True, passed=strategy)
     recorded = recorded_as(recipe, strategy)
     if isinstance(strategy, Strategy):
         method = strategy
@@ -332,9 +353,13 @@ def run_experiment(
         own = {passed_name(strategy): strategy} if strategy else {}
         method = build_strategy(recipe, num_clients=num_clients, own=own)
     method = replace(method, protection=build_protection(recipe, sizes))
-    record_data(folder, experiment.digest)
-    begin_folder(folder, recorded)
     with threads(recipe.model.num_threads), ExitStack() as stack:
+        stack.enter_context(writing_alone(folder))
+        check_run(folder, experiment, resume=resume, passed=strategy)
+        record_data(folder, experiment.digest)
+        if start is not None:
+            record_start(folder, start)
+        begin_folder(folder, recorded)
         ground = (
             stack.enter_context(_stand_elsewhere(experiment, folder, workers))
             if workers.are_elsewhere
@@ -342,8 +367,13 @@ def run_experiment(
         )
         for sentence in ground.notes:
             warn(sentence)
-        schedule = build_schedule(recipe, rate=ground.rate, secrecy=build_secrecy(recipe, sizes))
-        paid = private_rounds(recipe, sizes)
+        schedule = build_schedule(
+            recipe,
+            rate=ground.rate,
+            secrecy=build_secrecy(recipe, sizes),
+            arriving=arriving_clients(experiment),
+        )
+        paid = private_rounds(recipe, sizes) + schedule.arrival_rounds
         if paid < schedule.num_rounds:
             warn(
                 f"privacy.epsilon = {recipe.privacy.epsilon:g} pays for {paid} of "
@@ -369,17 +399,27 @@ def run_experiment(
             cost=Costs(recipe, sizes).after if recipe.privacy.unit else None,
         )
         is_unchanged = ground.is_unchanged()
+        facts = {**facts_of(recorded), **_facts(experiment, folder, ground, state)}
+        result = build_result(folder, {**facts, "base_is_unchanged": is_unchanged})
+        write_json(folder / "result.json", result)
+    return result
+
+
+def _facts(
+    experiment: Experiment, folder: Path, ground: _Ground, state: ServerState
+) -> dict[str, Any]:
+    """Return what a result says of a run beside where it comes from and its metrics."""
+    recipe, sizes = experiment.recipe, sizes_of(experiment)
     federation, truncated = experiment.federation, count_truncated(experiment)
-    facts: dict[str, Any] = {
-        **facts_of(recorded),
+    return {
         "data_digest": experiment.digest.overall,
         "base_digest": ground.base_digest,
-        "base_is_unchanged": is_unchanged,
         "shared_digest": digest(state.shared),
         "test_digest": experiment.digest.test,
         "learning_rate": ground.rate,
         **privacy_facts(recipe, sizes, rounds=state.round_number),
         **secrecy_facts(recipe),
+        **({"arriving": own} if (own := arriving_clients(experiment)) else {}),
         "parameters": {
             "shared": sum(tensor.numel() for tensor in state.shared.values()),
             "private": {
@@ -406,9 +446,6 @@ def run_experiment(
             "has_central_test": federation.has_central_test,
         },
     }
-    result = build_result(folder, facts)
-    write_json(folder / "result.json", result)
-    return result
 
 
 def _num_private(store: ClientStore) -> int:

@@ -42,6 +42,7 @@ def graft_settings(recipe: Recipe) -> GraftSettings:
         dropout=s.graft_dropout,
         gate=s.graft_gate,
         mix="difference" if "orchard" in method_names(s.name) else s.graft_mix,
+        is_fresh=s.graft_choice == "fresh",
     )
 
 

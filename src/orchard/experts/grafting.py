@@ -62,6 +62,8 @@ class GraftSettings:
             ``closed`` at zero with bias -4; ``none`` has no gate, the graft always counts fully.
         mix: ``additive``, F + s * graft; ``convex``, (1 - s) * F + s * graft; or ``difference``,
             F + s * (graft - E) with E as the graft was at first.
+        is_fresh: Whether a dense graft starts as no expert but with random projections, of which
+            the last is zero, so that it says nothing at first.
     """
 
     kind: str = "lora"
@@ -70,6 +72,7 @@ class GraftSettings:
     dropout: float = 0.05
     gate: str = "router_row"
     mix: str = "additive"
+    is_fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,8 @@ class Graft(_Mixed):
         super().__init__(settings)
         self._layer = layer
         is_dense = settings.kind == "dense"
-        tensors = self._origin = origin.tensors
+        tensors = _fresh(origin.tensors) if settings.is_fresh else origin.tensors
+        self._origin = tensors
         for name in _PROJECTIONS:
             if name in tensors:
                 bias = tensors.get(f"{name}_bias")
@@ -247,6 +251,17 @@ class GraftMixture(_Mixed):
         if self._settings.gate == "closed":
             return torch.sigmoid(self._gate_scores(x_BSD)), y_BSD
         return torch.sigmoid(score_BSG.logsumexp(dim=-1, keepdim=True)), y_BSD
+
+
+def _fresh(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the projections of an expert that was never trained, from torch's random numbers."""
+    fresh = {}
+    for name, tensor in like.items():
+        values = torch.zeros(tensor.shape)
+        if name in ("gate_proj", "up_proj"):
+            values = torch.randn(tensor.shape) / tensor.shape[-1] ** 0.5
+        fresh[name] = values.to(tensor.device)
+    return fresh
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, *, copy: bool) -> nn.Linear:

@@ -24,7 +24,7 @@ from orchard.models.stored.streaming import (
 from orchard.models.stored.submodel import load_skeleton, load_submodel
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.targets import EXPERTS, LoraSettings
-from orchard.models.view.moe import MoEView
+from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.storage import FusedExperts
 from orchard.trees import Tree
 
@@ -68,11 +68,8 @@ class SubmodelSource:
                 where PEFT cannot put it.
         """
         view = load_submodel(self.stored, kept, dtype=self.dtype, device=self.device)
-        if EXPERTS in self.lora.targets:
-            for layer in view.layers:
-                storage = layer.storage
-                if isinstance(storage, FusedExperts) and storage.is_transposed:
-                    _check_several(layer.name, layer.num_experts)
+        for layer in view.layers:
+            check_several(layer, layer.num_experts, self.lora)
         return self._adapt(view, self.lora)
 
     @contextmanager
@@ -149,9 +146,16 @@ class SubmodelSource:
         return read_expert
 
 
-def _check_several(layer: str, num_experts: int) -> None:
-    if num_experts < 2:
+def check_several(layer: MoELayer, num_kept: int, lora: LoraSettings) -> None:
+    """Check that adapters can be put on so few experts of a layer.
+
+    Raises:
+        ValueError: There is one, and PEFT cannot put it there.
+    """
+    storage = layer.storage
+    is_transposed = isinstance(storage, FusedExperts) and storage.is_transposed
+    if num_kept < 2 and is_transposed and EXPERTS in lora.targets:
         raise ValueError(
             f"a carved layer with adapters on experts stored transposed must keep at least 2, got "
-            f"{num_experts} in {layer}; raise client.budget or train experts themselves"
+            f"{num_kept} in {layer.name}; raise client.budget or train experts themselves"
         )

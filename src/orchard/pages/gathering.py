@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from orchard.communication.audit import AUDIT_FILE
 from orchard.comparison import Comparison, compare_runs
-from orchard.evaluation.quality import METRICS, STDERR
+from orchard.evaluation.quality import METRICS, STDERR, plain_metric
 from orchard.reports import MODELS, read_result
 from orchard.results import MetricsLog
 
@@ -144,7 +144,7 @@ def curve_rows(runs: Iterable[RunRecord]) -> list[Row]:
             for client, values in _evaluated(line):
                 for key, value in values.items():
                     model, _, metric = key.partition("/")
-                    name = metric.removeprefix("retention_")
+                    name = plain_metric(metric)
                     if model in MODELS and name in METRICS and not metric.endswith(STDERR):
                         rows.append(
                             {

@@ -48,6 +48,7 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             bool(recipe.strategy.kept) or "flex" in methods,
             "strategy.kept, or flex in strategy.name",
         ),
+        "strategy.arrival_rounds": (data.arriving > 0, "data.arriving above 0"),
         "strategy.finetune_rounds": ("finetune" in methods, "finetune in strategy.name"),
         "strategy.ditto_lambda": ("ditto" in methods, "ditto in strategy.name"),
         "strategy.holdout": ("orchard" in methods, "orchard in strategy.name"),

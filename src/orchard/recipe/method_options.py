@@ -117,7 +117,10 @@ class StrategyOptions:
         minimum=0,
     )
     graft_choice: str = option(
-        "reconstruction", "FLEx: how an expert is chosen.", choices=("reconstruction", "random")
+        "reconstruction",
+        "FLEx: how an expert is chosen; fresh = none is, a dense graft starts as one that says "
+        "nothing.",
+        choices=("reconstruction", "random", "fresh"),
     )
     graft_loss: str = option(
         "norm",
@@ -157,6 +160,11 @@ class StrategyOptions:
     )
     finetune_rounds: int = option(
         1, "finetune: so many of the last rounds train each client's own model.", minimum=1
+    )
+    arrival_rounds: int = option(
+        5,
+        "With data.arriving: rounds in which clients that arrive train what they keep.",
+        minimum=1,
     )
     ditto_lambda: float = option(
         0.1, "Ditto: strength of the pull of a personal model to the shared one.", minimum=0
@@ -261,6 +269,12 @@ class ServerOptions:
         "only updates that are too long), need three that sent a name, and hold all updates in "
         "memory.",
         choices=("mean", "median", "trimmed_mean", "clipped_mean", "krum"),
+    )
+    lora_aggregation: str = option(
+        "factors",
+        "How adapters become one: factors, the mean of the A and of the B; product, the mean of "
+        "what they do, B A, brought back to their rank.",
+        choices=("factors", "product"),
     )
     trim: float = option(
         0.2,

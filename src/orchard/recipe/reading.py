@@ -274,12 +274,33 @@ def _check_combinations(recipe: Recipe) -> None:
             "strategy.calibration_path must be given with strategy.calibration = corpus, got "
             "nothing; name a JSON Lines file"
         )
-    if recipe.strategy.graft_budget and recipe.strategy.graft_choice == "random":
+    s = recipe.strategy
+    if s.graft_budget and s.graft_choice != "reconstruction":
         raise ValueError(
-            "strategy.graft_budget must be 0 with strategy.graft_choice = random, got "
-            f"{recipe.strategy.graft_budget}; random experts have no losses to share it by"
+            f"strategy.graft_budget must be 0 with strategy.graft_choice = {s.graft_choice}, got "
+            f"{s.graft_budget}; {s.graft_choice} experts have no losses to share it by"
         )
+    if s.graft_choice == "fresh":
+        rules: tuple[tuple[str, Scalar, tuple[Scalar, ...]], ...] = (
+            ("kind", s.graft_kind, ("dense",)),
+            ("gate", s.graft_gate, ("closed", "none")),
+            ("experts", s.graft_experts, (1,)),
+            ("mix", "difference" if "orchard" in s.name else s.graft_mix, ("additive", "convex")),
+        )
+        for key, given, choices in rules:
+            if given not in choices:
+                raise ValueError(
+                    f"strategy.graft_{key} must be {' or '.join(map(str, choices))} with "
+                    f"strategy.graft_choice = fresh, got {given}; there is no expert of the base "
+                    "to start as, or to compare with"
+                )
     _check_conventions(recipe)
+    has_central_test = data.test_per_category and data.partition != "file" and not data.conventions
+    if evaluation.other_clients and has_central_test:
+        raise ValueError(
+            "evaluation.other_clients must be 0 with data.test_per_category, got "
+            f"{evaluation.other_clients}; all clients are tested on the same rows already"
+        )
     if "accuracy" in words(evaluation.metrics) and not (data.labels or data.options):
         raise ValueError(
             "data.labels or data.options must be given with accuracy in evaluation.metrics, got "

@@ -148,6 +148,12 @@ class DataOptions:
         minimum=0,
     )
     max_train: int = option(0, "Training rows per client, drawn at random; 0 = all.", minimum=0)
+    arriving: int = option(
+        0,
+        "So many of the last clients arrive after training: they take no part in rounds, get the "
+        "final global values, and train what they keep alone. In the simulator alone.",
+        minimum=0,
+    )
     validation_size: float = option(
         0.0,
         "If above 0, the test rows are set aside and a part of each client's training rows is "
@@ -336,6 +342,12 @@ class EvaluationOptions:
     best: str = option(
         "",
         "Metric that --round best goes by; empty = the first of evaluation.metrics.",
+    )
+    other_clients: int = option(
+        0,
+        "Each client's models are measured on so many rows of the other clients' tests too, drawn "
+        "at random; 0 = none. In the simulator alone.",
+        minimum=0,
     )
     retention_path: str = option(
         "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."

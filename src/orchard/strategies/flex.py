@@ -58,7 +58,8 @@ class FlexSettings:
         num_experts: Grafts in every MoE layer; with a budget, the most that a layer may have.
         budget: At most so many grafts over all layers, at least one in each; 0 = ``num_experts``
             in each.
-        choice: ``reconstruction``, or ``random`` (the control).
+        choice: ``reconstruction``; or the controls ``random``, and ``fresh``, for which the expert
+            that is drawn says what shape a graft has and no more.
         search: How ``reconstruction`` compares sets of experts, and which it tries.
         calibration: ``own`` training data, a ``corpus`` that the recipe gives, or the client's
             own data of its ``majority_category``.
@@ -151,7 +152,7 @@ def choose_experts(
         are shares of, in the units of the layer's output.
     """
     view, number = client.model.view, settings.num_experts
-    if settings.choice == "random":
+    if settings.choice in ("random", "fresh"):
         generator = client.seeds.generator("random expert", client.client_id)
         drawn = choose_at_random(view, generator, num_experts=number)
         return drawn, _numbered(view, drawn)

@@ -28,7 +28,7 @@ from orchard.client.store import Personal
 from orchard.client.training import HoldStill, TrainingReport, train
 from orchard.communication.messages import Task, Update
 from orchard.data.encoded import Encoded
-from orchard.evaluation.quality import KeepAnswers, KeepScores, evaluate
+from orchard.evaluation.quality import TESTED_ON, KeepAnswers, KeepScores, evaluate
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.results import Metrics
 from orchard.server.aggregation import mean
@@ -290,6 +290,9 @@ def _train_privately(client: Client, task: Task, plan: Plan) -> TrainingReport |
 def _train(strategy: Strategy, client: Client, task: Task, plan: Plan, own: Tree) -> Contribution:
     """Train by a plan, save what the client keeps, and return what it sends."""
     model = plan.model or client.model
+    if own and not (plan.shared or plan.personal):
+        client.store.save(Personal(own), round_number=task.round_number)
+        return Contribution({}, {}, {}, {"client/train_seconds": 0.0})
     turn = task.round_number, client.client_id
     report = _train_privately(client, task, plan) or train(
         model,
@@ -342,7 +345,8 @@ def evaluate_client(
         known: Values of the base or global model on the same examples, measured before.
 
     Returns:
-        ``model/metric`` to value; ``model/retention_metric`` too where there is retention.
+        ``model/metric`` to value; ``model/retention_metric`` and ``model/others_metric`` too where
+        there is such.
     """
     metrics = dict(known or {})
     models, completed = set(models), task.round_number - 1
@@ -379,7 +383,7 @@ def _delta(model: AdaptedModel, plan: Plan, task: Task) -> dict[str, torch.Tenso
 def _measure(
     client: Client, kind: str, round_number: int, model: AdaptedModel | None = None
 ) -> dict[str, float]:
-    """Evaluate a model as it stands, on what the client tests and on what it must retain."""
+    """Evaluate a model as it stands: on the client's tests, what it must retain, others' tests."""
     model = model or client.model
 
     def keep(of: str) -> KeepAnswers | None:
@@ -400,13 +404,12 @@ def _measure(
         return partial(keep_scores, client.store, round_number=round_number, model=kind, of=of)
 
     settings = client.evaluation
-    own = evaluate(model, client.test, settings, keep=keep("test"), note=note("test"))
-    values = {f"{kind}/{name}": value for name, value in own.items()}
-    if client.retention:
-        old = evaluate(
-            model, client.retention, settings, keep=keep("retention"), note=note("retention")
-        )
-        values |= {f"{kind}/retention_{name}": value for name, value in old.items()}
+    held_out = {"test": client.test, "retention": client.retention, "others": client.others}
+    values: dict[str, float] = {}
+    for of, examples in held_out.items():
+        if examples or of == "test":
+            found = evaluate(model, examples, settings, keep=keep(of), note=note(of))
+            values |= {f"{kind}/{TESTED_ON[of]}{name}": value for name, value in found.items()}
     return values
 
 

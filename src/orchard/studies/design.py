@@ -129,7 +129,11 @@ class Design:
             recipe,
             data=replace(recipe.data, validation_size=self.tuning.validation_size),
             evaluation=replace(
-                recipe.evaluation, metrics=self.tuning.metric, best="", retention_path=""
+                recipe.evaluation,
+                metrics=self.tuning.metric,
+                best="",
+                retention_path="",
+                other_clients=0,
             ),
         )
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from orchard.client.scores import read_scores
-from orchard.evaluation.quality import METRICS
+from orchard.evaluation.quality import METRICS, plain_metric, tested_on
 from orchard.experiment.run_folder import folder_name
 from orchard.reports import format_score
 from orchard.results import MetricsLog, environment, write_atomically, write_json
@@ -25,7 +25,6 @@ from orchard.studies.design import Design, cell_name
 from orchard.studies.running import Column, Made, Progress, seeds_of
 
 _LEVEL = 0.05
-_RETENTION = "retention_"
 NOT_SEEN = "no difference seen"
 _HEAD = (
     *("method", "mean", "over seeds", "worst client", "difference [95 %]", "verdict"),
@@ -82,7 +81,7 @@ class Row:
             return "reference"
         if self.interval.holds_zero:
             return NOT_SEEN
-        higher = METRICS[self.metric.removeprefix(_RETENTION)]
+        higher = METRICS[plain_metric(self.metric)]
         said = "better" if (self.interval.mean > 0) == higher else "worse"
         assert self.corrected_p is not None
         return said if self.corrected_p < _LEVEL else f"{said}, not after Holm"
@@ -174,7 +173,7 @@ def _cost(own: Column, seeds: Sequence[int]) -> dict[str, Any]:
 
 
 def _interval(own: Column, reference: Column, seeds: Sequence[int], metric: str) -> Interval:
-    pairs, is_shared = [], metric.startswith(_RETENTION)
+    pairs, is_shared = [], tested_on(metric) == "retention"
     for seed in seeds:
         mine, other = own.runs[seed], reference.runs[seed]
         assert mine.result["test_digest"] == other.result["test_digest"]
@@ -182,7 +181,7 @@ def _interval(own: Column, reference: Column, seeds: Sequence[int], metric: str)
         pairs.append(
             [
                 _pair(_scores(mine, client, metric), _scores(other, client, metric), metric)
-                for client in mine.result["clients"]
+                for client in mine.result["metrics"]["personal"][metric]
             ]
         )
     generator = Seeds(0).generator("bootstrap", metric)
@@ -190,7 +189,7 @@ def _interval(own: Column, reference: Column, seeds: Sequence[int], metric: str)
 
 
 def _scores(made: Made, client: str, metric: str) -> Mapping[str, Sequence[float]]:
-    of = "retention" if metric.startswith(_RETENTION) else "test"
+    of = tested_on(metric)
     folder = made.folder / "clients" / folder_name(client)
     found = read_scores(folder, round_number=made.result["num_rounds"], model="personal", of=of)
     if found is None:
@@ -204,7 +203,7 @@ def _scores(made: Made, client: str, metric: str) -> Mapping[str, Sequence[float
 def _pair(
     own: Mapping[str, Sequence[float]], reference: Mapping[str, Sequence[float]], metric: str
 ) -> Pair:
-    name = metric.removeprefix(_RETENTION)
+    name = plain_metric(metric)
     ones = np.ones(len(own[name]))
     weight = np.asarray(own["num_tokens"], dtype=float) if name == "loss" else ones
     return Pair(np.asarray(own[name]), np.asarray(reference[name]), weight)

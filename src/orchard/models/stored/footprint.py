@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental import _config as fx_config
 
 from orchard.library_errors import first_line
 from orchard.models.stored.loading import DTYPES
@@ -137,8 +138,10 @@ def activation_bytes(
     handle = embedding.register_forward_hook(lambda *call: call[2].requires_grad_())
     places = torch.zeros(batch_size, num_tokens, dtype=torch.long, device="meta")
     mask = torch.ones(batch_size, 1, num_tokens, num_tokens, dtype=torch.bool, device="meta")
+    # Where values decide how many entries are taken, the most are: all.
+    every = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     try:
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with every, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(input_ids=places, attention_mask=mask, position_ids=places, use_cache=False)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(

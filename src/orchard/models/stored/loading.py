@@ -118,13 +118,28 @@ def check_checkpoint(path: str, lora: LoraSettings) -> CheckedModel:
             no MoE layer; a target that fits nothing; files that are damaged, or that lack a
             tensor, or hold it twice or in another shape.
     """
-    view = build_view(load_config(path), path)
+    view = _build(path)
     check_targets(view, lora)
     extra = check_complete(view.model, read_headers(path), path=path)
     notes = extra_notes(extra, unread_files(path), path=path)
     config: Any = view.model.config
     rows = int(config.get_text_config().vocab_size)
     return CheckedModel(view, rows, notes)
+
+
+def _build(path: str) -> MoEView:
+    """Return a model that continues a text, on the ``meta`` device.
+
+    Raises:
+        ValueError: It answers another way, or as ``build_view``.
+    """
+    config = load_config(path)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model.path must lead to a model that continues a text, got {path}, an "
+            f"encoder-decoder ({config.model_type}); choose another checkpoint"
+        )
+    return build_view(config, path)
 
 
 def check_vocabulary(tokenizer: Any, rows: int, *, path: str) -> str:
@@ -224,7 +239,7 @@ def load_base(path: str, *, dtype: str, device: str = "cpu") -> Base:
         FileNotFoundError: There is nothing at ``path``.
         ValueError: It is not a usable Mixture-of-Experts model.
     """
-    check_complete(build_view(load_config(path), path).model, read_headers(path), path=path)
+    check_complete(_build(path).model, read_headers(path), path=path)
     source = locate(path)
     about: dict[str, Any] = {"dtype": DTYPES[dtype], "experts_implementation": "eager"}
     try:

@@ -33,7 +33,8 @@ def resolve(path: str) -> str:
     if path.startswith("orchard:"):
         if path not in PACKAGED:
             raise ValueError(
-                f"model.path must be a folder, a hub name or {', '.join(PACKAGED)}, got {path}"
+                f"model.path must be a folder, a hub name or {', '.join(PACKAGED)}, got {path}; "
+                "check the spelling"
             )
         return str(PACKAGED[path])
     folder = Path(path).expanduser()
