@@ -30,8 +30,9 @@ from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.running import build_clients, load_model
 from orchard.measurements.step import bench_step
 from orchard.measurements.step_sides import QWEN_SHAPE, StepCase
-from orchard.models.kernels.frozen_experts import FrozenWeights, run_frozen
+from orchard.models.kernels.frozen_experts import run_frozen
 from orchard.models.kernels.grouped_experts import run_grouped
+from orchard.models.kernels.routed_experts import FrozenWeights
 from orchard.models.stored.loading import load_tokenizer
 from orchard.models.stored.random_checkpoint import Shape, write_random_checkpoint
 from orchard.recipe.reading import read_recipe

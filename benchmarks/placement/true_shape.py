@@ -24,7 +24,7 @@ from transformers import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from orchard.measurements.placement import COMMON, METHODS, predict_round, run_round
 from orchard.models.stored.loading import resolve
-from orchard.process_memory import release_freed_memory
+from orchard.process_memory import machine_memory_bytes, release_freed_memory
 from orchard.results import environment, write_json
 
 HERE = Path(__file__).parent
@@ -173,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             release_freed_memory()
             os.sync()
             record["write_seconds"] = time.perf_counter() - start
+        record["machine_bytes"] = machine_memory_bytes()
         record["num_threads"] = os.environ.get("OMP_NUM_THREADS", "")
         for method in given.only:
             limit = int(given.limit_gb * 1e9)

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3  # of malloc.h
@@ -17,7 +18,7 @@ _RELEASE_SECONDS = 0.1
 _SAMPLE_SECONDS = 0.02
 _STATUS, _MAPS = Path("/proc/self/status"), Path("/proc/self/maps")
 _ROLLUP, _MEMINFO = Path("/proc/self/smaps_rollup"), Path("/proc/meminfo")
-_GROUP = Path("/sys/fs/cgroup")
+_GROUP, _OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def peak_memory_bytes() -> int:
@@ -94,22 +95,23 @@ def shared_memory_bytes() -> int:
 
 
 def available_memory_bytes() -> int | None:
-    """Return what this process may still have: of the machine, and of its control group.
+    """Return what this process may still have: of the machine, and of its control groups.
 
     None where the system does not say.
     """
-    found, used = _of_machine("MemAvailable:"), _GROUP / "memory.current"
-    if used.exists():
-        found += [max(limit - int(used.read_text()), 0) for limit in _of_group()]
+    found = _of_machine("MemAvailable:")
+    for group in _groups():
+        found += [max(limit - used, 0) for limit in group.limit for used in group.used]
     return min(found, default=None)
 
 
 def machine_memory_bytes() -> int | None:
-    """Return what this machine has, or this process's control group where that is less.
+    """Return what this machine has, or one of this process's control groups where that is less.
 
     None where the system does not say.
     """
-    return min([*_of_machine("MemTotal:"), *_of_group()], default=None)
+    limits = [limit for group in _groups() for limit in group.limit]
+    return min([*_of_machine("MemTotal:"), *limits], default=None)
 
 
 def _of_machine(field: str) -> list[int]:
@@ -118,11 +120,46 @@ def _of_machine(field: str) -> list[int]:
     return [1024 * int(line.split()[1]) for line in lines if line.startswith(field)]
 
 
-def _of_group() -> list[int]:
-    """Return the limit of this process's control group, where it has one."""
-    limit = _GROUP / "memory.max"
-    text = limit.read_text().strip() if limit.exists() else ""
+@dataclass(frozen=True)
+class _Group:
+    """A control group's limit and what is used of it, without pages of files; empty = unsaid."""
+
+    limit: list[int]
+    used: list[int]
+
+
+def _groups() -> list[_Group]:
+    """Return the control groups of this process that limit memory, of both versions.
+
+    The one that the process is in and those around it. In a container the root is the container's
+    own, and the path that the system names may not be there.
+    """
+    found = []
+    lines = _OWN_GROUPS.read_text().splitlines() if _OWN_GROUPS.exists() else []
+    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    for root, controllers, limit, used, prefix in (
+        (_GROUP, "", "memory.max", "memory.current", ""),
+        (_GROUP / "memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ):
+        inner = root / paths.get(controllers, "/").lstrip("/")
+        for folder in {root, inner, *(above for above in inner.parents if root in above.parents)}:
+            limits = _numbers(folder / limit)
+            names = (f"{prefix}inactive_file", f"{prefix}active_file")
+            files = sum(_listed(folder / "memory.stat", names))
+            found.append(_Group(limits, [number - files for number in _numbers(folder / used)]))
+    return found
+
+
+def _numbers(file: Path) -> list[int]:
+    """Return the number that a file consists of, where it is there and is one."""
+    text = file.read_text().strip() if file.exists() else ""
     return [int(text)] if text.isdigit() else []
+
+
+def _listed(file: Path, names: tuple[str, ...]) -> list[int]:
+    """Return the values of a file's lines of a name and a number."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [int(line.split()[1]) for line in lines if line.split()[0] in names]
 
 
 def forget_peak_memory() -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from orchard.models.kernels.carrying import NUM_PLACES
 from orchard.models.stored.footprint import Footprint, activation_bytes, measure_footprint
 from orchard.models.stored.loading import DTYPES
 from orchard.models.stored.placing import Placement
@@ -45,6 +46,7 @@ class PeakMemory:
         activations: What autograd keeps of one micro-batch, and the logits.
         loading: Of the file, while the model is read from it; before there is anything else.
         kernels: What oneDNN makes for products in bfloat16.
+        offloaded: Of experts that wait in the host's memory for their turn on a GPU.
     """
 
     process: int
@@ -57,6 +59,20 @@ class PeakMemory:
     activations: int
     loading: int
     kernels: int = 0
+    offloaded: int = 0
+
+    @property
+    def device(self) -> int:
+        """Of training on a GPU, what is there and not in the host's memory."""
+        return (
+            self.weights
+            + self.adapters
+            + self.optimizer
+            + self.gradients
+            + self.folded
+            + self.activations
+            - min(self.activations, self.gradients) // 2
+        )
 
     @property
     def training(self) -> int:
@@ -76,6 +92,11 @@ class PeakMemory:
     def anonymous(self) -> int:
         """Of training, what the system cannot take back: no pages of files, mapped or of code."""
         return self.training - self.process + ANONYMOUS_BYTES
+
+    @property
+    def host(self) -> int:
+        """Of training on a GPU, what the host has of its own; the dense part was read there."""
+        return ANONYMOUS_BYTES + self.weights + self.offloaded + self.received
 
 
 @dataclass(frozen=True)
@@ -178,7 +199,7 @@ class Requirements:
         states = 2 if shape.optimizer == "adamw" else 0
         return PeakMemory(
             process=PROCESS_BYTES,
-            weights=sizes.dense_bytes + self._held(placement, sum(expert_bytes)),
+            weights=sizes.dense_bytes + self._held(placement, expert_bytes),
             adapters=_FLOAT * (self.trainable(held, kind="lora") + shape.personal),
             received=_FLOAT * self.trainable(held),
             optimizer=_FLOAT * states * (self.trainable(moved) + shape.personal),
@@ -188,12 +209,23 @@ class Requirements:
             # Read slice by slice, and what was read of a file can be dropped.
             loading=0 if shape.is_carved or not placement.is_plain else self._stored_bytes,
             kernels=KERNEL_BYTES if shape.dtype == "bfloat16" else 0,
+            offloaded=(
+                self._kept(placement, sum(expert_bytes))
+                if placement.kind == "offload" and not placement.is_mapped
+                else 0
+            ),
         )
 
-    def _held(self, placement: Placement, num_bytes: int) -> int:
-        """Return what experts of so many bytes take of a process's own memory."""
+    def _held(self, placement: Placement, expert_bytes: Sequence[int]) -> int:
+        """Return what experts take of the memory that computes, a layer's bytes each."""
         if placement.kind == "mapped":
             return 0
+        if placement.kind == "offload":
+            return NUM_PLACES * self._kept(placement, max(expert_bytes))
+        return self._kept(placement, sum(expert_bytes))
+
+    def _kept(self, placement: Placement, num_bytes: int) -> int:
+        """Return what experts of so many bytes take in their precision."""
         if placement.precision == "bf16":
             return num_bytes
         width = DTYPES[self._shape.dtype].itemsize
@@ -225,11 +257,12 @@ class Requirements:
         """
         config, sizes = self._config.get_text_config(), self.footprint
         width = DTYPES[self._shape.dtype].itemsize
-        experts = sum(
+        expert_bytes = [
             size * number
             for size, number in zip(sizes.expert_bytes.values(), sizes.layers.values(), strict=True)
-        )
-        placed = self._held(self._shape.placement, experts)
+        ]
+        experts = sum(expert_bytes)
+        placed = self._held(self._shape.placement, expert_bytes)
         held = sizes.dense_bytes + placed + _FLOAT * (sum(sizes.trainable.values()) * 2)
         if EXPERTS in self._shape.lora.targets:
             held += experts * _FLOAT // width

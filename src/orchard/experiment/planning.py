@@ -27,6 +27,7 @@ from orchard.experiment.holdings import Federation, build_federation, read_elsew
 from orchard.experiment.methods import build_strategy, check_strategy, has_part, require_path
 from orchard.experiment.placements import (
     PlacementPlan,
+    find_free,
     placements_as_rows,
     plan_placements,
 )
@@ -36,7 +37,6 @@ from orchard.experiment.start_values import check_start
 from orchard.experiment.wiring import build_channel, check_communication
 from orchard.models.stored.endings import unknown_ends
 from orchard.models.stored.loading import check_checkpoint, check_vocabulary, load_tokenizer
-from orchard.process_memory import available_memory_bytes
 from orchard.recipe.options import Recipe
 
 
@@ -164,7 +164,7 @@ def make_plan(
         for size, number in zip(sizes.expert_bytes.values(), sizes.layers.values(), strict=True)
     )
     largest = max((c.budget for c in clients if c.peak is not None), default=0)
-    free = available_memory_bytes()
+    free = find_free(recipe.model.device)
     placements: tuple[PlacementPlan, ...] = ()
     if largest and not requirements.is_carved:
         placements = plan_placements(
@@ -182,7 +182,7 @@ def make_plan(
         rate,
         mapped_bytes if mapped else 0,
         placements,
-        free,
+        free.host,
     )
 
 

@@ -261,8 +261,8 @@ def base_of(recipe: Recipe, *, device: str | None = None, dtype: str | None = No
 
     Args:
         recipe: Of the run.
-        device: Where it runs; None = as the recipe says. On another than a CPU experts are in
-            memory, where they compute the same.
+        device: Where it runs; None = as the recipe says. Experts that were mapped are in memory on
+            another than a CPU, and mapped on a CPU if they were offloaded; they compute the same.
         dtype: As it is loaded; None = as the recipe says.
 
     Raises:
@@ -272,6 +272,8 @@ def base_of(recipe: Recipe, *, device: str | None = None, dtype: str | None = No
     options = replace(recipe.model, device=device or recipe.model.device)
     if options.device != "cpu" and options.placement == "mapped":
         options = replace(options, placement="memory", expert_cache="")
+    if options.device == "cpu" and options.placement == "offload":
+        options = replace(options, placement="mapped")
     return open_base(
         options.path,
         dtype=dtype or options.dtype,

@@ -92,7 +92,10 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             )
             for name in ("secure_least", "secure_neighbors", "secure_bound")
         },
-        "model.expert_cache": (recipe.model.placement == "mapped", "model.placement = mapped"),
+        "model.expert_cache": (
+            recipe.model.placement != "memory",
+            "model.placement = mapped or offload",
+        ),
         "client.lr_min": (recipe.client.schedule == "cosine", "client.schedule = cosine"),
         **_needs_of_budgets(recipe, methods),
     }

@@ -16,14 +16,16 @@ class ModelOptions:
     device: str = option("cpu", "Where the model runs: cpu, cuda, cuda:1.")
     placement: str = option(
         "memory",
-        "Where frozen experts are: in memory, or mapped read-only from disk, of which the system "
-        "keeps in memory what it has room for, once for all processes. Results are the same.",
-        choices=("memory", "mapped"),
+        "Where frozen experts are: in memory; mapped read-only from disk, of which the system "
+        "keeps in memory what it has room for, once for all processes; or, with a GPU, offload: "
+        "in the machine's memory, and two layers at a time on the GPU. Results are the same.",
+        choices=("memory", "mapped", "offload"),
     )
     expert_cache: str = option(
         "",
         "With placement = mapped: the folder of the experts as they are mapped, made once; empty = "
-        "in the checkpoint's folder; none = they are read where the checkpoint has them.",
+        "in the checkpoint's folder; none = they are read where the checkpoint has them. "
+        "With placement = offload: empty = in pinned memory, or the folder they are brought from.",
     )
     frozen_precision: str = option(
         "bf16",

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from federations import build, quick_recipe
 from orchard.communication.messages import LocalSettings, Task
-from orchard.models.kernels import grouped_experts, waiting
+from orchard.models.kernels import waiting
 from orchard.models.kernels.frozen_experts import run_frozen
 from orchard.models.kernels.grouped_experts import can_group, run_grouped
 from orchard.models.view.storage import FusedExperts
@@ -132,11 +132,11 @@ def test_a_training_step_waits_for_nothing(
     dropout: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     products: list[tuple[int, ...]] = []
-    real = grouped_experts._multiply
+    real = torch._grouped_mm
 
-    def counted(x: torch.Tensor, matrix: torch.Tensor, pairs: Any) -> torch.Tensor:
+    def counted(x: torch.Tensor, matrix: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
         products.append(tuple(matrix.shape))
-        return real(x, matrix, pairs)
+        return real(x, matrix, offs=offs)
 
     own = f"model.lora_dropout={dropout}"
     alone = waits_of(tmp_path / "cpu", own, num_steps=2)
@@ -144,7 +144,7 @@ def test_a_training_step_waits_for_nothing(
     key = "aten::_local_scalar_dense"
     assert more[key] >= alone[key] + 4  # they are counted: a CPU has no reason not to wait
     monkeypatch.setattr(waiting, "may_wait", lambda device: False)
-    monkeypatch.setattr(grouped_experts, "_multiply", counted)
+    monkeypatch.setattr(torch, "_grouped_mm", counted)
     two = waits_of(tmp_path / "two", own, num_steps=2)
     six = waits_of(tmp_path / "six", own, num_steps=6)
     # What is read once a round does not count: the losses, and whether values are finite.

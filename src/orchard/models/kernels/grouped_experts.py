@@ -9,14 +9,13 @@ which come last and are set to zero.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from orchard.models.kernels import waiting
-from orchard.models.kernels.frozen_experts import FrozenWeights
+from orchard.models.kernels.routed_experts import FrozenWeights, WeightsElsewhere, run_pairs
+from orchard.trees import SlicedTensor
 
 _ALIGNED_BYTES = 16
 """Rows of each factor begin at multiples of this: what ``torch._grouped_mm`` asks for."""
@@ -29,10 +28,12 @@ def can_group(weights: FrozenWeights, x_TD: Tensor) -> bool:
     a time, in another dtype than bfloat16, or in widths that are not aligned.
     """
     first, down = weights.first_EGD, weights.down_EDF
+    biases = (weights.first_bias_EG, weights.down_bias_ED)
     if (
         waiting.may_wait(x_TD.device)
         or not isinstance(first, Tensor)
         or not isinstance(down, Tensor)
+        or any(isinstance(bias, SlicedTensor) for bias in biases)
     ):
         return False
     return all(_fits(matrix, x_TD.dtype) for matrix in (first, down))
@@ -72,12 +73,37 @@ class Pairs:
     is_none_N1: Tensor
     place_TK: Tensor
 
+    def multiply(
+        self,
+        x_NM: Tensor,
+        matrices_EOM: Tensor | SlicedTensor,
+        bias_EO: Tensor | SlicedTensor | None,
+    ) -> Tensor:
+        """Return each pair's row times its expert's matrix, with its bias: (N, O)."""
+        y_NO = self._multiply(x_NM, _whole(matrices_EOM).mT)
+        return y_NO if bias_EO is None else y_NO + _whole(bias_EO)[self.expert_N]
+
+    def multiply_back(self, dy_NO: Tensor, matrices_EOM: Tensor | SlicedTensor) -> Tensor:
+        """Return the gradient of the rows that were multiplied: (N, M)."""
+        return self._multiply(dy_NO, _whole(matrices_EOM))
+
+    def sum_bias(self, dy_ND: Tensor, bias_ED: Tensor | SlicedTensor) -> Tensor:
+        """Return the inner product of each pair's row and its expert's bias: (N,), in float32."""
+        sum_N = (dy_ND.float() * _whole(bias_ED)[self.expert_N].float()).sum(dim=-1)
+        return sum_N.masked_fill(self.is_none_N1[:, 0], 0)
+
     def sum_by_token(self, pairs_ND: Tensor) -> Tensor:
-        """Return the sum of each token's pairs, (T, D), one expert after another."""
+        """Return the sum of each token's pairs, one expert after another: (T, D)."""
+        pairs_ND = pairs_ND.masked_fill(self.is_none_N1, 0)
         sum_TD = pairs_ND[self.place_TK[:, 0]]
         for place in range(1, self.place_TK.shape[1]):
             sum_TD = sum_TD + pairs_ND[self.place_TK[:, place]]
         return sum_TD
+
+    def _multiply(self, x_NM: Tensor, matrices_EMO: Tensor) -> Tensor:
+        y_NO = torch._grouped_mm(x_NM.contiguous(), matrices_EMO, offs=self.ends_E)
+        # Nothing was written for pairs of no expert, and what is not finite would spread.
+        return y_NO.masked_fill(self.is_none_N1, 0)
 
 
 def pair(choices_TK: Tensor, *, num_experts: int) -> Pairs:
@@ -100,71 +126,17 @@ def pair(choices_TK: Tensor, *, num_experts: int) -> Pairs:
 
 
 def run_grouped(
-    weights: FrozenWeights, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor
+    weights: FrozenWeights | WeightsElsewhere,
+    x_TD: Tensor,
+    choices_TK: Tensor,
+    weights_TK: Tensor,
 ) -> Tensor:
     """Return what ``run_frozen`` does, (T, D), for weights of which ``can_group`` holds."""
-    y_TD: Tensor = _Grouped.apply(weights, x_TD, choices_TK, weights_TK)  # type: ignore[no-untyped-call]
-    return y_TD
+    return run_pairs(
+        weights, x_TD, weights_TK, pairs=pair(choices_TK, num_experts=weights.num_experts)
+    )
 
 
-class _Grouped(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, weights: FrozenWeights, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor
-    ) -> Tensor:
-        first, down = _tensors(weights)
-        pairs = pair(choices_TK, num_experts=len(down))
-        hidden_NG = _multiply(x_TD[pairs.token_N], first.mT, pairs)
-        if weights.first_bias_EG is not None:
-            hidden_NG = hidden_NG + weights.first_bias_EG[pairs.expert_N]
-        y_ND = _multiply(weights.activate(hidden_NG), down.mT, pairs)
-        if weights.down_bias_ED is not None:
-            y_ND = y_ND + weights.down_bias_ED[pairs.expert_N]
-        y_ND = y_ND * weights_TK.flatten()[pairs.order_N, None]
-        ctx.weights, ctx.pairs = weights, pairs
-        ctx.save_for_backward(hidden_NG, weights_TK)
-        return pairs.sum_by_token(y_ND.to(x_TD.dtype).masked_fill(pairs.is_none_N1, 0))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[None, Tensor | None, None, Tensor | None]:
-        weights: FrozenWeights = ctx.weights
-        pairs: Pairs = ctx.pairs
-        first, down = _tensors(weights)
-        hidden_NG, weights_TK = ctx.saved_tensors
-        dy_ND = dy_TD[pairs.token_N].to(down.dtype)
-        down_NF = _multiply(dy_ND, down, pairs)
-        with torch.enable_grad():
-            leaf_NG = hidden_NG.detach().requires_grad_()
-            activated_NF = weights.activate(leaf_NG)
-        dweights_TK = None
-        if ctx.needs_input_grad[3]:
-            own_N = (down_NF * activated_NF.detach()).sum(dim=-1, dtype=torch.float32)
-            if weights.down_bias_ED is not None:
-                bias_ND = weights.down_bias_ED[pairs.expert_N].float()
-                own_N = own_N + (dy_ND.float() * bias_ND).sum(dim=-1)
-            own_N = own_N.masked_fill(pairs.is_none_N1[:, 0], 0)
-            dweights_TK = torch.zeros_like(weights_TK)
-            dweights_TK.view(-1)[pairs.order_N] = own_N.to(weights_TK.dtype)
-        dx_TD = None
-        if ctx.needs_input_grad[1]:
-            scale_N1 = weights_TK.flatten()[pairs.order_N, None]
-            (dhidden_NG,) = torch.autograd.grad(
-                activated_NF, leaf_NG, (down_NF * scale_N1).to(activated_NF.dtype)
-            )
-            dx_ND = _multiply(dhidden_NG, first, pairs)
-            dx_TD = pairs.sum_by_token(dx_ND.masked_fill(pairs.is_none_N1, 0))
-        return None, dx_TD, None, dweights_TK
-
-
-def _multiply(x_NM: Tensor, matrix_EMO: Tensor, pairs: Pairs) -> Tensor:
-    """Multiply each pair's row with its expert's matrix; those of no expert become zero."""
-    y_NO = torch._grouped_mm(x_NM.contiguous(), matrix_EMO, offs=pairs.ends_E)
-    # Nothing was written there, and what is not finite would spread.
-    return y_NO.masked_fill(pairs.is_none_N1, 0)
-
-
-def _tensors(weights: FrozenWeights) -> tuple[Tensor, Tensor]:
-    assert isinstance(weights.first_EGD, Tensor)
-    assert isinstance(weights.down_EDF, Tensor)
-    return weights.first_EGD, weights.down_EDF
+def _whole(matrices: Tensor | SlicedTensor) -> Tensor:
+    assert isinstance(matrices, Tensor)
+    return matrices

@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from orchard.models.kernels.carrying import Carrier, carrier_of, check_carried_to
 from orchard.models.stored.conversion import StoredExperts, StoredModel, match_checkpoint
-from orchard.models.stored.expert_cache import open_cache, read_slice
+from orchard.models.stored.expert_parts import Parts, decoded, map_parts, read_parts
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.loading import Base, load_base
 from orchard.models.stored.mapping import map_tensors
-from orchard.models.stored.precision import decode, encode, parts_of
+from orchard.models.stored.offloading import offload
 from orchard.models.stored.submodel import experts_dtype, load_skeleton
 from orchard.models.trainable.targets import ALL, EXPERTS, LoraSettings
 from orchard.models.view.held import HeldExperts
@@ -22,7 +23,7 @@ from orchard.models.view.storage import FusedExperts
 from orchard.trees import SlicedTensor, digest
 
 NO_CACHE = "none"
-KINDS = ("memory", "mapped")
+KINDS = ("memory", "mapped", "offload")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Placement:
     Attributes:
         kind: Of ``KINDS``.
         cache: With ``mapped``, the folder of the fused cache; "" = beside the checkpoint; ``none``
-            = they are read where the checkpoint has them.
+            = they are read where the checkpoint has them. With ``offload``, the folder of the cache
+            that they are brought from; "" = they are brought from memory.
         precision: What they are kept in, of ``PRECISIONS``; ``bf16`` = the model's dtype.
     """
 
@@ -48,14 +50,20 @@ class Placement:
     @property
     def holds(self) -> bool:
         """Whether experts are read one by one, and no parameter has them."""
-        return self.precision != "bf16" or self.cache == NO_CACHE
+        return self.precision != "bf16" or self.cache == NO_CACHE or self.kind == "offload"
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether experts are on disk, in the fused cache or the checkpoint."""
+        return self.kind == "mapped" or (self.kind == "offload" and bool(self.cache))
 
 
 def check_placement(placement: Placement, lora: LoraSettings, *, device: str) -> None:
     """Check where experts should be against what is trained and where it runs.
 
     Raises:
-        ValueError: Experts that are trained themselves cannot be on disk; or the device is no CPU.
+        ValueError: Experts that are trained themselves cannot be elsewhere; or the device is not
+            one that they can be so placed for.
     """
     if placement.is_plain:
         return
@@ -68,11 +76,13 @@ def check_placement(placement: Placement, lora: LoraSettings, *, device: str) ->
             f"{min(named)} in model.full_targets, got {value}; what is trained itself is kept whole"
         )
     if placement.holds and EXPERTS in lora.targets:
-        option, value = "model.expert_cache", NO_CACHE
+        option, value, needed = "model.expert_cache", NO_CACHE, "a folder"
         if placement.precision != "bf16":
-            option, value = "model.frozen_precision", placement.precision
+            option, value, needed = "model.frozen_precision", placement.precision, "bf16"
+        elif placement.kind == "offload":
+            option, value, needed = "model.placement", placement.kind, "memory or mapped"
         raise ValueError(
-            f"{option} must be {'bf16' if value != NO_CACHE else 'a folder'} with {EXPERTS} in "
+            f"{option} must be {needed} with {EXPERTS} in "
             f"model.lora_targets, got {value}; adapters are added to whole parameters"
         )
     if placement.precision != "bf16" and placement.cache == NO_CACHE:
@@ -80,15 +90,27 @@ def check_placement(placement: Placement, lora: LoraSettings, *, device: str) ->
             f"model.expert_cache must be a folder with model.frozen_precision = "
             f"{placement.precision}, got {NO_CACHE}; a checkpoint has them in full"
         )
+    if placement.kind == "offload":
+        if placement.cache == NO_CACHE:
+            raise ValueError(
+                "model.expert_cache must be a folder or empty with model.placement = offload, got "
+                f"{NO_CACHE}; experts are brought in one piece, from memory or from a fused cache"
+            )
+        check_carried_to(device)
     if placement.kind == "mapped" and device != "cpu":
         raise ValueError(
             f"model.device must be cpu with model.placement = mapped, got {device}; "
-            "set model.placement to memory"
+            "set model.placement to offload"
         )
 
 
 def open_base(
-    path: str, *, dtype: str, device: str = "cpu", placement: Placement | None = None
+    path: str,
+    *,
+    dtype: str,
+    device: str = "cpu",
+    placement: Placement | None = None,
+    carrier: Carrier | None = None,
 ) -> Base:
     """Load a base model, frozen, in ``dtype``, with its experts where they should be.
 
@@ -99,6 +121,7 @@ def open_base(
         dtype: ``float32`` or ``bfloat16``.
         device: Where to put it.
         placement: Of its experts; None = in memory.
+        carrier: What brings them to the device, with ``offload``; None = that of the device.
 
     Raises:
         FileNotFoundError: There is nothing at ``path``.
@@ -110,23 +133,34 @@ def open_base(
     stored = match_checkpoint(path)
     skeleton = load_skeleton(stored, dtype=dtype, device=device)
     dtypes = {name: experts_dtype(skeleton.model, name, dtype) for name in stored.experts}
+    if placement.kind == "offload":
+        carrier = carrier or carrier_of(device)
+        parts = _parts(stored, dtypes, placement, carrier.hold)
+        view = offload(skeleton, stored, parts, dtypes=dtypes, carrier=carrier, device=device)
+        return Base(view, digest(view.state()))
     if placement.cache == NO_CACHE:
         view = _hold(skeleton, stored, _lying(stored, dtypes, device=device))
         checked = {name: _checked(name, own, path=path) for name, own in view.state().items()}
         return Base(view, digest(checked))
-    if placement.kind == "mapped":
-        cache = open_cache(stored, dtypes, precision=placement.precision, folder=placement.cache)
-        places = {(n, part): own for n, parts in cache.parts.items() for part, own in parts.items()}
-        mapped = dict(zip(places, map_tensors(places.values()), strict=True))
-        parts = {n: {part: mapped[n, part] for part in own} for n, own in cache.parts.items()}
-        view = _place(skeleton, stored, parts, dtypes)
-    else:
-        parts = {
-            name: _quantize(stored, experts, dtypes[name], placement.precision, device)
-            for name, experts in stored.experts.items()
-        }
-        view = _place(skeleton, stored, parts, dtypes)
+
+    def empty(shape: tuple[int, ...], own: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=own, device=device)
+
+    parts = _parts(stored, dtypes, placement, empty)
+    view = _place(skeleton, stored, parts, dtypes)
     return Base(view, digest(view.state()))
+
+
+def _parts(
+    stored: StoredModel,
+    dtypes: Mapping[str, torch.dtype],
+    placement: Placement,
+    empty: Callable[[tuple[int, ...], torch.dtype], Tensor],
+) -> Parts:
+    precision = placement.precision
+    if placement.is_mapped:
+        return map_parts(stored, dtypes, precision=precision, folder=placement.cache)
+    return read_parts(stored, dtypes, precision=precision, empty=empty)
 
 
 def _place(
@@ -138,7 +172,7 @@ def _place(
     """Return a skeleton with its experts: as parameters where they are kept whole."""
     if not all("" in own for own in parts.values()):
         held = {
-            name: _decoded(own, stored.experts[name], dtypes[name]) for name, own in parts.items()
+            name: decoded(own, stored.experts[name], dtypes[name]) for name, own in parts.items()
         }
         return _hold(skeleton, stored, held)
     layers = []
@@ -198,32 +232,3 @@ def _checked(name: str, tensor: Tensor | SlicedTensor, *, path: str) -> Tensor |
         return values
 
     return replace(tensor, read=read_checked)
-
-
-def _quantize(
-    stored: StoredModel, experts: StoredExperts, dtype: torch.dtype, precision: str, device: str
-) -> dict[str, Tensor]:
-    """Return the parts of all experts of a parameter, in memory."""
-    number = experts.shape[0]
-    parts = {
-        part: torch.empty((number, *shape), dtype=own, device=device)
-        for part, (shape, own) in parts_of(precision, experts.shape[1:], dtype).items()
-    }
-    for expert in range(number):
-        values = read_slice(stored, experts, expert, dtype)
-        for part, tensor in encode(precision, values).items():
-            parts[part][expert] = tensor
-    return parts
-
-
-def _decoded(
-    parts: Mapping[str, Tensor], experts: StoredExperts, dtype: torch.dtype
-) -> SlicedTensor:
-    """Return what reads one expert's slice back, where the parts are."""
-    shape, device = experts.shape, next(iter(parts.values())).device
-
-    def read(expert: int) -> Tensor:
-        own = {part: stack[expert] for part, stack in parts.items()}
-        return decode(own, shape[1:], dtype)
-
-    return SlicedTensor(torch.Size(shape), dtype, device, read)

@@ -17,8 +17,10 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.checkpoint import checkpoint
 
-from orchard.models.kernels.frozen_experts import FrozenWeights, run_frozen
+from orchard.models.kernels.frozen_experts import run_frozen
 from orchard.models.kernels.grouped_experts import can_group, run_grouped
+from orchard.models.kernels.routed_experts import FrozenWeights
+from orchard.trees import SlicedTensor
 
 # The names that expert MLPs give their (gate, up, down) or (up, down) projections. The three are
 # tried first: a gated MLP also has the two of an ungated one.
@@ -205,7 +207,11 @@ class FusedExperts:
         return self._run_each(held, x_TD, choices_TK, weights_TK)
 
     def _run_each(
-        self, held: Mapping[str, Tensor], x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor
+        self,
+        held: Mapping[str, Tensor | SlicedTensor],
+        x_TD: Tensor,
+        choices_TK: Tensor,
+        weights_TK: Tensor,
     ) -> Tensor:
         parameters = {name: parameter.unbind() for name, parameter in held.items()}
         y_TD = torch.zeros_like(x_TD)
@@ -224,7 +230,7 @@ class FusedExperts:
             return None
         return cast(nn.ModuleDict, self.module.parametrizations)[name]
 
-    def _frozen(self, held: Mapping[str, Tensor]) -> FrozenWeights:
+    def _frozen(self, held: Mapping[str, Tensor | SlicedTensor]) -> FrozenWeights:
         first = "gate_up_proj" if self.has_gate else "up_proj"
         turned = [
             held[name].mT if self.is_transposed else held[name] for name in (first, "down_proj")
