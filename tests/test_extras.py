@@ -84,6 +84,7 @@ def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
 ) -> None:
     assert {*without["broken"]} == {
         "orchard.deployment.keys",
+        "orchard.deployment.peers",
         "orchard.engine.bell",
         "orchard.engine.bounded_responses",
         "orchard.engine.control",
@@ -107,6 +108,7 @@ def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
         "orchard.secure.collector",
         "orchard.secure.masks",
         "orchard.secure.member",
+        "orchard.secure.signing",
         "orchard.serving.answering",
         "orchard.serving.connections",
         "orchard.serving.http",
