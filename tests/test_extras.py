@@ -91,6 +91,7 @@ def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
         "orchard.engine.flower",
         "orchard.engine.flower_messages",
         "orchard.engine.handing_over",
+        "orchard.engine.secret_rounds",
         "orchard.engine.secret_sum",
         "orchard.engine.superlink",
         "orchard.engine.supernode",

@@ -4,8 +4,8 @@ Each question is judged twice, with the answers in the other order the second ti
 prefer a position. Where the two verdicts name different winners, or one names none, it is a tie. A
 judgment in another form than was asked for is counted and its question not scored.
 
-Source: Zheng et al. (2023), arXiv:2306.05685, section 3.4 (swapped positions). The words to the judge
-are ours.
+Source: Zheng et al. (2023), arXiv:2306.05685, section 3.4 (swapped positions). The words to the
+judge are ours.
 """
 
 from __future__ import annotations
