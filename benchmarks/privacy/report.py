@@ -19,6 +19,7 @@ from benchmarks.privacy.attacks import (
     true_positives,
     wilson,
 )
+from benchmarks.privacy.secure_cost import block as secure_cost
 from benchmarks.records import Record, origins, read
 
 HERE = Path(__file__).parent
@@ -52,6 +53,7 @@ def page() -> Page:
     return Page(
         HERE,
         {
+            "secure": secure_cost(),
             "findings": findings(_findings(guessed, models, step)),
             "category": table(
                 ("client", "seen", "guessed", "right, %", "95 %", "values sent"),

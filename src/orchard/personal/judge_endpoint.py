@@ -129,7 +129,8 @@ class Endpoint:
         connection.connect()
         own = connection.sock
         # Whoever sends a byte now and then keeps to every timeout of a socket: this ends the whole.
-        ending = threading.Timer(self.timeout_seconds, _shut, (own,))
+        has_expired = threading.Event()
+        ending = threading.Timer(self.timeout_seconds, _shut, (own, has_expired))
         ending.daemon = True
         ending.start()
         try:
@@ -141,7 +142,7 @@ class Endpoint:
                 content += chunk
                 if len(content) > _MAX_BYTES:
                     return response.status, None
-            if response.length or not ending.is_alive():
+            if response.length or has_expired.is_set():
                 raise EndpointError("the response ended before its end")
             return response.status, bytes(content)
         finally:
@@ -149,7 +150,8 @@ class Endpoint:
             connection.close()
 
 
-def _shut(connected: socket.socket) -> None:
+def _shut(connected: socket.socket, has_expired: threading.Event) -> None:
+    has_expired.set()  # before whoever reads sees the end
     try:
         socket.socket.shutdown(connected, socket.SHUT_RDWR)
     except OSError:
