@@ -23,6 +23,7 @@ from benchmarks.hfedmoe_fig10.report import page as hfedmoe_fig10
 from benchmarks.kernels.report import page as kernels
 from benchmarks.placement.report import page as placement
 from benchmarks.planner.report import page as planner
+from benchmarks.privacy.report import page as privacy
 from benchmarks.robustness.report import page as robustness
 from benchmarks.serving.report import page as serving
 from benchmarks.wire.report import page as wire
@@ -42,6 +43,7 @@ PAGES: Mapping[str, Callable[[], Page]] = MappingProxyType(
         "kernels": kernels,
         "placement": placement,
         "planner": planner,
+        "privacy": privacy,
         "robustness": robustness,
         "serving": serving,
         "wire": wire,

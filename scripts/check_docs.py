@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import make_privacy_docs
 import make_recipe_docs
 import typer
 
@@ -242,6 +243,8 @@ def problems() -> Iterator[str]:
     yield from check_recipes()
     if not make_recipe_docs.is_fresh():
         yield "docs/recipe.md is stale; run python scripts/make_recipe_docs.py"
+    if not make_privacy_docs.is_fresh():
+        yield "docs/privacy.md is stale; run python scripts/make_privacy_docs.py"
 
 
 def main() -> None:

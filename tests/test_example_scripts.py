@@ -27,8 +27,8 @@ def load_example(name: str) -> ModuleType:
 @pytest.mark.parametrize(
     "overrides",
     [
-        pytest.param((), marks=pytest.mark.long),
-        ("client.steps=3", "client.batch_size=12", "seed=5"),
+        (),
+        pytest.param(("client.steps=3", "client.batch_size=12", "seed=5"), marks=pytest.mark.long),
     ],
 )
 def test_fedavg_on_one_page_gives_the_tensors_of_the_engine(

@@ -84,12 +84,14 @@ def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
 ) -> None:
     assert {*without["broken"]} == {
         "orchard.deployment.keys",
+        "orchard.deployment.peers",
         "orchard.engine.bell",
         "orchard.engine.bounded_responses",
         "orchard.engine.control",
         "orchard.engine.flower",
         "orchard.engine.flower_messages",
         "orchard.engine.handing_over",
+        "orchard.engine.secret_rounds",
         "orchard.engine.secret_sum",
         "orchard.engine.superlink",
         "orchard.engine.supernode",
@@ -107,6 +109,7 @@ def test_only_what_speaks_with_others_needs_an_extra_to_be_imported(
         "orchard.secure.collector",
         "orchard.secure.masks",
         "orchard.secure.member",
+        "orchard.secure.signing",
         "orchard.serving.answering",
         "orchard.serving.connections",
         "orchard.serving.http",

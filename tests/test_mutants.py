@@ -92,6 +92,7 @@ def test_a_mutant_is_found_again_by_its_line(repository: Path) -> None:
             assert (again.old, again.new) == (mutant.old, mutant.new)
 
 
+@pytest.mark.long
 def test_a_sample_is_reproducible_and_has_every_room_and_kind() -> None:
     sample = draw_sample(ROOT, size=150, seed=0)
     assert sample == draw_sample(ROOT, size=150, seed=0)

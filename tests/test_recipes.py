@@ -30,10 +30,8 @@ def test_every_method_has_a_recipe(folder: str) -> None:
 @pytest.mark.parametrize(
     "path",
     [
-        # tests/strategies runs every method; here the two that everything else is made of.
-        pytest.param(
-            path, marks=() if path.stem in ("fedavg", "flex_hfedmoe") else pytest.mark.long
-        )
+        # tests/strategies runs every method; here the one that everything else is made of.
+        pytest.param(path, marks=() if path.stem == "fedavg" else pytest.mark.long)
         for path in TINY
     ],
     ids=name_of,

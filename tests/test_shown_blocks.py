@@ -115,15 +115,8 @@ def warm() -> Iterator[Path]:
         yield path
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        pytest.param(p, marks=() if name(p) == SAMPLE else pytest.mark.long)
-        for p in PAGES
-        if runs(p)
-    ],
-    ids=name,
-)
+@pytest.mark.long
+@pytest.mark.parametrize("page", [p for p in PAGES if runs(p)], ids=name)
 def test_the_blocks_of_a_page_run(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Path
 ) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from benchmarks.records import Record
+from benchmarks.records import Record, read
 
 HERE = Path(__file__).parent
 QUESTIONS = HERE / "questions.toml"
@@ -52,6 +52,7 @@ class Question:
         says: What that paper reports, beside its figures.
         figures: What the paper reports of each method.
         record: The study's ``study.json``; None = it was not run.
+        loads: What ``orchard load --json`` counted, a file ``load*.json`` for each run.
     """
 
     name: str
@@ -64,6 +65,7 @@ class Question:
     says: str = ""
     figures: tuple[Figure, ...] = ()
     record: Record | None = None
+    loads: tuple[Record, ...] = ()
 
     def tables(self, metrics: Sequence[str] = ()) -> dict[tuple[str, str], list[Row]]:
         """Return the study's rows by combination of its grid and by metric, in its order.
@@ -113,7 +115,9 @@ def _question(table: Mapping[str, Any], results: Path) -> Question:
     unknown = own.keys() - {"name", "study", "asks", "design", "by", "paper", "says"}
     if unknown:
         raise ValueError(f"a question must have known keys, got {', '.join(sorted(unknown))}")
-    return Question(**own, metrics=metrics, figures=figures, record=_read(results, own["study"]))
+    loads = tuple(read(results / own["study"], "load*.json"))
+    record = _read(results, own["study"])
+    return Question(**own, metrics=metrics, figures=figures, record=record, loads=loads)
 
 
 def _read(results: Path, study: str) -> Record | None:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 
 from benchmarks.blocks import Page, paragraph, table
-from benchmarks.records import origins
+from benchmarks.records import Record, origins
 from benchmarks.studies import picture
 from benchmarks.studies.questions import Figure, Question, Row, read_questions
 from benchmarks.studies.wording import (
@@ -132,6 +133,10 @@ def _section(question: Question) -> list[str]:
     if question.paper:
         parts.append(paragraph(f"{question.paper}. {question.says}".strip()))
     record = question.record
+    if question.loads:
+        parts += [_loads(question.loads), paragraph(origins(question.loads))]
+        if record is None:
+            return parts
     if record is None:
         if question.figures:
             parts.append(_paper_table(question.figures))
@@ -174,6 +179,30 @@ def _table(rows: Sequence[Row], figures: Sequence[Figure]) -> str:
             )
         )
     return table(head, lines)
+
+
+def _loads(loads: Sequence[Record]) -> str:
+    """Return how much the tokens per expert deviate, by method and model, beside the base's."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for own in loads:
+        base = own["models"]["base"]["deviation"]
+        for model, counted in own["models"].items():
+            name = "any" if model == "base" else own["method"]
+            found.setdefault((name, model), []).append(
+                (counted["deviation"], counted["deviation"] / base)
+            )
+    head = ("method", "model", "deviation of tokens per expert", "of the base's", "counted")
+    lines = [
+        (
+            *key,
+            f"{fmean(value for value, _ in own):,.2f}",
+            f"{fmean(ratio for _, ratio in own):.4f}"
+            + (f" ± {stdev(ratio for _, ratio in own):.4f}" if len(own) > 1 else ""),
+            str(len(own)),
+        )
+        for key, own in found.items()
+    ]
+    return table(head, lines, num_words=2)
 
 
 def _paper_table(figures: Sequence[Figure]) -> str:

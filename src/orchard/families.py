@@ -39,10 +39,13 @@ FAMILIES: Mapping[str, str] = {
         "its first layers route by token id, so they cannot be carved; it would take a table "
         "of ids for the experts that are kept"
     ),
-    "diffusion_gemma": "it fills in blocks of text by diffusion and predicts no next token",
+    "diffusion_gemma": (
+        "it fills in blocks of text by diffusion and predicts no next token; it would take a loss "
+        "over noised blocks, and answers that are written so"
+    ),
     "doge": (
         "its experts are embeddings that a product of keys retrieves; there is none to freeze "
-        "or to carve"
+        "or to carve; it would take names and a budget for rows of embeddings"
     ),
     "dots1": "",
     "dots3_note": "",
@@ -57,7 +60,8 @@ FAMILIES: Mapping[str, str] = {
     "flint": "",
     "gemma4": "",
     "gemma4_assistant": (
-        "it drafts tokens for a Gemma 4 from that model's own cache, and answers nothing alone"
+        "it drafts tokens for a Gemma 4 from that model's own cache, and answers nothing alone; it "
+        "would take training it beside that model"
     ),
     "gemma4_text": "",
     "glm4_moe": "",

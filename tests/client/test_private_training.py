@@ -14,6 +14,7 @@ import torch
 
 from federations import build, quick_recipe
 from orchard.client.client import Client
+from orchard.client.clipping import Clipper
 from orchard.client.private_training import (
     draw_private_batches,
     num_private_steps,
@@ -52,7 +53,7 @@ def gradients(
 ) -> dict[str, torch.Tensor]:
     leaves = model.leaves(model.adapter_names)
     private_gradients(
-        model,
+        Clipper(model, leaves, clip=clip),
         leaves,
         rows,
         privacy=ExamplePrivacy(noise=1.0, clip=clip, random="seed"),

@@ -239,7 +239,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "ends with a request": (said(*TALK[:3]), "must end with a turn of the assistant"),
     "begins with an answer": (said(*TALK[1:]), "got the first turn from assistant"),
     "two requests": (said(TALK[0], *TALK[2:]), "got the turn after user's from user"),
-    "a late system turn": (said(*TALK[:2], ("system", "x"), *TALK[2:]), "after .* from system"),
+    "a late system turn": (
+        said(*TALK[:2], ("system", "x"), *TALK[2:]),
+        "must have one system turn, the first, or none, got another as turn 3",
+    ),
     "a tool": (said(TALK[2], ("tool", "x"), TALK[3]), "must be from system, user or assistant"),
     "no text": (said(TALK[2], ("assistant", " ")), "turn 2 of .* must be text, got str ' '"),
     "null": ([*said(TALK[2]), *said(("assistant", None))], "must be text, got NoneType"),
@@ -267,8 +270,15 @@ def test_a_broken_conversation_is_a_bad_row(tmp_path: Path, turns: Any, message:
 
 def test_two_system_turns_are_a_bad_row(tmp_path: Path) -> None:
     row = {"messages": said(("system", "a"), *TALK), "system": "b"}
-    with pytest.raises(ValueError, match="got the first turn from system"):
+    with pytest.raises(ValueError, match=r"one system turn, .* got another as turn 2; join them"):
         read(tmp_path, row)
+
+
+def test_a_developer_is_who_a_system_turn_is_from(tmp_path: Path) -> None:
+    rows = ({"messages": said((role, "Be short."), *TALK)} for role in ("developer", "system"))
+    by_developer, by_system = read(tmp_path, *rows).examples
+    assert by_developer == by_system
+    assert by_system.history[0].role == "system"
 
 
 @pytest.mark.parametrize("format", ["instruction", "alpaca", "input_output"])

@@ -42,7 +42,9 @@ from orchard.trees import equal
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
-        *((name, ()) for name in ("scaffold", "flex+fedadam", "fedmoe", "local")),
+        *((name, ()) for name in ("scaffold", "flex+fedadam")),
+        pytest.param("fedmoe", (), marks=pytest.mark.long),
+        pytest.param("local", (), marks=pytest.mark.long),
         pytest.param("fedavg", (), marks=pytest.mark.long),
         pytest.param("flex", (), marks=pytest.mark.long),
         pytest.param("fedadam", (), marks=pytest.mark.long),

@@ -71,6 +71,7 @@ def test_memory_affords_the_most_experts_whose_peak_is_within_it() -> None:
     assert found[3] == NUM_EXPERTS
 
 
+@pytest.mark.long
 def test_memory_can_be_drawn_and_stays_for_the_run() -> None:
     text = f"client.memory_bytes=uniform({peak(4)}, {peak(32)})"
     first, again = budgets_of(text), budgets_of(text)

@@ -161,3 +161,22 @@ def test_the_examples_of_every_client_keep_the_budget_and_a_run_resumes_to_the_b
     assert epsilons(tmp_path / "whole")[-1] == whole["epsilon"]
     digest = json.loads((tmp_path / "whole" / "result.json").read_text())["shared_digest"]
     assert _resumed(tmp_path / "cut", recipe, monkeypatch) == digest
+
+
+def test_a_spent_budget_stays_spent_when_a_run_that_was_cut_off_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounds before the cut count: the run ends in the round in which it would have ended."""
+    recipe = private("fedavg", "privacy.noise=2.2", "privacy.epsilon=3", "server.rounds=50")
+    number = private_rounds(recipe, sizes())
+    assert number == 3
+    _resumed(tmp_path, recipe, monkeypatch)
+    cost = epsilons(tmp_path)
+    assert len(cost) == number
+    noise, rate = 2.2, 1.0
+    assert cost[-1] == pytest.approx(
+        spent(noise=noise, sampling_rate=rate, rounds=number, delta=1e-3)
+    )
+    assert cost[-1] <= 3 < spent(noise=noise, sampling_rate=rate, rounds=number + 1, delta=1e-3)
+    run_quickly(tmp_path, recipe)
+    assert epsilons(tmp_path) == cost

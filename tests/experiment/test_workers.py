@@ -43,6 +43,8 @@ from orchard.results import MetricsLog
 
 MEASURED = ("evaluation.models=base,global,local,personal", "evaluation.metrics=loss")
 TWO = WorkerOptions(2)
+# What these do differently from fedadam is done on the server, which workers never see.
+LIKE_FEDADAM = ("fedavgm", "fedadagrad", "fedyogi", "flex+fedadam")
 
 
 class Here:
@@ -115,7 +117,8 @@ def clients_of(folder: Path) -> list[dict[str, Any]]:
     "method",
     [
         *("flex", "scaffold", "hfedmoe"),
-        *(pytest.param(m, marks=pytest.mark.long) for m in SHORT),
+        *(pytest.param(m, marks=pytest.mark.long) for m in SHORT if m not in LIKE_FEDADAM),
+        *(pytest.param(m, marks=pytest.mark.exhaustive) for m in LIKE_FEDADAM),
         *(pytest.param(m, marks=pytest.mark.exhaustive) for m in COMBINATIONS if m not in SHORT),
     ],
 )
@@ -192,8 +195,13 @@ def test_a_worker_that_is_killed_is_replaced_and_its_client_trains_again(tmp_pat
     assert not children()
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("method", ["scaffold", "fedmoe", "flex+hfedmoe", "local"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param("flex+hfedmoe", marks=pytest.mark.long),
+        *(pytest.param(m, marks=pytest.mark.exhaustive) for m in ("scaffold", "fedmoe", "local")),
+    ],
+)
 def test_other_methods_survive_that_too(method: str, tmp_path: Path) -> None:
     killer = Killer("2 of 4 trained")
     check_same(quick_recipe(method), tmp_path, reporter=killer)

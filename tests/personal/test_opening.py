@@ -68,7 +68,7 @@ def measured(recipe: Recipe, folder: Path, kind: str, client_id: str) -> list[to
 
 
 # The others meet all that these do: a tree of one's own, one graft, and a part of the experts.
-LONG = ("two grafts", "local", "carved")
+LONG = ("two grafts", "local", "carved", "flex+hfedmoe")
 
 
 @pytest.mark.parametrize(

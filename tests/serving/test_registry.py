@@ -60,6 +60,7 @@ def test_models_of_a_run_answer_as_its_evaluation_measures_them(tmp_path: Path) 
         read_state(tmp_path / "run", client="nobody")
 
 
+@pytest.mark.long
 def test_clients_that_carve_are_served_beside_others(tmp_path: Path) -> None:
     recipe = quick_recipe("flex+hfedmoe", "selection.mode=carve", "selection.cadence=round")
     run_quickly(tmp_path / "run", recipe)

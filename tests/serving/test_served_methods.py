@@ -19,23 +19,29 @@ from tests.federations import quick_recipe, run_quickly
 
 # Those whose clients keep what FLEx's do not; the others are sent as FedAvg's.
 SHORT = {
-    "ditto": ("ditto",),
-    "finetune": ("finetune",),
     "orchard": ("orchard",),
     "kept": ("fedavg", "model.lora_targets=q_proj,router,experts", "strategy.kept=*.experts.*"),
 }
 LONG = {
+    "ditto": ("ditto",),
+    "finetune": ("finetune",),
     "difference": ("flex", "strategy.graft_mix=difference", "strategy.graft_experts=2"),
     "kept attention": ("fedavg", "strategy.kept=*.v_proj.*"),
-    **{name: (name,) for name in METHODS if name not in (*SHORT, "flex")},
+    **{name: (name,) for name in ("fedavg", "local", "hfedmoe", "fedmoe")},
 }
+ALL = {name: (name,) for name in METHODS if name not in (*SHORT, *LONG, "flex")}
 
 
 @pytest.mark.parametrize(
-    "case", [*SHORT, *(pytest.param(name, marks=pytest.mark.long) for name in LONG)]
+    "case",
+    [
+        *SHORT,
+        *(pytest.param(name, marks=pytest.mark.long) for name in LONG),
+        *(pytest.param(name, marks=pytest.mark.exhaustive) for name in ALL),
+    ],
 )
 def test_rows_of_a_method_are_those_of_its_opened_models(case: str, tmp_path: Path) -> None:
-    method, *options = {**SHORT, **LONG}[case]
+    method, *options = {**SHORT, **LONG, **ALL}[case]
     recipe = quick_recipe(method, *options)
     run = tmp_path / "run"
     run_quickly(run, recipe)

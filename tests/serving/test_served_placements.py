@@ -28,7 +28,7 @@ PLACES = {
         "model.frozen_precision=nf4",
     ),
 }
-SHORT = ("lying", "int8")
+SHORT = ("int8",)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Clients that arrive after training: they move nothing that is shared, and train what they keep."""
+"""Clients that arrive after training move nothing that is shared, and train what they keep."""
 
 from __future__ import annotations
 

@@ -278,7 +278,8 @@ def test_a_graft_starts_as_its_expert_in_the_base(
         assert all(held)
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("number", [1, 2])
 def test_a_graft_outlives_the_rounds_that_hold_its_expert(number: int, tmp_path: Path) -> None:
     recipe = recipe_of("carve", "selection.rank_by=random", f"strategy.graft_experts={number}")
     play = start(recipe, tmp_path)
@@ -310,7 +311,7 @@ def test_a_graft_outlives_the_rounds_that_hold_its_expert(number: int, tmp_path:
         pytest.param("mask", "lora", 1, marks=pytest.mark.long),
         ("mask", "full", 1),
         pytest.param("carve", "full", 1, marks=pytest.mark.long),
-        ("carve", "lora", 2),
+        pytest.param("carve", "lora", 2, marks=pytest.mark.long),
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(

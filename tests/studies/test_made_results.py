@@ -92,6 +92,17 @@ def test_colors_of_the_dark_scheme_are_those_that_are_drawn(root: Path) -> None:
         assert f'"{color}"' in drawn
 
 
+def test_expert_load_is_shown_beside_the_base_of_each_run() -> None:
+    def counted(seed: int, personal: float) -> dict[str, Any]:
+        models = {"base": {"deviation": 100.0}, "personal": {"deviation": personal}}
+        return {"method": "flex", "seed": seed, "commit": "c0ffee", "models": models}
+
+    page = results.results_page([replace(ASKED, loads=(counted(0, 50.0), counted(1, 70.0)))])
+    assert "| any | base | 100.00 | 1.0000 ± 0.0000 | 2 |" in page
+    assert "| flex | personal | 60.00 | 0.6000 ± 0.1414 | 2 |" in page
+    assert "not run" not in page.partition("## Many rows")[2]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -64,6 +64,7 @@ def run(path: Path, out: Path, *, jobs: int = 1) -> tuple[dict[str, Any], list[s
     return as_record(design, progress, rows), told
 
 
+@pytest.mark.long
 def test_interrupting_and_repeating_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from orchard.cli import exporting, models, sites, studies
+from orchard.cli import exporting, judging, models, observing, sites, studies
 from orchard.cli.encodings import write_what_the_terminal_knows
 from orchard.cli.errors import BAD_INPUT, FAILED, clear_errors
 from orchard.cli.parameters import (
@@ -345,6 +345,9 @@ app.command()(studies.study)
 app.command()(models.generate)
 app.command()(models.chat)
 app.command()(models.evaluate)
+app.command()(observing.load)
+app.command()(observing.gates)
+app.command()(judging.judge)
 app.command()(exporting.export)
 app.command("import")(exporting.import_part)
 app.command()(sites.coordinate)

@@ -70,6 +70,38 @@ def _choose(
     return state if model is None else state.on_base(model)
 
 
+def choose_model(
+    run: Path,
+    *,
+    client: str | None = None,
+    is_global: bool = False,
+    round_number: str | None = None,
+    model: str | None = None,
+) -> ModelState:
+    """Return which of a run's models is meant by the options of a command.
+
+    Args:
+        run: A run's folder, or a site's store.
+        client: Whose personal model; None = see ``choosing.choose_state``.
+        is_global: The global one.
+        round_number: After which round; None = the last.
+        model: Where the base is now; None = as the recipe says.
+
+    Raises:
+        FileNotFoundError: There is no such run.
+        ValueError: There is no such model in it.
+    """
+    return _choose(
+        run,
+        client=client,
+        is_global=is_global,
+        is_base=False,
+        round_number=round_number,
+        model=model,
+        store=None,
+    )
+
+
 def _options(**options: Any) -> dict[str, Any]:
     from orchard.personal.sampling import Sampling
     from orchard.personal.writing import StopTexts

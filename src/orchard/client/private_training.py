@@ -6,8 +6,8 @@ names, the gradients are added, Gaussian noise is added to every name, and the s
 expected size of a batch. Whatever is made of such gradients later costs nothing more, so what a
 client keeps is covered as well as what it sends.
 
-Each example is read in a pass of its own. Where experts are fused, one parameter holds all experts
-of a layer: gradients of each example by hooks would take a copy of it for each example.
+The gradients of a batch's examples come from one pass over all of them where the model lets them be
+told apart, see ``client.clipping``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from orchard.client.clipping import Clipper
 from orchard.client.training import (
     ExamplePrivacy,
     TrainingReport,
@@ -31,7 +32,6 @@ from orchard.client.training import (
 )
 from orchard.communication.messages import LocalSettings
 from orchard.data.encoded import Encoded
-from orchard.evaluation.loss import forward_losses
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.dropout import dropout_by_row
 from orchard.models.view.unbinding import unbound_experts
@@ -70,7 +70,7 @@ def num_private_steps(num_examples: int, *, expected: int, local: LocalSettings)
 
 
 def private_gradients(
-    model: AdaptedModel,
+    clipper: Clipper,
     leaves: Mapping[str, nn.Parameter],
     batch: Sequence[Encoded],
     *,
@@ -82,7 +82,7 @@ def private_gradients(
     """Give the leaves the noisy mean gradient of a batch, which may be empty.
 
     Args:
-        model: In training mode, with the gradients of the leaves switched on.
+        clipper: Adds up the gradients of examples, clipped.
         leaves: Name to what the optimizer steps on.
         batch: Examples.
         privacy: Norm and noise.
@@ -94,35 +94,13 @@ def private_gradients(
         The mean loss of the batch in nats per response token, NaN where it is empty. It has no
         noise on it.
     """
-    sums = {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in leaves.items()}
-    total, num_labels = 0.0, 0
-    for example in batch:
-        losses_T, _ = forward_losses(model, [example], with_router_loss=False, packed=True)
-        torch.autograd.backward(losses_T.sum() / example.num_labels)
-        model.hand_gradients(leaves, leaves.keys())
-        _add_clipped(sums, leaves, privacy.clip)
-        model.drop_gradients()
-        total += float(losses_T.detach().sum())
-        num_labels += example.num_labels
+    sums, total, num_labels = clipper.sum_of(batch)
     for name, leaf in leaves.items():
         noise = draw(name, step, tuple(leaf.shape)).to(leaf.device)
         leaf.grad = (sums[name].add_(noise, alpha=privacy.noise * privacy.clip) / expected).to(
             leaf.dtype
         )
     return total / num_labels if num_labels else math.nan
-
-
-def _add_clipped(
-    sums: Mapping[str, Tensor], leaves: Mapping[str, nn.Parameter], clip: float
-) -> None:
-    gradients = {n: leaf.grad.float() for n, leaf in leaves.items() if leaf.grad is not None}
-    norm = math.sqrt(math.fsum(float(g.double().square().sum()) for g in gradients.values()))
-    if not math.isfinite(norm):
-        return  # an example without a gradient must not be seen in the sum
-    # Rounding to float32 must not make a scaled gradient longer than the norm.
-    scale = min(1.0, (1 - 1e-6) * clip / norm) if norm else 0.0
-    for name, gradient in gradients.items():
-        sums[name].add_(gradient, alpha=scale)
 
 
 def train_privately(
@@ -168,12 +146,14 @@ def train_privately(
             dropout_by_row(model.model, seed=dropout_seed),
         ):
             torch.manual_seed(dropout_seed)
+            pass_tokens = settings.pass_tokens
+            clipper = Clipper(model, leaves, clip=settings.privacy.clip, pass_tokens=pass_tokens)
             for batch in draw_private_batches(
                 len(examples), expected=expected, local=local, generator=generator
             ):
                 rows = [examples[index] for index in batch]
                 loss = private_gradients(
-                    model,
+                    clipper,
                     leaves,
                     rows,
                     privacy=settings.privacy,

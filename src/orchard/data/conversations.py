@@ -14,7 +14,7 @@ from orchard.data.turns import Role, Turn, shorten, valid_text
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
 
 _ROLES: Mapping[str, Role] = {
-    **dict.fromkeys(("system",), "system"),
+    **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
     **dict.fromkeys(("assistant", "gpt", "chatgpt", "bot", "model"), "assistant"),
 }
@@ -90,6 +90,11 @@ def check_order(turns: Sequence[Turn], *, where: str) -> None:
     rest = turns[1:] if turns and turns[0].role == "system" else turns
     for number, turn in enumerate(rest):
         wanted = "assistant" if number % 2 else "user"
+        if turn.role == "system":
+            raise ValueError(
+                f"{where} must have one system turn, the first, or none, got another as turn "
+                f"{len(turns) - len(rest) + number + 1}; join them, or remove the row"
+            )
         if turn.role != wanted:
             place = "the first turn" if number == 0 else f"the turn after {rest[number - 1].role}'s"
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -24,6 +25,26 @@ class Turn:
 def shorten(text: str) -> str:
     """Return text as a message shows it, in quotes."""
     return repr(text) if len(text) <= 60 else repr(text[:57]) + "..."
+
+
+# Signs that turn the direction in which what follows is written.
+_TURNING = frozenset(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A))))
+
+
+def valid_name(name: str, *, where: str) -> str:
+    """Return a name that a terminal, a table and a log can show as it is.
+
+    Raises:
+        ValueError: It has a control character, such as one that begins a terminal's commands, or a
+            sign that turns the direction of writing.
+    """
+    for place, character in enumerate(name):
+        if unicodedata.category(character) == "Cc" or character in _TURNING:
+            raise ValueError(
+                f"{where} must be a name that can be shown, got the character {character!a} at "
+                f"place {place} of {name!a}; rename it"
+            )
+    return name
 
 
 def valid_text(text: str, *, where: str) -> str:

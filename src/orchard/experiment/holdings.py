@@ -13,6 +13,7 @@ from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
 from orchard.data.reading import Reader, Reading, reading_notes, unread_files
 from orchard.data.rows import read_rows
+from orchard.data.turns import valid_name
 from orchard.hub import spelled_like
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import words
@@ -98,6 +99,10 @@ def _finish(
 ) -> Federation:
     """Find duplicates, drop those that should be, and draw the test examples that are used."""
     data, seeds = recipe.data, Seeds(recipe.seed)
+    for client, own in train.items():
+        valid_name(client, where="the name of a client")
+        for category in sorted({example.category for example in (*own, *test[client])}):
+            valid_name(category, where="a category of the data")
     # One list for all clients is one test set: it counts once.
     first = next(iter(test))
     has_central_test = data.test_per_category > 0 and data.partition != "file"

@@ -38,7 +38,8 @@ class Free:
 def find_free(device: str) -> Free:
     """Return what is free on this machine and on a device of it."""
     own = torch.device(device)
-    on_device = torch.cuda.mem_get_info(own)[0] if own.type == "cuda" else None
+    is_there = own.type == "cuda" and torch.cuda.is_available()
+    on_device = torch.cuda.mem_get_info(own)[0] if is_there else None
     return Free(available_memory_bytes(), on_device)
 
 

@@ -419,7 +419,7 @@ def _facts(
         "learning_rate": ground.rate,
         **privacy_facts(recipe, sizes, rounds=state.round_number),
         **secrecy_facts(recipe),
-        **({"arriving": own} if (own := arriving_clients(experiment)) else {}),
+        **({"arriving": arriving_clients(experiment)} if recipe.data.arriving else {}),
         "parameters": {
             "shared": sum(tensor.numel() for tensor in state.shared.values()),
             "private": {

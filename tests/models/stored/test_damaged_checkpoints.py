@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -415,11 +416,10 @@ def test_a_tokenizer_beyond_the_embedding_is_refused_where_a_text_needs_it(tmp_p
     configured(vocab_size=700)(base)
     changed("model.embed_tokens.weight", lambda t: t[:700])(base)
     recipe = quick_recipe("fedavg", f"model.path={base}")
-    (sentence,) = plan_sentences(make_plan(recipe))
+    (sentence,) = plan_sentences(make_plan(recipe, encodes=False))
     assert sentence.endswith("the embedding has 700 rows; text with a token beyond them is refused")
-    refused(
-        r"^tokens must be in 0\.\.699, the rows of the embedd", lambda: prepare_experiment(recipe)
-    )
+    for refusing in (make_plan, prepare_experiment):
+        refused(r"^tokens must be in 0\.\.699, the rows of the embedd", partial(refusing, recipe))
 
 
 def test_an_end_that_no_answer_can_hold_is_said_by_plan_as_by_run(tmp_path: Path) -> None:

@@ -149,6 +149,21 @@ class AdaptedModel:
         """Return the live tensors with these names; a slice carries its parameter's gradient."""
         return {name: self._slots[name].view(self._slots[name].parameter) for name in names}
 
+    def whole_parameters(self, names: Iterable[str]) -> list[nn.Parameter]:
+        """Return the parameters that tensors with these names are, or are parts of, once each."""
+        slots = [self._slots[name] for name in names]
+        return list({id(slot.parameter): slot.parameter for slot in slots}.values())
+
+    def parts(self, whole: Mapping[int, torch.Tensor], names: Iterable[str]) -> Tree:
+        """Return what is named of tensors shaped as the parameters are, as views of them.
+
+        Args:
+            whole: A tensor for each parameter, by its id.
+            names: What to return.
+        """
+        slots = {name: self._slots[name] for name in names}
+        return {name: slot.view(whole[id(slot.parameter)]) for name, slot in slots.items()}
+
     def gradients(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return the gradients of the tensors with these names; zeros where there was none."""
         gradients = {}
@@ -251,14 +266,12 @@ class AdaptedModel:
     def set_trainable(self, names: Iterable[str]) -> list[nn.Parameter]:
         """Let exactly the parameters behind ``names`` have gradients, and return them once each."""
         self.model.requires_grad_(False)
-        chosen = {
-            id(slot.parameter): slot.parameter for slot in map(self._slots.__getitem__, names)
-        }
-        for parameter in chosen.values():
+        chosen = self.whole_parameters(names)
+        for parameter in chosen:
             parameter.requires_grad_(True)
             parameter.grad = None
             self._is_fresh = False
-        return list(chosen.values())
+        return chosen
 
 
 def trainable_names(view: MoEView, settings: LoraSettings) -> tuple[str, ...]:

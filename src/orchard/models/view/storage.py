@@ -31,6 +31,8 @@ _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 
 Slice: TypeAlias = tuple[nn.Parameter, Callable[[Tensor], Tensor]]
 """A parameter, and what takes one expert's tensor out of it, or out of its gradient."""
+Product: TypeAlias = Callable[[str, Tensor, Tensor, Tensor | None], Tensor]
+"""From a parameter's name, what is read, weights (out, in) and a bias to ``functional.linear``."""
 
 
 class ExpertStorage(Protocol):
@@ -81,6 +83,9 @@ class FusedExperts:
         """
         self.module = module
         self.refolds = refolds
+        self.routed_product: Callable[[int, Tensor], Product] | None = None
+        """From an expert and the tokens that it reads to what multiplies them in ``run_routed``;
+        the weights it is given carry no gradient. None = ``functional.linear``, and they do."""
         # Flags that joined the interface after its first release default to what was then fixed.
         self.has_gate = bool(getattr(module, "has_gate", True))
         self.has_bias = bool(getattr(module, "has_bias", False))
@@ -185,6 +190,10 @@ class FusedExperts:
             weights_TK: What multiplies their outputs.
         """
         names = dict.fromkeys(self._places().values())
+        if self.routed_product is not None:
+            with torch.no_grad():
+                constant = {name: self._parameter(name).detach() for name in names}
+            return self._run_each(constant, x_TD, choices_TK, weights_TK)
         # Taken now: PEFT removes the adapters when the module's forward ends, before the backward.
         folds = {name: self._fold(name) for name in names} if self.refolds else {}
         if torch.is_grad_enabled() and any(_is_trained(fold) for fold in folds.values()):
@@ -219,7 +228,8 @@ class FusedExperts:
         for expert in sorted(set(choices_TK.flatten().tolist()) - {self.num_experts}):
             token_P, place_P = torch.where(choices_TK == expert)
             own = {name: slices[expert] for name, slices in parameters.items()}
-            own_PD = self._run(x_TD[token_P], own.__getitem__)
+            product = self.routed_product(expert, token_P) if self.routed_product else None
+            own_PD = self._run(x_TD[token_P], own.__getitem__, product)
             weighted_PD = own_PD * weights_TK[token_P, place_P, None]
             y_TD = y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
         return y_TD
@@ -243,13 +253,16 @@ class FusedExperts:
             self._function("_apply_gate" if self.has_gate else "act_fn"),
         )
 
-    def _run(self, x_TD: Tensor, read: Callable[[str], Tensor]) -> Tensor:
+    def _run(
+        self, x_TD: Tensor, read: Callable[[str], Tensor], product: Product | None = None
+    ) -> Tensor:
+        product = product or _multiply
         first = "gate_up_proj" if self.has_gate else "up_proj"
         bias = read(f"{first}_bias") if self.has_bias else None
-        hidden = functional.linear(x_TD, self._turn(read(first)), bias)
+        hidden = product(first, x_TD, self._turn(read(first)), bias)
         hidden_TF = self._function("_apply_gate" if self.has_gate else "act_fn")(hidden)
         bias = read("down_proj_bias") if self.has_bias else None
-        return self.finish(functional.linear(hidden_TF, self._turn(read("down_proj")), bias))
+        return self.finish(product("down_proj", hidden_TF, self._turn(read("down_proj")), bias))
 
     def finish(self, y_TD: Tensor) -> Tensor:
         """Apply the norm behind the experts, where there is one."""
@@ -367,6 +380,10 @@ def _lies_transposed(module: nn.Module) -> bool:
     if not isinstance(first, Tensor) or not isinstance(down, Tensor):
         return False
     return first.shape[1] == down.shape[2] != first.shape[2]
+
+
+def _multiply(name: str, x_TD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return functional.linear(x_TD, weight, bias)
 
 
 def _is_trained(fold: nn.Module | None) -> bool:
