@@ -89,7 +89,9 @@ def run(recipe: Recipe, folder: Path, post: LocalPost, *, attempts: int = 3) -> 
     ("method", "options"),
     [
         ("fedavg", ("server.rounds=2", "communication.dtype=bfloat16")),
-        pytest.param("flex+hfedmoe", (BY_EXAMPLES,), marks=pytest.mark.long),
+        pytest.param(
+            "flex+hfedmoe", (BY_EXAMPLES, "client.budget=50%,100%,50%"), marks=pytest.mark.long
+        ),
         pytest.param("fedadam", ("server.weighting=uniform",), marks=pytest.mark.long),
         pytest.param("fedavg", ("privacy.secure_neighbors=2",), marks=pytest.mark.long),
     ],
@@ -140,6 +142,7 @@ def test_nothing_that_comes_to_the_coordinator_is_one_sites_update(
         assert path.is_dir() or path.stat().st_size < 4000
 
 
+@pytest.mark.long
 def test_a_coordinator_that_is_killed_in_each_step_ends_with_the_same_tensors(
     data: Path, keys: Path, simulated: Path, tmp_path: Path
 ) -> None:
@@ -172,6 +175,7 @@ def test_a_coordinator_that_is_killed_in_each_step_ends_with_the_same_tensors(
     assert len({*nonces}) == 4
 
 
+@pytest.mark.long
 def test_a_site_that_is_killed_in_each_step_is_asked_again_with_new_masks(
     data: Path, keys: Path, simulated: Path, tmp_path: Path
 ) -> None:
