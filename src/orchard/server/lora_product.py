@@ -2,7 +2,7 @@
 
 A LoRA adapter adds B A to a layer. The mean of the factors of two clients is not the factors of the
 mean: mean(B) mean(A) holds products of one client's B with another's A. Here the factors of all
-clients are stacked, [w_1 B_1, ..., w_n B_n] [A_1; ...; A_n] = mean(B_i A_i) exactly, and what
+clients are stacked, `[w_1 B_1, ..., w_n B_n] [A_1; ...; A_n] = mean(B_i A_i)` exactly, and what
 clients are sent is the best approximation of that of the adapter's own rank, by a singular value
 decomposition of a small matrix between two QR decompositions.
 

@@ -346,7 +346,7 @@ def test_a_base_that_is_not_finite_is_refused_by_name(
     ("family", "original"),
     short_first(
         [(family, True) for family in FUSED],
-        itertools.product([*FUSED, "switch"], [True, False]),
+        itertools.product(FUSED, [True, False]),
     ),
 )
 def test_a_whole_checkpoint_of_every_family_is_complete(
