@@ -229,8 +229,8 @@ def _findings(
         ratios = [
             own["cpu_seconds"]["private"] / own["cpu_seconds"]["plain"] for own in record["steps"]
         ]
-        said = " and ".join(
-            f"{ratio:.2f} times at {own['batch_size']} rows"
+        said = ", ".join(
+            f"{ratio:.2f} times at {own['batch_size']} rows ({own['model'].rpartition('/')[2]})"
             for ratio, own in zip(ratios, record["steps"], strict=True)
         )
         found.append(
