@@ -45,16 +45,31 @@ TemplateOption = Annotated[
 ]
 
 
-def _choose(
+def choose_model(
     run: Path | None,
     *,
-    client: str | None,
-    is_global: bool,
-    is_base: bool,
-    round_number: str | None,
-    model: str | None,
-    store: Path | None,
+    client: str | None = None,
+    is_global: bool = False,
+    is_base: bool = False,
+    round_number: str | None = None,
+    model: str | None = None,
+    store: Path | None = None,
 ) -> ModelState:
+    """Return which of a run's models is meant by the options of a command.
+
+    Args:
+        run: A run's folder, or a site's store; None = ``store`` is given.
+        client: Whose personal model; None = see ``choosing.choose_state``.
+        is_global: The global one.
+        is_base: The base.
+        round_number: After which round; None = the last.
+        model: Where the base is now; None = as the recipe says.
+        store: A site's store, in the place of ``run``.
+
+    Raises:
+        FileNotFoundError: There is no such run.
+        ValueError: There is no such model in it, or the options contradict each other.
+    """
     from orchard.personal.choosing import choose_state
 
     if is_global and is_base:
@@ -68,38 +83,6 @@ def _choose(
     kind: Literal["base", "global"] | None = "global" if is_global else "base" if is_base else None
     state = choose_state(folder, client=client, model=kind, round_number=round_number)
     return state if model is None else state.on_base(model)
-
-
-def choose_model(
-    run: Path,
-    *,
-    client: str | None = None,
-    is_global: bool = False,
-    round_number: str | None = None,
-    model: str | None = None,
-) -> ModelState:
-    """Return which of a run's models is meant by the options of a command.
-
-    Args:
-        run: A run's folder, or a site's store.
-        client: Whose personal model; None = see ``choosing.choose_state``.
-        is_global: The global one.
-        round_number: After which round; None = the last.
-        model: Where the base is now; None = as the recipe says.
-
-    Raises:
-        FileNotFoundError: There is no such run.
-        ValueError: There is no such model in it.
-    """
-    return _choose(
-        run,
-        client=client,
-        is_global=is_global,
-        is_base=False,
-        round_number=round_number,
-        model=model,
-        store=None,
-    )
 
 
 def _options(**options: Any) -> dict[str, Any]:
@@ -154,7 +137,7 @@ def generate(
         )
         if store is not None and prompt is None:
             run, prompt = None, run  # the store is the run, so the first word is the prompt
-        state = _choose(
+        state = choose_model(
             Path(run) if run is not None else None,
             client=client,
             is_global=is_global,
@@ -203,7 +186,7 @@ def chat(
             stop=stop,
             template=template,
         )
-        state = _choose(
+        state = choose_model(
             run,
             client=client,
             is_global=is_global,
@@ -269,11 +252,10 @@ def evaluate(
             measured, notes = measure_folder(run, data, base=model, device=device)
             title = f"{run.name}, on {data.name}"
         else:
-            state = _choose(
+            state = choose_model(
                 run,
                 client=client,
                 is_global=is_global,
-                is_base=False,
                 round_number=round_number,
                 model=model,
                 store=store,

@@ -7,12 +7,9 @@ as FedAvg, the client's personal model is the global one, and it trains nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
-from orchard.client.client import Client
-from orchard.communication.messages import Task
+from orchard.strategies.late_rounds import changed_after
 from orchard.strategies.strategy import Plan, Strategy
 
 
@@ -24,12 +21,8 @@ def arriving(strategy: Strategy, *, after_round: int) -> Strategy:
         after_round: The last round of the federation.
     """
 
-    @contextmanager
-    def prepare(client: Client, task: Task) -> Iterator[Plan]:
-        with strategy.prepare(client, task) as plan:
-            if task.round_number > after_round:
-                is_idle = not plan.personal and plan.own is None
-                plan = replace(plan, shared=(), drops_out=plan.drops_out or is_idle)
-            yield plan
+    def keep(plan: Plan) -> Plan:
+        is_idle = not plan.personal and plan.own is None
+        return replace(plan, shared=(), drops_out=plan.drops_out or is_idle)
 
-    return replace(strategy, prepare=prepare)
+    return changed_after(strategy, after_round, keep)

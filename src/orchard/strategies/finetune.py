@@ -7,12 +7,9 @@ rounds send nothing and average nothing; all that would be sent is kept.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
-from orchard.client.client import Client
-from orchard.communication.messages import Task
+from orchard.strategies.late_rounds import changed_after
 from orchard.strategies.strategy import Plan, Strategy
 
 
@@ -24,16 +21,12 @@ def finetune(strategy: Strategy, *, after_round: int) -> Strategy:
         after_round: The last round of the federation.
     """
 
-    @contextmanager
-    def prepare(client: Client, task: Task) -> Iterator[Plan]:
-        with strategy.prepare(client, task) as plan:
-            if task.round_number > after_round:
-                plan = replace(
-                    plan,
-                    shared=(),
-                    personal=(*plan.shared, *plan.personal),
-                    from_global=plan.from_global | frozenset(plan.shared),
-                )
-            yield plan
+    def keep_all(plan: Plan) -> Plan:
+        return replace(
+            plan,
+            shared=(),
+            personal=(*plan.shared, *plan.personal),
+            from_global=plan.from_global | frozenset(plan.shared),
+        )
 
-    return replace(strategy, prepare=prepare)
+    return changed_after(strategy, after_round, keep_all)
