@@ -23,8 +23,10 @@ from orchard.results import environment
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RECORDS = sorted(path for path in BENCHMARKS.rglob("*.json") if "__pycache__" not in path.parts)
 # These measure without a recipe, or, as studies, with one for each run.
+# Folders, and records in other folders.
 WITHOUT_RECIPE = (
     *("export", "gpu", "kernels", "placement", "planner", "serving", "studies", "workers"),
+    *("privacy/results/step.json", "privacy/results/secure_aggregation.json"),
 )
 FULL = {**environment(), "commit": "c0ffee", "recipe_digest": "r", "data_digest": "d"}
 
@@ -44,9 +46,9 @@ def test_every_result_says_where_it_comes_from_or_that_it_is_unknown() -> None:
     wrong = {}
     for path in RECORDS:
         record = json.loads(path.read_text())
-        folder = path.relative_to(BENCHMARKS).parts[0]
-        is_cost = path.name in {"step.json", "secure_aggregation.json"}
-        missing = lacks(record, has_recipe=folder not in WITHOUT_RECIPE and not is_cost)
+        own = path.relative_to(BENCHMARKS)
+        has_recipe = not {own.parts[0], own.as_posix()} & {*WITHOUT_RECIPE}
+        missing = lacks(record, has_recipe=has_recipe)
         if bool(missing) != is_marked(record):
             wrong[str(path)] = missing
     assert not wrong

@@ -199,17 +199,21 @@ def test_few_drawn_test_rows_are_few_rows(worker: SiteWorker) -> None:
 
 def other_value(key: str) -> Any:
     kind, entry = known_options()[key]
-    if key == "data.conventions":
-        return "answer_form"  # the other needs labels
+    given = {
+        "data.conventions": "answer_form",  # the other needs labels
+        "data.test_size": 0.5,
+        "data.max_tokens": 33,
+        "evaluation.max_examples": 20,
+    }
+    if key in given:
+        return given[key]
     if choices := entry.metadata["choices"]:
         return next(one for one in choices if one != option_value(asked_recipe(), key))
     if kind is str:
         return "diagnosis"
     if kind is bool:
         return True
-    return {"data.test_size": 0.5, "data.max_tokens": 33, "evaluation.max_examples": 20}.get(
-        key, (entry.metadata["minimum"] or 0) + 1
-    )
+    return (entry.metadata["minimum"] or 0) + 1
 
 
 def owned() -> list[str]:

@@ -14,29 +14,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from federations import quick_recipe, run_quickly
 from orchard.cli import app
 from orchard.personal.judge_endpoint import KEY_VARIABLE, Endpoint, EndpointError
 from orchard.personal.judging import read_questions, read_verdict, settle, tally
 
 NUM_QUESTIONS = 3
-RECIPE = quick_recipe(
-    "flex",
-    "server.rounds=1",
-    "client.steps=2",
-    "client.lr=0.05",
-    "evaluation.metrics=loss",
-    "evaluation.models=personal",
-    "evaluation.max_examples=2",
-    "strategy.calibration_blocks=1",
-)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("judging") / "run"
-    run_quickly(folder, RECIPE)
-    return folder
 
 
 @pytest.fixture

@@ -11,30 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 import orchard
-from federations import quick_recipe, run_quickly
 from orchard.cli import app
 from orchard.data.world import offices
 from orchard.models.view.routing import record_routing
 from orchard.personal.observing import LayerLoad, expert_load, gate_openness, read_texts
 
-RECIPE = quick_recipe(
-    "flex",
-    "server.rounds=1",
-    "client.steps=2",
-    "client.lr=0.05",
-    "evaluation.metrics=loss",
-    "evaluation.models=personal",
-    "evaluation.max_examples=2",
-    "strategy.calibration_blocks=1",
-)
 TEXTS = ["Greet Mila", "The harbor office sells 12 fig, today.", "Mila"]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("observing") / "run"
-    run_quickly(folder, RECIPE)
-    return folder
 
 
 def call(*words: object) -> tuple[int, str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from orchard.evaluation.quality import check_options
 from orchard.experiment.budgets import build_requirements
-from orchard.experiment.holdings import Elsewhere, Federation
+from orchard.experiment.holdings import Elsewhere, Federation, refuse_conventions
 from orchard.experiment.protecting import check_privacy
 from orchard.experiment.secrecy import check_deployed_secrecy, check_secrecy
 from orchard.experiment.settings import lora_settings
@@ -60,12 +60,7 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
             f"evaluation.other_clients must be 0 between sites, got "
             f"{recipe.evaluation.other_clients}; no site has another's rows"
         )
-    if recipe.data.conventions:
-        raise ValueError(
-            f"data.conventions must be empty between sites, got {recipe.data.conventions}; which a "
-            "client has follows from its place among all clients, and sites answer as their own "
-            "rows do"
-        )
+    refuse_conventions(recipe.data)
 
 
 def check_cohort(recipe: Recipe, *, num_clients: int) -> None:

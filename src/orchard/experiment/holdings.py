@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,14 +100,15 @@ def _finish(
 ) -> Federation:
     """Find duplicates, drop those that should be, and draw the test examples that are used."""
     data, seeds = recipe.data, Seeds(recipe.seed)
-    for client, own in train.items():
-        valid_name(client, where="the name of a client")
-        for category in sorted({example.category for example in (*own, *test[client])}):
-            valid_name(category, where="a category of the data")
     # One list for all clients is one test set: it counts once.
     first = next(iter(test))
     has_central_test = data.test_per_category > 0 and data.partition != "file"
     splits = {first: test[first]} if has_central_test else test
+    for client in train:
+        valid_name(client, where="the name of a client")
+    held = itertools.chain(*train.values(), *splits.values())
+    for category in sorted({example.category for example in held}):
+        valid_name(category, where="a category of the data")
     duplicates = partition.find_duplicates(train, splits)
     num_dropped = 0
     if data.duplicates == "drop":
@@ -137,6 +139,19 @@ def _finish(
     return Federation(train, splits, duplicates, num_dropped, has_central_test, tuple(remarks))
 
 
+def refuse_conventions(data: DataOptions) -> None:
+    """Refuse conventions between sites.
+
+    Raises:
+        ValueError: The recipe has one.
+    """
+    if data.conventions:
+        raise ValueError(
+            f"data.conventions must be empty between sites, got {data.conventions}; which a client "
+            "has follows from its place among all clients, and sites answer as their own rows do"
+        )
+
+
 def build_site(recipe: Recipe, client_id: str) -> Federation:
     """Read the data of one client, ``data.path``, as a federation of that client alone.
 
@@ -149,11 +164,7 @@ def build_site(recipe: Recipe, client_id: str) -> Federation:
         ValueError: It cannot be read, or not be divided as asked.
     """
     data, seeds = recipe.data, Seeds(recipe.seed)
-    if data.conventions:
-        raise ValueError(
-            f"data.conventions must be empty between sites, got {data.conventions}; which a client "
-            "has follows from its place among all clients, and sites answer as their own rows do"
-        )
+    refuse_conventions(data)
     _require_path(data)
     _require_file(data.path, "data.path")
     reading = _read_file(data.path, data)
@@ -235,11 +246,13 @@ def _require_file(path: str, option: str) -> None:
 def _read_texts(path: str, data: DataOptions, option: str) -> list[Example]:
     """Return the texts of a file whose rows have a column ``text`` and no response; else none."""
     _require_file(path, option)
-    rows = list(read_rows(Path(path).expanduser()))
-    columns = rows[0].columns if rows else {}
-    if "text" not in columns or data.response in columns or _reader(data).format != "auto":
+    rows = read_rows(Path(path).expanduser())
+    first = next(rows, None)
+    if first is None or "text" not in first.columns or data.response in first.columns:
         return []
-    texts = [row.columns.get("text") for row in rows if not row.error]
+    if _reader(data).format != "auto":
+        return []
+    texts = [row.columns.get("text") for row in itertools.chain([first], rows) if not row.error]
     return [Example("", text) for text in texts if isinstance(text, str) and text.strip()]
 
 

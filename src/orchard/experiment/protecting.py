@@ -8,6 +8,7 @@ from orchard.client.private_training import num_private_steps, sampling_rate
 from orchard.client.training import ExamplePrivacy
 from orchard.communication.messages import LocalSettings
 from orchard.experiment.methods import check_strategy, find_method, own_names
+from orchard.experiment.settings import check_wanted
 from orchard.recipe.options import Recipe
 from orchard.seeding import Seeds
 from orchard.server.accounting import affordable_rounds, noise_for, spent
@@ -98,19 +99,21 @@ def _check_method(recipe: Recipe) -> None:
 
 
 def _check_server(recipe: Recipe) -> None:
-    for key, wanted, given, why in (
-        ("aggregation", "mean", recipe.server.aggregation, "the noise is measured for a sum"),
+    wanted = (
         (
-            "weighting",
+            "server.aggregation",
+            "mean",
+            recipe.server.aggregation,
+            "the noise is measured for a sum",
+        ),
+        (
+            "server.weighting",
             "uniform",
             recipe.server.weighting,
             "how many examples a client has would count for its bound",
         ),
-    ):
-        if given != wanted:
-            raise ValueError(
-                f"server.{key} must be {wanted} with privacy.unit = client, got {given}; {why}"
-            )
+    )
+    check_wanted(wanted, beside="privacy.unit = client")
 
 
 class Costs:

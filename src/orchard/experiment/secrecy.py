@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from orchard.communication.sum_messages import MAX_MEMBERS
 from orchard.engine.secrecy import Secrecy
 from orchard.experiment.methods import check_strategy, find_method, own_names
+from orchard.experiment.settings import check_wanted
 from orchard.extras import require
 from orchard.recipe.options import Recipe
 
+_OPTION = "privacy.secure_aggregation"
 _UNSOUND: Mapping[str, str] = {
     "sharing": "nothing is sent that could be summed",
 }
@@ -43,21 +45,18 @@ def check_deployed_secrecy(recipe: Recipe, *, num_sites: int = 0) -> None:
     if not recipe.privacy.secure_aggregation:
         return
     _check_recipe(recipe)
-    for key, wanted, given, why in (
-        ("max_update_norm", 0.0, recipe.deployment.max_update_norm, "nobody sees an update's norm"),
-        ("stragglers", "drop", recipe.deployment.stragglers, "a late update is in no sum"),
+    own = recipe.deployment
+    wanted = (
+        ("deployment.max_update_norm", 0.0, own.max_update_norm, "nobody sees an update's norm"),
+        ("deployment.stragglers", "drop", own.stragglers, "a late update is in no sum"),
         (
-            "weights",
+            "deployment.weights",
             "examples",
-            recipe.deployment.weights,
+            own.weights,
             "sites weigh their own updates; server.weighting = uniform lets all weigh the same",
         ),
-    ):
-        if given != wanted:
-            raise ValueError(
-                f"deployment.{key} must be {wanted} with privacy.secure_aggregation, got {given}; "
-                f"{why}"
-            )
+    )
+    check_wanted(wanted, beside=_OPTION)
     if size := recipe.server.clients_per_round or num_sites:
         _check_size(recipe, size)
         if size > MAX_MEMBERS:
@@ -71,7 +70,7 @@ def check_deployed_secrecy(recipe: Recipe, *, num_sites: int = 0) -> None:
 def _check_recipe(recipe: Recipe) -> None:
     privacy = recipe.privacy
     require("secure", to="aggregate in secret")
-    with_it = "with privacy.secure_aggregation"
+    with_it = f"with {_OPTION}"
     named = recipe.strategy.name
     for name in check_strategy(named):
         if name in own_names(named):
@@ -87,12 +86,11 @@ def _check_recipe(recipe: Recipe) -> None:
                 f"{recipe.selection.router}; how much a client prefers its experts has no "
                 "bound that could be agreed on before"
             )
-    for key, wanted, given, why in (
+    wanted = (
         ("server.aggregation", "mean", recipe.server.aggregation, "it looks at single updates"),
         ("communication.top_k", 0.0, recipe.communication.top_k, "every value is sent, masked"),
-    ):
-        if given != wanted:
-            raise ValueError(f"{key} must be {wanted} {with_it}, got {given}; {why}")
+    )
+    check_wanted(wanted, beside=_OPTION)
     if recipe.communication.dtype == "int8":
         raise ValueError(
             f"communication.dtype must be float32 or bfloat16 {with_it}, got int8; values are sent "

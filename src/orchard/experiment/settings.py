@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from orchard.experts.grafting import GraftSettings
@@ -99,3 +100,18 @@ def lora_settings(recipe: Recipe) -> LoraSettings:
         targets=targets,
         full=full,
     )
+
+
+def check_wanted(wanted: Iterable[tuple[str, object, object, str]], *, beside: str) -> None:
+    """Refuse an option that has another value than the one with which a protection holds.
+
+    Args:
+        wanted: Of each option its key, the value that it must have, the one that it has, and why.
+        beside: The option that asks for the protection.
+
+    Raises:
+        ValueError: One has another.
+    """
+    for key, needed, given, why in wanted:
+        if given != needed:
+            raise ValueError(f"{key} must be {needed} with {beside}, got {given}; {why}")
