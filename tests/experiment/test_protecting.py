@@ -10,7 +10,7 @@ import pytest
 
 from federations import has_budget, quick_recipe, run_quickly
 from orchard.engine.simulator import sample_clients
-from orchard.experiment.methods import METHODS
+from orchard.experiment.methods import METHODS, has_grafts
 from orchard.experiment.preparation import prepare_experiment
 from orchard.experiment.protecting import build_protection, example_privacy, private_rounds
 from orchard.experiment.running import build_schedule
@@ -31,6 +31,7 @@ SOUND = {
     ),
     "example": (
         *("fedavg", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "flex", "local", "finetune"),
+        "orchard",
     ),
 }
 JOINED = ("flex+fedadam", "flex+hfedmoe", "fedprox+scaffold", "flex+local")
@@ -38,6 +39,12 @@ JOINED = ("flex+fedadam", "flex+hfedmoe", "fedprox+scaffold", "flex+local")
 
 def private(method: str, *overrides: str, unit: str = "client") -> Recipe:
     return quick_recipe(method, *PRIVATE, f"privacy.unit={unit}", *overrides)
+
+
+def grafts_of(method: str) -> tuple[str, ...]:
+    """Return what keeps a method's grafts from looking at examples."""
+    chosen = ("strategy.graft_choice=random",) if has_grafts(method.split("+")) else ()
+    return (*chosen, *(("strategy.judged_below=0",) if method == "orchard" else ()))
 
 
 def sizes(number: int = 4) -> dict[str, int]:
@@ -52,7 +59,7 @@ def epsilons(folder: Path) -> list[float]:
 @pytest.mark.parametrize("unit", SOUND)
 @pytest.mark.parametrize("method", [*METHODS, *JOINED])
 def test_a_method_is_protected_or_refused_before_a_model_is_loaded(method: str, unit: str) -> None:
-    needs = ["strategy.graft_choice=random"] if unit == "example" and "flex" in method else []
+    needs = grafts_of(method) if unit == "example" else ()
     if {*method.split("+")} <= {*SOUND[unit]}:
         recipe = private(method, *needs, unit=unit)
         prepare_experiment(recipe)
@@ -68,13 +75,23 @@ def test_the_sound_and_the_refused_are_all_there_is() -> None:
     refused = {unit: {*METHODS} - {*sound} for unit, sound in SOUND.items()}
     assert refused == {
         "client": budgets | {"scaffold", "local", "finetune"},
-        "example": budgets | {"scaffold", "fedprox", "ditto", "orchard"},
+        "example": budgets | {"scaffold", "fedprox", "ditto"},
     }
 
 
-def test_an_expert_that_is_chosen_by_examples_is_refused_where_they_are_protected() -> None:
-    with pytest.raises(ValueError, match=r"^strategy.graft_choice must be random"):
-        prepare_experiment(private("flex", unit="example"))
+@pytest.mark.parametrize(
+    ("method", "override", "words"),
+    [
+        ("flex", "strategy.graft_choice=reconstruction", "strategy.graft_choice must be random"),
+        ("orchard", "strategy.graft_choice=reconstruction", "strategy.graft_choice must be random"),
+        ("orchard", "strategy.judged_below=8", "strategy.judged_below must be 0"),
+    ],
+)
+def test_a_graft_that_looks_at_examples_is_refused_where_they_are_protected(
+    method: str, override: str, words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^{words}"):
+        prepare_experiment(private(method, *grafts_of(method), override, unit="example"))
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def test_the_rate_of_fine_tuning_begins_anew() -> None:
 
 
 def losses(strategy: Strategy, folder: Path, rate: float) -> tuple[dict[str, float], Tree, Tree]:
-    recipe = quick_recipe("orchard", "evaluation.metrics=loss", "strategy.graft_gate=router_row")
+    own = ("evaluation.metrics=loss", "strategy.graft_gate=router_row", "strategy.judged_below=999")
+    recipe = quick_recipe("orchard", *own)
     strategy, (client, *_), model, _ = build(recipe, folder)
     shared = start_server(strategy, model.fresh).shared
     update = train_client(strategy, client, Task(1, shared, LocalSettings(3, 0, rate)))
@@ -93,7 +94,7 @@ def losses(strategy: Strategy, folder: Path, rate: float) -> tuple[dict[str, flo
     return {**update.metrics, **measured}, update.delta, kept.tensors
 
 
-def test_orchard_shares_what_fedavg_shares_and_keeps_no_graft_that_does_not_help(
+def test_orchard_shares_what_fedavg_shares_and_keeps_no_graft_that_does_not_help_few_rows(
     tmp_path: Path,
 ) -> None:
     plain, _ = sent_and_kept(tmp_path / "fedavg", "fedavg")
@@ -104,9 +105,21 @@ def test_orchard_shares_what_fedavg_shares_and_keeps_no_graft_that_does_not_help
     assert found["client/own_judged_loss"] < found["client/shared_judged_loss"]
     assert found["personal/loss"] < found["global/loss"]
     # A rate at which every move harms: the client has the shared model, bit for bit.
-    found, _, _ = losses(Strategy(), tmp_path / "bad", 1e3)
+    found, _, _ = losses(Strategy(), tmp_path / "bad", 3.0)
     assert found["client/own_is_trusted"] == found["client/own_share"] == 0.0
     assert found["personal/loss"] == found["global/loss"]
+
+
+def test_orchard_is_flex_with_a_difference_graft_where_rows_are_enough(tmp_path: Path) -> None:
+    _, (client, *_), _, _ = build(quick_recipe("flex"), tmp_path / "rows")
+    number = len(client.train)
+    flex = sent_and_kept(tmp_path / "flex", "flex", "strategy.graft_mix=difference")
+    enough, few = (
+        sent_and_kept(tmp_path / f"{below}", "orchard", f"strategy.judged_below={below}")
+        for below in (number, number + 1)
+    )
+    assert all(equal(own, other) for own, other in zip(enough, flex, strict=True))
+    assert not equal(few[0], enough[0])
 
 
 @pytest.mark.parametrize(

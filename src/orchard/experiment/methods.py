@@ -78,7 +78,9 @@ def _flex(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
 
 
 def _orchard(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:
-    return orchard(strategy, _flex_settings(recipe), holdout=recipe.strategy.holdout)
+    own = recipe.strategy
+    settings = _flex_settings(recipe)
+    return orchard(strategy, settings, judged_below=own.judged_below, holdout=own.holdout)
 
 
 def _ditto(strategy: Strategy, recipe: Recipe, num_clients: int) -> Strategy:

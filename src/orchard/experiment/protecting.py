@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from orchard.client.private_training import num_private_steps, sampling_rate
 from orchard.client.training import ExamplePrivacy
 from orchard.communication.messages import LocalSettings
-from orchard.experiment.methods import check_strategy, find_method, own_names
+from orchard.experiment.methods import check_strategy, find_method, has_grafts, own_names
 from orchard.experiment.settings import check_wanted
 from orchard.recipe.options import Recipe
 from orchard.seeding import Seeds
@@ -28,7 +28,6 @@ _UNSOUND: Mapping[str, Mapping[str, str]] = {
         "control": "control variates are mean gradients without noise",
         "objective": "what it adds to the loss is not clipped for each example",
         "ditto": "its second training is not protected",
-        "orchard": "rows that judge a graft are not protected",
     },
 }
 Sizes = Mapping[str, int]
@@ -86,16 +85,22 @@ def _check_method(recipe: Recipe) -> None:
             raise ValueError(
                 f"strategy.name must not hold {name} with privacy.unit = {unit}, got {named}; {why}"
             )
-        if (
-            name == "flex"
-            and unit == "example"
-            and recipe.strategy.graft_choice == "reconstruction"
-        ):
-            raise ValueError(
-                "strategy.graft_choice must be random with privacy.unit = example, got "
-                f"{recipe.strategy.graft_choice}; which expert fits best is read from the examples "
-                "without noise"
-            )
+        if unit == "example":
+            _check_graft(name, recipe)
+
+
+def _check_graft(name: str, recipe: Recipe) -> None:
+    own = recipe.strategy
+    if has_grafts([name]) and own.graft_choice == "reconstruction":
+        raise ValueError(
+            "strategy.graft_choice must be random with privacy.unit = example, got "
+            f"{own.graft_choice}; which expert fits best is read from the examples without noise"
+        )
+    if name == "orchard" and own.judged_below:
+        raise ValueError(
+            "strategy.judged_below must be 0 with privacy.unit = example, got "
+            f"{own.judged_below}; rows that judge a graft are not protected"
+        )
 
 
 def _check_server(recipe: Recipe) -> None:

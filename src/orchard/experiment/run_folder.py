@@ -43,6 +43,7 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "strategy.finetune_rounds": 1,
         "strategy.ditto_lambda": 0.1,
         "strategy.holdout": 0.25,
+        "strategy.judged_below": 32,
         "server.lora_aggregation": "factors",
         "server.keep_rounds": 0,
         "server.start": "",

@@ -51,7 +51,11 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
         "strategy.arrival_rounds": (data.arriving > 0, "data.arriving above 0"),
         "strategy.finetune_rounds": ("finetune" in methods, "finetune in strategy.name"),
         "strategy.ditto_lambda": ("ditto" in methods, "ditto in strategy.name"),
-        "strategy.holdout": ("orchard" in methods, "orchard in strategy.name"),
+        "strategy.judged_below": ("orchard" in methods, "orchard in strategy.name"),
+        "strategy.holdout": (
+            "orchard" in methods and recipe.strategy.judged_below > 0,
+            "orchard in strategy.name and strategy.judged_below above 0",
+        ),
         "strategy.prox_mu": ("fedprox" in methods, "fedprox in strategy.name"),
         "strategy.entropy_coefficient": ("seermoe" in methods, "seermoe in strategy.name"),
         "server.trim": (

@@ -53,7 +53,7 @@ BUILT_IN: Mapping[str, tuple[str, str]] = MappingProxyType(
             "the reference of Yu et al., 2020, arXiv:2002.04758",
         ),
         "orchard": (
-            "a difference graft beside FedAvg, as far as rows that it has not seen trust it",
+            "FLEx with a graft that counts as far as it has moved, judged where rows are few",
             "ours",
         ),
         "scaffold": (
@@ -169,10 +169,16 @@ class StrategyOptions:
     ditto_lambda: float = option(
         0.1, "Ditto: strength of the pull of a personal model to the shared one.", minimum=0
     )
+    judged_below: int = option(
+        32,
+        "Orchard: clients of fewer training rows train their graft apart, and rows that it does "
+        "not train on judge it; 0 = nobody.",
+        minimum=0,
+    )
     holdout: float = option(
         0.25,
-        "Orchard: share of a client's training rows that its graft does not train on, by which "
-        "it is judged.",
+        "Orchard: share of such a client's training rows that its graft does not train on, by "
+        "which it is judged.",
         above=0,
         maximum=0.9,
     )

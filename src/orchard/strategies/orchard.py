@@ -1,17 +1,18 @@
-"""Orchard: a difference graft beside FedAvg, trusted as far as unseen rows say.
+"""Orchard: FLEx with a graft that counts as far as it has moved, judged where rows are few.
 
 Ours. In words:
 
-1. Clients train and send the shared adapters as in FedAvg, with no graft in the model: the global
-   model is FedAvg's, bit for bit.
-2. Apart from it, in every round, each client trains a difference graft (``experts/grafting.py``) on
-   top of the global values that it was sent, on three quarters of its rows.
-3. The other rows judge: of the whole move of that training, a half, a quarter, none of it, and no
-   graft at all, the client keeps what gives them the smallest loss. A move that would overfit is
-   not taken, and a client whose graft does not help has the shared model.
+1. Each client chooses an expert in every MoE layer as in FLEx and grafts a *difference* beside the
+   layer (``experts/grafting.py``): a fresh one changes nothing, so its gate may start open.
+2. In a round it trains the shared adapters together with its grafts and gates, sends the adapters
+   and keeps the rest.
+3. A client of few rows would overfit its graft. It trains and sends the adapters as in FedAvg, with
+   no graft in the model, and apart from that its graft, on a part of its rows. The others judge: of
+   the whole move of that training, a half, a quarter, none of it, and no graft at all, it keeps
+   what gives them the smallest loss. A client whose graft does not help has the shared model.
 4. Grafts and gates never leave the client.
 
-The judging rows are never trained on by the graft; the shared adapters see all rows.
+Judging rows are never trained on by the graft; the shared adapters see all rows.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from orchard.evaluation.loss import mean_loss
 from orchard.experts.grafting import grafted
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.results import Metrics
-from orchard.strategies.flex import FlexSettings, known_experts
+from orchard.strategies.flex import FlexSettings, flex, known_experts
 from orchard.strategies.strategy import OwnPart, Plan, Strategy
 from orchard.trees import Tree
 
@@ -37,14 +38,30 @@ SHARES = (0.0, 0.25, 0.5, 1.0)  # of a round's move, that are tried
 _LEAST = 2  # rows: one to train on, one to judge by
 
 
-def orchard(strategy: Strategy, settings: FlexSettings, *, holdout: float) -> Strategy:
-    """Give every client of ``strategy`` a graft that is judged by rows it has not seen.
+def orchard(
+    strategy: Strategy, settings: FlexSettings, *, judged_below: int, holdout: float
+) -> Strategy:
+    """Give every client of ``strategy`` a graft, judged where it has few rows to train on.
 
     Args:
         strategy: What the shared part is.
         settings: Of the grafts.
-        holdout: Share of a client's rows that judge.
+        judged_below: Clients of fewer rows have their graft judged by rows that it has not seen.
+        holdout: Share of such a client's rows that judge.
     """
+    together, apart = flex(strategy, settings), _judged(strategy, settings, holdout=holdout)
+
+    @contextmanager
+    def prepare(client: Client, task: Task) -> Iterator[Plan]:
+        own = apart if len(client.train) < judged_below else together
+        with own.prepare(client, task) as plan:
+            yield plan
+
+    return replace(strategy, prepare=prepare)
+
+
+def _judged(strategy: Strategy, settings: FlexSettings, *, holdout: float) -> Strategy:
+    """Give every client of ``strategy`` a graft that is judged by rows it has not seen."""
 
     @contextmanager
     def prepare(client: Client, task: Task) -> Iterator[Plan]:
