@@ -15,6 +15,7 @@ from chat_styles import CHATML, STYLES
 from federations import short_model
 from orchard.data.examples import Example, Turn
 from orchard.data.templates import Wording
+from orchard.evaluation.quality import EvaluationSettings, evaluate
 from orchard.experiment.encoding import cut_note, encode_all, encode_test, options_note
 from orchard.experiment.preparation import (
     Experiment,
@@ -22,6 +23,7 @@ from orchard.experiment.preparation import (
     data_notes,
     prepare_experiment,
 )
+from orchard.experiment.running import load_model
 from orchard.models.stored.endings import read_end_ids
 from orchard.models.stored.loading import load_tokenizer
 from orchard.recipe.reading import read_recipe
@@ -241,3 +243,24 @@ def test_an_example_that_a_template_does_not_take_is_named() -> None:
     with pytest.raises(ValueError, match="System role not supported") as caught:
         encode_all(examples, Wording("chat", tokenizer), max_tokens=99, whose="the examples of x")
     assert caught.value.__notes__ == ["number 2 of the examples of x"]
+
+
+def test_a_corpus_of_texts_is_retained_by_its_loss(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "a.jsonl", rows())
+    texts = ["The harbor of Veloria lies in the north.", "Ships come and go."]
+    kept = write_rows(tmp_path / "texts.jsonl", [{"text": text} for text in texts])
+    own = (f"evaluation.retention_path={kept}", "data.template=plain", "model.dtype=float32")
+    with pytest.raises(ValueError, match=r"^evaluation.metrics must have loss with texts"):
+        prepare(short_model(), data, *own, "evaluation.metrics=exact_match")
+    experiment = prepare(short_model(), data, *own, "evaluation.metrics=exact_match,loss")
+    model = load_model(experiment.recipe, experiment.tokenizer)
+    settings = EvaluationSettings(("exact_match", "loss"), max_new_tokens=4, batch_size=2)
+    found = evaluate(model, experiment.retention, settings)
+    assert [*found] == ["loss"]
+    costs = []
+    for text in texts:
+        ids = torch.tensor([experiment.tokenizer.encode(text)])
+        with torch.no_grad():
+            scores = model.model(ids).logits[0, :-1]
+        costs.append(torch.nn.functional.cross_entropy(scores, ids[0, 1:], reduction="none"))
+    assert found["loss"] == pytest.approx(float(torch.cat(costs).mean()), rel=1e-5)

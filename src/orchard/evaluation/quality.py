@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import TypeAlias
 
@@ -138,7 +138,7 @@ def evaluate(
 
     Args:
         model: The model.
-        examples: What it is measured on.
+        examples: What it is measured on; texts alone have a loss and no other metric.
         settings: What is measured, and how.
         keep: Called with the answers, where any are generated.
         note: Called with the scores of each example.
@@ -152,8 +152,15 @@ def evaluate(
     Raises:
         ValueError: ``accuracy`` is asked for, and an example has no options.
     """
+    if examples and all(is_text(example) for example in examples):
+        settings = replace(settings, metrics=tuple(m for m in settings.metrics if m == "loss"))
     with unbound_experts(model.view):
         return _evaluate(model, examples, settings, keep, note)
+
+
+def is_text(example: TestExample) -> bool:
+    """Say whether an example asks nothing: a text alone, which has a loss and no other metric."""
+    return example.encoded.prompt_length == 0
 
 
 def _evaluate(

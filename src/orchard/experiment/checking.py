@@ -87,7 +87,7 @@ def check_tested(recipe: Recipe, federation: Federation, elsewhere: Elsewhere) -
     held_out = [example.options for examples in federation.test.values() for example in examples]
     check_options(held_out, whose="the test examples of data.path")
     check_options(
-        [example.options for example in elsewhere.retention],
+        [example.options for example in elsewhere.retention if example.instruction],
         whose="the examples of evaluation.retention_path",
     )
 

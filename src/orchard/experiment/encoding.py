@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from orchard.data.encoded import Cut, Encoded
+from orchard.data.encoded import IGNORED, Cut, Encoded
 from orchard.data.examples import Example
 from orchard.data.special_tokens import Piece
 from orchard.data.templates import Wording, encode, encode_options
@@ -74,7 +74,8 @@ def _encode_text(text: str, wording: Wording, *, max_tokens: int) -> Encoded:
     ids, _ = wording.encoder.encode([Piece(text)], begins=True)
     cut: tuple[Cut, ...] = ("response",) if len(ids) > max_tokens else ()
     ids = ids[:max_tokens]
-    return Encoded(ids, list(ids), prompt_length=0, cut=cut)
+    # Nothing comes before the first, by which it could be predicted.
+    return Encoded(ids, [IGNORED, *ids[1:]], prompt_length=0, cut=cut)
 
 
 def encode_test(
@@ -88,7 +89,7 @@ def encode_test(
     """Encode examples to be tested on.
 
     Args:
-        examples: What to encode.
+        examples: What to encode; one without an instruction is a text alone, which has a loss only.
         wording: How.
         max_tokens: The longest result.
         whose: What the examples are called in messages.
@@ -101,6 +102,10 @@ def encode_test(
     found = []
     for number, example in enumerate(examples, start=1):
         with _naming(number, whose):
+            if not example.instruction:
+                text = _encode_text(example.response, wording, max_tokens=max_tokens)
+                found.append(TestExample(text, ""))
+                continue
             test_example = TestExample(
                 encode(example, wording, max_tokens=max_tokens),
                 example.response.strip(),
@@ -108,7 +113,7 @@ def encode_test(
                 answer=example.options.index(example.response) if example.options else 0,
             )
             found.append(test_example)
-    if chooses:
+    if chooses and any(example.options for example in found):
         _check_options_differ(found, max_tokens=max_tokens, whose=whose)
     return found
 

@@ -186,8 +186,8 @@ class Elsewhere:
 
     Attributes:
         retention: Examples of ``evaluation.retention_path``.
-        calibration: Examples of ``strategy.calibration_path``; of a corpus of plain texts each is a
-            response to nothing.
+        calibration: Examples of ``strategy.calibration_path``. Of a corpus of plain texts, here and
+            there, each is a response to nothing.
         remarks: What of them was taken, left out or not read.
     """
 
@@ -206,7 +206,14 @@ def read_elsewhere(recipe: Recipe) -> Elsewhere:
     path, remarks = recipe.evaluation.retention_path, list[str]()
     retention = world.facts() if path == FACTS else []
     if path and path != FACTS:
-        retention = _read_other(path, recipe.data, "evaluation.retention_path", remarks)
+        option = "evaluation.retention_path"
+        retention = _read_texts(path, recipe.data, option)
+        if retention and "loss" not in words(recipe.evaluation.metrics):
+            raise ValueError(
+                f"evaluation.metrics must have loss with texts in {option}, got "
+                f"{recipe.evaluation.metrics}; a text that asks nothing has no other metric"
+            )
+        retention = retention or _read_other(path, recipe.data, option, remarks)
     calibration: list[Example] = []
     if recipe.strategy.calibration == "corpus":
         path = recipe.strategy.calibration_path

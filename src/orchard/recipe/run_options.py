@@ -352,7 +352,9 @@ class EvaluationOptions:
         minimum=0,
     )
     retention_path: str = option(
-        "", "Examples of what the base knew before, JSON Lines or orchard:facts; empty = none."
+        "",
+        "Examples of what the base knew before, JSON Lines or orchard:facts, or a corpus of plain "
+        "texts (a column text), which has a loss only; empty = none.",
     )
 
 
