@@ -9,7 +9,13 @@ from benchmarks.blocks import Finding, Page, findings, paragraph, table
 from benchmarks.records import Record, origins, read
 
 HERE = Path(__file__).parent
-METHODS = {"base": "base", "local": "Local", "fedavg": "FedAvg", "flex": "FLEx"}
+METHODS = {
+    "base": "base",
+    "local": "Local",
+    "fedavg": "FedAvg",
+    "orchard": "Orchard",
+    "flex": "FLEx",
+}
 
 
 def page() -> Page:

@@ -25,18 +25,19 @@ from orchard.results import write_json
 from orchard.tables import print_table
 
 # Which of a run's models a person uses at the end of each method.
-_MODEL = {"local": "personal", "fedavg": "global", "flex": "personal"}
+_MODEL = {"local": "personal", "fedavg": "global", "orchard": "personal", "flex": "personal"}
 _OFFICE = "harbor"  # whose model answers at the end
 _LABEL = {
     "base": "base",
     "local": "Local",
     "fedavg": "FedAvg",
+    "orchard": "Orchard",
     "flex": "FLEx",
 }
 
 
 def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
-    """Run Local, FedAvg and FLEx on the same data and steps, print a table, write a summary.
+    """Run Local, FedAvg, Orchard and FLEx on the same data and steps, print a table, write a summary.
 
     Args:
         folder: Each method runs in a folder below it; ``summary.json`` is written here. A demo
@@ -102,7 +103,7 @@ def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
 
 
 def _draw(folder: Path) -> str:
-    """Write the page about the three runs where that can be drawn; return where it is."""
+    """Write the page about the runs where that can be drawn; return where it is."""
     runs = [folder / method for method in _MODEL]
     if missing := lacking("report"):
         return f"With {', '.join(missing)} installed, there would be a page with charts too."

@@ -43,7 +43,7 @@ def test_a_command_shows_its_table_where_boxes_are_unknown(encoding: str, tmp_pa
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     more = ["data.path=rows.jsonl", "data.partition=category", "model.path=x"]
     done = subprocess.run(
-        [sys.executable, "-m", "orchard", "partition", "recipes/own/flex.toml", *more],
+        [sys.executable, "-m", "orchard", "partition", "recipes/own/orchard.toml", *more],
         capture_output=True,
         cwd=tmp_path,
         env=os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": encoding, "COLUMNS": "60"},

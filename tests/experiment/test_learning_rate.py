@@ -48,7 +48,8 @@ def test_plan_and_result_say_the_rate_that_was_trained_with(tmp_path: Path) -> N
     assert run_quickly(tmp_path / "given", given)["shared_digest"] == result["shared_digest"]
 
 
-def test_the_recipe_for_own_data_learns_from_its_first_rounds_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["orchard", "flex"])
+def test_recipes_for_own_data_learn_from_the_first_rounds_on(name: str, tmp_path: Path) -> None:
     rows = [
         {"instruction": f"What is in box {i}?", "response": f"{i} keys.", "category": "ab"[i % 2]}
         for i in range(40)
@@ -56,7 +57,7 @@ def test_the_recipe_for_own_data_learns_from_its_first_rounds_on(tmp_path: Path)
     (tmp_path / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     overrides = [f"model.path={short_model()}", f"data.path={tmp_path / 'rows.jsonl'}"]
     brief = ["server.rounds=2", "evaluation.models=", "strategy.calibration_blocks=2"]
-    own = Path(__file__).parents[2] / "recipes/own/flex.toml"
+    own = Path(__file__).parents[2] / f"recipes/own/{name}.toml"
     recipe = read_recipe(own, [*overrides, *brief]).recipe
     assert recipe.client.lr == 0  # by the model's width
     first, second = run_quickly(tmp_path / "run", recipe)["train_loss_per_round"]
