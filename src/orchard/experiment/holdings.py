@@ -144,7 +144,7 @@ def _finish(
 
 def _with_shots(
     splits: Mapping[str, Sequence[Example]], recipe: Recipe
-) -> dict[str, Sequence[Example]]:
+) -> dict[str, list[Example]]:
     """Return test examples behind those of ``evaluation.shots_path``."""
     number, option = recipe.evaluation.shots, "evaluation.shots_path"
     pool = read_examples(recipe.evaluation.shots_path, recipe.data, option=option).examples
