@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 QUESTIONS = HERE / "questions.toml"
 RESULTS = HERE / "results"
 Row: TypeAlias = Mapping[str, Any]
-"""A method, in one combination of a study's grid, by one metric; see ``studies.reporting.Row``."""
+"""A method, in one combination of a study's grid, by one metric; see ``studies.rows.Row``."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ RESULTS_PAGE = Path("docs") / "results.md"
 BLOCK = "results"
 NOT_RUN = "not run"
 _NONE = "none"
+_LONG_SEARCH = 0.1  # seconds of a client over all rounds
 
 
 def contents(root: Path = ROOT, questions: Sequence[Question] | None = None) -> dict[Path, str]:
@@ -150,6 +151,7 @@ def _section(question: Question) -> list[str]:
         parts.append(_table(rows, figures))
         sentences = [as_sentence(rows, reference), *beside_paper(rows, figures, reference)]
         parts.append(paragraph(" ".join(sentences)))
+    parts += _rounds(record, question.metrics)
     seeds = sorted({seed for row in record["rows"] for seed in row["seeds"]})
     base = f"base {record['base_digest'][:12]}; {origins([record])}"
     parts.append(
@@ -161,9 +163,36 @@ def _section(question: Question) -> list[str]:
     return parts
 
 
+def _rounds(record: Record, metrics: Sequence[str]) -> list[str]:
+    """Return from which round on methods are as good as the reference at its end, if measured."""
+    tables: dict[tuple[str, str], list[Row]] = {}
+    for curve in record.get("curves", ()):
+        if not metrics or curve["metric"] in metrics:
+            tables.setdefault((curve["cell"], curve["metric"]), []).append(curve)
+    parts = []
+    for (cell, metric), curves in tables.items():
+        parts.append(
+            f"**Rounds until as good as {record['reference']} at its end: {metric}"
+            f"{f', {cell}' if cell else ''}**"
+        )
+        lines = [
+            (
+                curve["method"],
+                " ".join("never" if own is None else str(own) for own in curve["rounds"].values()),
+                "" if curve["times_as_fast"] is None else f"{curve['times_as_fast']:.2f}",
+            )
+            for curve in curves
+        ]
+        parts.append(table(("method", "round by seed", "times as fast"), lines, num_words=2))
+    return parts
+
+
 def _table(rows: Sequence[Row], figures: Sequence[Figure]) -> str:
     head = ("method", *(("the paper",) if figures else ()))
     head += ("ours", "worst client", "difference [95 %]", "verdict", "private", "bytes up", "steps")
+    # Worth a column where choosing takes time: grafts, of which there may be several.
+    has_search = any(row.get("search_seconds", 0) >= _LONG_SEARCH for row in rows)
+    head += ("search, s", "ms a row") if has_search else ()
     lines = []
     for row in rows:
         own = [f for f in figures if f.method == row["method"]]
@@ -176,6 +205,11 @@ def _table(rows: Sequence[Row], figures: Sequence[Figure]) -> str:
                 with_interval(row) if row["difference"] else "",
                 row["verdict"],
                 *(f"{row[key]:,.0f}" for key in ("private", "uplink_bytes", "steps")),
+                *(
+                    (f"{row['search_seconds']:,.1f}", f"{1000 * row['row_seconds']:,.0f}")
+                    if has_search
+                    else ()
+                ),
             )
         )
     return table(head, lines)

@@ -84,6 +84,7 @@ def make_preview(recipe: Recipe, *, client: str = "") -> Preview:
         has_central_test=federation.has_central_test,
         max_tokens=limit,
         chooses=chooses,
+        has_shots=recipe.evaluation.shots > 0,
     )
     tested = [example for examples in test.values() for example in examples]
     notes = [

@@ -38,8 +38,12 @@ def test_the_table_holds_every_row_of_the_record(tmp_path: Path) -> None:
     write_page([tmp_path / "study"], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     numbers = Numbers(text)
-    keys = ("private", "shared", "uplink_bytes", "downlink_bytes", "steps", "seconds")
-    assert numbers.values == [
+    keys = (
+        *("private", "shared", "uplink_bytes", "downlink_bytes", "steps", "seconds"),
+        *("search_seconds", "row_seconds"),
+    )
+    speeds = [1.0] * 2 * len(CELLS) * len(METRICS)  # of those that reached the level
+    assert numbers.values == speeds + [
         value
         for row in rows
         for value in (
@@ -49,6 +53,7 @@ def test_the_table_holds_every_row_of_the_record(tmp_path: Path) -> None:
         )
     ]
     assert "img" not in numbers.tags
+    assert text.count("<td>never</td>") == len(CELLS) * len(METRICS)
     assert "2 of 20 runs are not there yet" in text
     assert text.count("chosen</td>") == len(METHODS) * len(CELLS)
 
@@ -65,6 +70,22 @@ def test_charts_hold_the_intervals_and_every_client(tmp_path: Path) -> None:
     clients = [row["value"] for row in charts["values"] if row["kind"] == "client"]
     assert clients == [value for row in rows for value in row["clients"].values()]
     assert [row["megabytes"] for row in charts["costs"]] == [0.08] * len(rows)
+    assert [row["value"] for row in charts["learning"]] == [3.5, 3.0, 3.5, 3.125, 3.5, 3.25] * (
+        len(CELLS) * len(METRICS)
+    )
+
+
+def test_a_record_from_before_a_column_still_makes_a_page(tmp_path: Path) -> None:
+    write_study(tmp_path / "study")
+    path = tmp_path / "study" / "study.json"
+    record = json.loads(path.read_text())
+    del record["curves"]
+    for row in record["rows"]:
+        del row["search_seconds"], row["row_seconds"]
+    path.write_text(json.dumps(record))
+    write_page([tmp_path / "study"], tmp_path / "page.html")
+    names = [chart["name"] for chart in _data(tmp_path / "page.html")["charts"]]
+    assert names == ["differences", "values", "costs"]
 
 
 def _data(page: Path) -> Any:

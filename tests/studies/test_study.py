@@ -13,7 +13,8 @@ import orchard.engine.simulator as simulator
 from federations import short_model
 from orchard.pages.writing import write_page
 from orchard.studies.design import read_design
-from orchard.studies.reporting import Row, as_record, build_rows, write_report
+from orchard.studies.reporting import as_record, write_report
+from orchard.studies.rows import Row, build_rows
 from orchard.studies.running import Progress, check_study, run_study
 
 STUDY = """
@@ -47,10 +48,11 @@ grid = {{ client.lr = [1e-9, 1e-2] }}
 """
 
 
-def write(folder: Path, *, extra: str = "", without: str = "") -> Path:
+def write(folder: Path, *, extra: str = "", without: str = "", every: int = 0) -> Path:
     path = folder / "study.toml"
     assert without in STUDY
-    path.write_text((STUDY.replace(without, "") + extra).format(model=short_model()))
+    text = STUDY.replace(without, "").replace("[set]", f"[set]\nevaluation.every = {every}")
+    path.write_text((text + extra).format(model=short_model()))
     return path
 
 
@@ -109,7 +111,8 @@ def test_a_report_says_what_runs_say(tmp_path: Path) -> None:
         "set = {{ client.lr = 1e-12, client.lr_min = 0.0 }}\n"
         for name, recipe in (("same", "ditto"), ("still", "fedavg"))
     )
-    fedavg, kept, ditto, other = rows_of(write(tmp_path, extra=KEPT + others), tmp_path / "out")
+    path = write(tmp_path, extra=KEPT + others, every=1)
+    fedavg, kept, ditto, other = rows_of(path, tmp_path / "out")
     assert [row.method for row in (fedavg, kept, ditto, other)] == [
         "fedavg",
         "kept",
@@ -135,6 +138,14 @@ def test_a_report_says_what_runs_say(tmp_path: Path) -> None:
     assert [row["method"] for row in record["rows"]] == ["fedavg", "kept", "same", "still"]
     assert record["rows"][1]["difference"]["mean"] == kept.interval.mean
     assert fmean(record["rows"][1]["clients"].values()) == pytest.approx(kept.mean)
+    assert 0 < fedavg.search_seconds < fedavg.seconds
+    assert 0 < fedavg.row_seconds < 1
+    curves = {curve["method"]: curve for curve in record["curves"]}
+    assert curves["fedavg"]["values"]["2"] == pytest.approx(fedavg.mean)
+    assert curves["fedavg"]["rounds"] == {"0": 2}
+    assert curves["fedavg"]["times_as_fast"] == 1
+    assert (curves["still"]["rounds"], curves["still"]["times_as_fast"]) == ({"0": None}, None)
+    assert "| still | never |  |" in page
     write_page([tmp_path / "out"], tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     assert all(f'data-value="{row.mean!r}"' in html for row in (fedavg, kept, ditto, other))

@@ -60,6 +60,11 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
             f"evaluation.other_clients must be 0 between sites, got "
             f"{recipe.evaluation.other_clients}; no site has another's rows"
         )
+    if recipe.evaluation.shots:
+        raise ValueError(
+            f"evaluation.shots must be 0 between sites, got {recipe.evaluation.shots}; so far they "
+            "are read in orchard run alone"
+        )
     refuse_conventions(recipe.data)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -126,6 +127,7 @@ def encode_clients(
     has_central_test: bool,
     max_tokens: int,
     chooses: bool,
+    has_shots: bool = False,
 ) -> tuple[dict[str, list[Encoded]], dict[str, list[TestExample]]]:
     """Encode what clients hold.
 
@@ -136,6 +138,8 @@ def encode_clients(
         has_central_test: Whether all clients are tested on the same list; then it is encoded once.
         max_tokens: The longest result.
         chooses: See ``encode_test``.
+        has_shots: Whether earlier turns of test examples are other examples, whose answers carry no
+            loss whatever ``wording.learn`` says.
 
     Returns:
         Client id to encoded training examples, and the same for held-out ones.
@@ -143,7 +147,11 @@ def encode_clients(
     Raises:
         ValueError: An example cannot be encoded, or has options of equal tokens.
     """
-    encode_held_out = partial(encode_test, wording=wording, max_tokens=max_tokens, chooses=chooses)
+    # What is shown before a question is no answer of the model's.
+    tested_wording = replace(wording, learn="last") if has_shots else wording
+    encode_held_out = partial(
+        encode_test, wording=tested_wording, max_tokens=max_tokens, chooses=chooses
+    )
     if has_central_test:
         central = encode_held_out(next(iter(test.values())), whose="the test examples")
         tested = dict.fromkeys(test, central)

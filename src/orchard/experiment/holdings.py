@@ -14,6 +14,7 @@ from orchard.data.examples import Example, Fields
 from orchard.data.partition import DuplicateReport
 from orchard.data.reading import Reader, Reading, reading_notes, unread_files
 from orchard.data.rows import read_rows
+from orchard.data.shots import with_shots
 from orchard.data.turns import valid_name
 from orchard.hub import spelled_like
 from orchard.recipe.options import Recipe
@@ -123,6 +124,8 @@ def _finish(
     limit = recipe.evaluation.max_examples
     if limit:
         splits = {client: _sample(examples, limit, seeds) for client, examples in splits.items()}
+    if recipe.evaluation.shots:
+        splits = _with_shots(splits, recipe)
     if has_central_test:
         splits = dict.fromkeys(train, splits[first])
     remarks = list(remarks)
@@ -137,6 +140,17 @@ def _finish(
             )
         has_central_test = False
     return Federation(train, splits, duplicates, num_dropped, has_central_test, tuple(remarks))
+
+
+def _with_shots(
+    splits: Mapping[str, Sequence[Example]], recipe: Recipe
+) -> dict[str, list[Example]]:
+    """Return test examples behind those of ``evaluation.shots_path``."""
+    number, option = recipe.evaluation.shots, "evaluation.shots_path"
+    pool = read_examples(recipe.evaluation.shots_path, recipe.data, option=option).examples
+    return {
+        client: with_shots(examples, pool, number, of=option) for client, examples in splits.items()
+    }
 
 
 def refuse_conventions(data: DataOptions) -> None:

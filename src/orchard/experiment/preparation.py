@@ -204,6 +204,7 @@ def encode_holdings(
         has_central_test=federation.has_central_test,
         max_tokens=limit,
         chooses=chooses,
+        has_shots=recipe.evaluation.shots > 0,
     )
     retention = encode_test(
         elsewhere.retention,

@@ -49,6 +49,8 @@ _LATER: Mapping[str, Any] = MappingProxyType(
         "server.start": "",
         "evaluation.best": "",
         "evaluation.other_clients": 0,
+        "evaluation.shots": 0,
+        "evaluation.shots_path": "",
         "privacy.secure_aggregation": False,
         "privacy.secure_least": 3,
         "privacy.secure_neighbors": 0,

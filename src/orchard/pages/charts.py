@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import altair as alt
 
 from orchard.pages import gathering
-from orchard.pages.drawing import ROWS, Chart, as_spec, in_order, tips, value_axis
+from orchard.pages.drawing import COLORS, ROWS, Chart, as_spec, in_order, tips, value_axis
 from orchard.pages.gathering import Gathered, Row
 
 _MODEL_COLORS = {
@@ -317,7 +317,5 @@ def _models(rows: Sequence[Row]) -> list[str]:
 
 
 def _run_color() -> alt.Color:
-    scale = alt.Scale(
-        range=["#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a8a8a", "#e69f00", "#56b4e9"]
-    )
+    scale = alt.Scale(range=list(COLORS))
     return alt.Color("run:N", scale=scale, title="run")

@@ -17,6 +17,9 @@ _BAND = 26  # pixels; a page multiplies it by how many there are
 ROWS = alt.NamedData("rows")
 """What a page fills in: the rows that its filters leave."""
 
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#aa4499", "#8a8a8a", "#e69f00", "#56b4e9")
+"""Of lines beside each other, also where red and green look the same; after Okabe and Ito."""
+
 # A page sets it with the metric: losses are numbers, everything else is a share.
 _IS_SHARE = alt.param(name="isShare", value=False)
 _VALUE_LABEL = "isShare ? format(datum.value, '.0%') : format(datum.value, '.3~f')"

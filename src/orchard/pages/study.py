@@ -11,7 +11,7 @@ import altair as alt
 
 from orchard.pages import document
 from orchard.pages.document import Filter, number_cell, text_cell
-from orchard.pages.drawing import ROWS, Chart, Row, as_spec, in_order, tips, value_axis
+from orchard.pages.drawing import COLORS, ROWS, Chart, Row, as_spec, in_order, tips, value_axis
 from orchard.reports import format_score
 
 STUDY_FILE = "study.json"
@@ -55,6 +55,7 @@ def page_of_study(folder: str | Path) -> str:
         charts=charts,
         parts=[
             *(document.chart_section(chart, is_wide=True) for chart in charts),
+            _levels(record.get("curves", ()), str(record["reference"])),
             _table(rows),
             _tuning(record["columns"]),
             _facts(record),
@@ -109,6 +110,7 @@ def _charts(rows: Sequence[Row], record: Mapping[str, Any]) -> list[Chart]:
                 for row, common in shown
             ]
         ),
+        _learning(record.get("curves", ())),
     ]
 
 
@@ -200,7 +202,8 @@ def _costs(rows: list[Row]) -> Chart:
 def _table(rows: Sequence[Row]) -> str:
     head = (
         *("grid", "method", "metric", "mean", "over seeds", "worst", "difference", "95 %"),
-        *("verdict", "private", "shared", "up", "down", "steps", "seconds", "options", "seeds"),
+        *("verdict", "private", "shared", "up", "down", "steps", "seconds", "search", "ms a row"),
+        *("options", "seeds"),
     )
     lines = []
     for row in rows:
@@ -231,6 +234,7 @@ def _table(rows: Sequence[Row]) -> str:
                             *("steps", "seconds"),
                         )
                     ),
+                    *(_measured(row, key) for key in ("search_seconds", "row_seconds")),
                     text_cell(options),
                     text_cell(" ".join(map(str, row["seeds"]))),
                 ]
@@ -238,9 +242,77 @@ def _table(rows: Sequence[Row]) -> str:
         )
     about = (
         "Parameters that a client keeps and that are shared; bytes of one client in one round; "
-        "steps of one client in the run; seconds of all clients together."
+        "steps of one client in the run; seconds of all clients together, and of these what a "
+        "client took before it trained, with grafts for their choice; what measuring a row took."
     )
     return document.table_section("rows", "All numbers", about, document.table(head, lines))
+
+
+def _measured(row: Row, key: str) -> str:
+    """Return a cell of seconds, or of milliseconds a row; records of old studies have neither."""
+    value = row.get(key)
+    if value is None:
+        return number_cell(None, "")
+    return number_cell(
+        value, f"{value:,.1f}" if key == "search_seconds" else f"{1000 * value:,.0f}"
+    )
+
+
+def _learning(curves: Sequence[Mapping[str, Any]]) -> Chart:
+    rows: list[Row] = [
+        {
+            **{key: curve[key] for key in ("method", "metric")},
+            "grid": curve["cell"],
+            "round": int(number),
+            "value": value,
+        }
+        for curve in curves
+        for number, value in curve["values"].items()
+    ]
+    drawn = alt.Chart(ROWS).encode(
+        x=alt.X("round:Q", title="round", axis=alt.Axis(format="d", tickMinStep=1)),
+        y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=value_axis()),
+        color=alt.Color("method:N", scale=alt.Scale(range=list(COLORS))),
+        detail="grid:N",
+        tooltip=tips("method", "grid", "round", "value"),
+    )
+    chart = alt.layer(drawn.mark_line(), drawn.mark_point(filled=True, size=40, opacity=1))
+    return Chart(
+        "learning",
+        "How fast each method learns",
+        "The mean over clients and seeds after each round that was measured.",
+        as_spec(chart, height=300),
+        rows,
+        ("grid", "method", "metric", "round", "value"),
+    )
+
+
+def _levels(curves: Sequence[Mapping[str, Any]], reference: str) -> str:
+    """Return from which round on each method was as good as the reference at its end."""
+    if not curves:
+        return ""
+    lines = [
+        "".join(
+            [
+                *map(text_cell, (curve["cell"], curve["method"], curve["metric"])),
+                *(
+                    text_cell(
+                        " ".join(
+                            "never" if own is None else str(own) for own in curve["rounds"].values()
+                        )
+                    ),
+                    number_cell(
+                        curve["times_as_fast"],
+                        "" if (fast := curve["times_as_fast"]) is None else f"{fast:.2f}",
+                    ),
+                ),
+            ]
+        )
+        for curve in curves
+    ]
+    head = ("grid", "method", "metric", "round by seed", "times as fast")
+    about = f"The first measured round that is as good as {reference} at its end, for each seed."
+    return document.table_section("levels", "Rounds to a level", about, document.table(head, lines))
 
 
 def _tuning(columns: Sequence[Mapping[str, Any]]) -> str:

@@ -74,6 +74,7 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             adaptive or "fedadagrad" in methods,
             "fedadagrad, fedadam or fedyogi in strategy.name",
         ),
+        "evaluation.shots_path": (recipe.evaluation.shots > 0, "evaluation.shots above 0"),
         "evaluation.length_normalization": (
             "accuracy" in recipe.evaluation.metrics,
             "accuracy in evaluation.metrics",

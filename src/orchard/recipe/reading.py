@@ -301,6 +301,16 @@ def _check_combinations(recipe: Recipe) -> None:
             "evaluation.other_clients must be 0 with data.test_per_category, got "
             f"{evaluation.other_clients}; all clients are tested on the same rows already"
         )
+    if evaluation.shots and not evaluation.shots_path:
+        raise ValueError(
+            f"evaluation.shots_path must be given with evaluation.shots = {evaluation.shots}, got "
+            "nothing; name a file of examples, such as MMLU's dev split"
+        )
+    if evaluation.shots and data.conventions:
+        raise ValueError(
+            f"evaluation.shots must be 0 with data.conventions = {data.conventions}, got "
+            f"{evaluation.shots}; what is shown would answer otherwise than the client"
+        )
     if "accuracy" in words(evaluation.metrics) and not (data.labels or data.options):
         raise ValueError(
             "data.labels or data.options must be given with accuracy in evaluation.metrics, got "

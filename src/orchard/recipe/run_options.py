@@ -351,6 +351,17 @@ class EvaluationOptions:
         "at random; 0 = none. In the simulator alone.",
         minimum=0,
     )
+    shots: int = option(
+        0,
+        "So many answered examples of the same category stand before each test example, from "
+        "shots_path; 0 = none. In the simulator alone.",
+        minimum=0,
+    )
+    shots_path: str = option(
+        "",
+        "With shots: a file of examples in the form of the data's, such as MMLU's dev split; its "
+        "first ones are shown, never the one that is asked.",
+    )
     retention_path: str = option(
         "",
         "Examples of what the base knew before, JSON Lines or orchard:facts, or a corpus of plain "

@@ -1,4 +1,4 @@
-"""What a study found, as rows, and these as a page, as CSV and as a record."""
+"""What a study found as a page for people, as CSV and as a record."""
 
 from __future__ import annotations
 
@@ -6,219 +6,37 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
-
-from orchard.client.scores import read_scores
-from orchard.evaluation.quality import METRICS, plain_metric, tested_on
-from orchard.experiment.run_folder import folder_name
 from orchard.reports import format_score
-from orchard.results import MetricsLog, environment, write_atomically, write_json
-from orchard.seeding import Seeds
-from orchard.studies.bootstrap import Interval, Pair, holm, paired_interval
+from orchard.results import environment, write_atomically, write_json
+from orchard.studies.convergence import Curve, convergence_lines, curves_of
 from orchard.studies.design import Design, cell_name
-from orchard.studies.running import Column, Made, Progress, seeds_of
+from orchard.studies.rows import NOT_SEEN, Row, build_rows
+from orchard.studies.running import Progress
 
-_LEVEL = 0.05
-NOT_SEEN = "no difference seen"
 _HEAD = (
     *("method", "mean", "over seeds", "worst client", "difference [95 %]", "verdict"),
-    *("private", "shared", "up", "down", "steps", "seconds", "options", "seeds"),
+    *("private", "shared", "up", "down", "steps", "seconds", "search", "ms a row"),
+    *("options", "seeds"),
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method, in one combination of the grid, by one metric.
-
-    Attributes:
-        cell: The combination.
-        method: Its name in the study.
-        metric: What is measured.
-        seeds: Of the runs.
-        mean: Over seeds of the mean over clients.
-        spread: Standard deviation over seeds of that mean; None with one seed.
-        worst: Mean over seeds of the worst client's.
-        clients: Client to its mean over the seeds that have it.
-        interval: Of the paired difference to the reference; None for the reference.
-        corrected_p: Its p by Holm over all comparisons of the report.
-        private: Numbers that a client trained and keeps, mean over clients.
-        shared: Numbers that the server holds.
-        uplink_bytes: That a client sends in a round, mean.
-        downlink_bytes: That a client gets in a round, mean.
-        steps: Optimizer steps of a client, over all rounds.
-        seconds: Of training and preparing, over all clients and rounds, mean over seeds.
-        options: What was tuned, and the learning rate of the first round.
-    """
-
-    cell: str
-    method: str
-    metric: str
-    seeds: tuple[int, ...]
-    mean: float
-    spread: float | None
-    worst: float
-    clients: Mapping[str, float]
-    interval: Interval | None
-    corrected_p: float | None
-    private: float
-    shared: float
-    uplink_bytes: float
-    downlink_bytes: float
-    steps: float
-    seconds: float
-    options: Mapping[str, Any]
-
-    @property
-    def verdict(self) -> str:
-        """What can be said of the difference."""
-        if self.interval is None:
-            return "reference"
-        if self.interval.holds_zero:
-            return NOT_SEEN
-        higher = METRICS[plain_metric(self.metric)]
-        said = "better" if (self.interval.mean > 0) == higher else "worse"
-        assert self.corrected_p is not None
-        return said if self.corrected_p < _LEVEL else f"{said}, not after Holm"
-
-
-def build_rows(design: Design, progress: Progress) -> list[Row]:
-    """Return the rows of what there is, with the reference first in each table."""
-    rows: list[Row] = []
-    for cell in map(cell_name, design.cells):
-        reference = progress.columns.get((cell, design.reference))
-        if reference is None:
-            continue
-        names = [entry.name for entry in design.entries if entry.name != design.reference]
-        costs = {}
-        for name in (design.reference, *names):
-            column = progress.columns.get((cell, name))
-            seeds = seeds_of(design, [reference, column]) if column else ()
-            if column is None or not seeds:
-                continue
-            for metric in _metrics(column.runs[seeds[0]]):
-                key = name, seeds
-                if key not in costs:
-                    costs[key] = _cost(column, seeds)
-                rows.append(
-                    Row(
-                        cell=cell,
-                        method=name,
-                        metric=metric,
-                        seeds=seeds,
-                        interval=None
-                        if name == design.reference
-                        else _interval(column, reference, seeds, metric),
-                        corrected_p=None,
-                        **_values(column, seeds, metric),
-                        **costs[key],
-                    )
-                )
-    compared = [index for index, row in enumerate(rows) if row.interval is not None]
-    p_values = [own.p for row in rows if (own := row.interval) is not None]
-    for index, corrected in zip(compared, holm(p_values), strict=True):
-        rows[index] = replace(rows[index], corrected_p=corrected)
-    return rows
-
-
-def _metrics(made: Made) -> list[str]:
-    return list(made.result["summary"]["personal"])
-
-
-def _values(own: Column, seeds: Sequence[int], metric: str) -> dict[str, Any]:
-    results = [own.runs[seed].result for seed in seeds]
-    found = [result["summary"]["personal"][metric] for result in results]
-    means = [one["mean"] for one in found]
-    by_client: dict[str, list[float]] = {}
-    for result in results:
-        for client, value in result["metrics"]["personal"][metric].items():
-            by_client.setdefault(client, []).append(value)
-    return {
-        "mean": fmean(means),
-        "spread": stdev(means) if len(means) > 1 else None,
-        "worst": fmean(one["worst"] for one in found),
-        "clients": {client: fmean(values) for client, values in by_client.items()},
-    }
-
-
-def _cost(own: Column, seeds: Sequence[int]) -> dict[str, Any]:
-    results = [own.runs[seed].result for seed in seeds]
-    lines = [
-        line
-        for seed in seeds
-        for line in MetricsLog(own.runs[seed].folder / "metrics.jsonl")
-        if line["kind"] == "client"
-    ]
-    turns = len(lines)
-    per_client = sum(len(result["clients"]) for result in results)
-    keys = ("client/train_seconds", "client/own_train_seconds", "client/prepare_seconds")
-    seconds = sum(line.get(key, 0.0) for line in lines for key in keys)
-    steps = sum(
-        line.get(key, 0) for line in lines for key in ("client/num_steps", "client/own_num_steps")
-    )
-    return {
-        "private": fmean(fmean(r["parameters"]["private"].values()) for r in results),
-        "shared": fmean(result["parameters"]["shared"] for result in results),
-        "uplink_bytes": sum(sum(r["uplink_bytes_per_round"]) for r in results) / turns,
-        "downlink_bytes": sum(sum(r["downlink_bytes_per_round"]) for r in results) / turns,
-        "steps": steps / per_client,
-        "seconds": seconds / len(results),
-        "options": {"client.lr": results[0]["learning_rate"], **own.chosen.options},
-    }
-
-
-def _interval(own: Column, reference: Column, seeds: Sequence[int], metric: str) -> Interval:
-    pairs, is_shared = [], tested_on(metric) == "retention"
-    for seed in seeds:
-        mine, other = own.runs[seed], reference.runs[seed]
-        assert mine.result["test_digest"] == other.result["test_digest"]
-        is_shared = is_shared or bool(mine.result["data"]["has_central_test"])
-        pairs.append(
-            [
-                _pair(_scores(mine, client, metric), _scores(other, client, metric), metric)
-                for client in mine.result["metrics"]["personal"][metric]
-            ]
-        )
-    generator = Seeds(0).generator("bootstrap", metric)
-    return paired_interval(pairs, generator, is_shared=is_shared)
-
-
-def _scores(made: Made, client: str, metric: str) -> Mapping[str, Sequence[float]]:
-    of = tested_on(metric)
-    folder = made.folder / "clients" / folder_name(client)
-    found = read_scores(folder, round_number=made.result["num_rounds"], model="personal", of=of)
-    if found is None:
-        raise ValueError(
-            f"{folder} must hold the scores of its examples, got none; delete {made.folder} to "
-            "run it again"
-        )
-    return found
-
-
-def _pair(
-    own: Mapping[str, Sequence[float]], reference: Mapping[str, Sequence[float]], metric: str
-) -> Pair:
-    name = plain_metric(metric)
-    ones = np.ones(len(own[name]))
-    weight = np.asarray(own["num_tokens"], dtype=float) if name == "loss" else ones
-    return Pair(np.asarray(own[name]), np.asarray(reference[name]), weight)
 
 
 def write_report(design: Design, progress: Progress, out: Path) -> list[Row]:
     """Write ``report.md``, ``report.csv`` and ``study.json`` of what there is."""
-    rows = build_rows(design, progress)
-    write_atomically(out / "report.md", as_page(design, progress, rows).encode())
+    rows, curves = build_rows(design, progress), curves_of(design, progress)
+    write_atomically(out / "report.md", as_page(design, progress, rows, curves).encode())
     write_atomically(out / "report.csv", as_csv(rows).encode())
-    write_json(out / "study.json", as_record(design, progress, rows))
+    write_json(out / "study.json", as_record(design, progress, rows, curves))
     return rows
 
 
-def as_page(design: Design, progress: Progress, rows: Sequence[Row]) -> str:
+def as_page(
+    design: Design, progress: Progress, rows: Sequence[Row], curves: Sequence[Curve] = ()
+) -> str:
     """Return the report for people."""
     compared = sum(row.interval is not None for row in rows)
     lines = [f"# {design.title}", ""]
@@ -230,7 +48,9 @@ def as_page(design: Design, progress: Progress, rows: Sequence[Row]) -> str:
         " its 95 % interval is a bootstrap over seeds, clients and rows. *better* and *worse* hold"
         f" at 5 % after Holm's correction for the {compared} comparisons of this page; an interval"
         f' that holds zero is "{NOT_SEEN}". Bytes are those of one client in one round, steps those'
-        " of one client in the run, seconds those of all clients together.",
+        " of one client in the run, seconds those of all clients together; of these, search is what"
+        " a client took before it trained, with grafts for their choice. ms a row are those of"
+        " measuring a row at the end.",
         "",
     ]
     tables: dict[tuple[str, str], list[Row]] = {}
@@ -241,6 +61,7 @@ def as_page(design: Design, progress: Progress, rows: Sequence[Row]) -> str:
         lines += [f"| {' | '.join(_HEAD)} |", f"|---|{'---:|' * (len(_HEAD) - 1)}"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in own]
         lines.append("")
+    lines += convergence_lines(curves, design.reference)
     lines += _tuning_lines(design, progress)
     base, commit = progress.base_digest[:16], environment()["commit"] or "unknown"
     lines += [f"Base {base}, commit {commit}; digests of each run are in study.json.", ""]
@@ -268,6 +89,8 @@ def _cells(row: Row) -> tuple[str, ...]:
         f"{row.downlink_bytes:,.0f}",
         f"{row.steps:,.0f}",
         f"{row.seconds:,.0f}",
+        f"{row.search_seconds:,.1f}",
+        f"{1000 * row.row_seconds:,.0f}",
         ", ".join(
             f"{key.rpartition('.')[2]} {value:g}"
             if isinstance(value, float)
@@ -306,7 +129,8 @@ def _tuning_lines(design: Design, progress: Progress) -> list[str]:
 _CSV = (
     *("cell", "method", "metric", "seeds", "mean", "spread", "worst", "difference", "low_95"),
     *("high_95", "p", "p_holm", "verdict", "private_parameters", "shared_parameters"),
-    *("uplink_bytes", "downlink_bytes", "steps", "seconds", "options"),
+    *("uplink_bytes", "downlink_bytes", "steps", "seconds", "search_seconds", "row_seconds"),
+    "options",
 )
 
 
@@ -324,13 +148,16 @@ def as_csv(rows: Sequence[Row]) -> str:
             [
                 *(row.cell, row.method, row.metric, seeds, row.mean, row.spread, row.worst),
                 *(*interval, row.corrected_p, row.verdict, row.private, row.shared),
-                *(row.uplink_bytes, row.downlink_bytes, row.steps, row.seconds, options),
+                *(row.uplink_bytes, row.downlink_bytes, row.steps, row.seconds),
+                *(row.search_seconds, row.row_seconds, options),
             ]
         )
     return file.getvalue()
 
 
-def as_record(design: Design, progress: Progress, rows: Sequence[Row]) -> dict[str, Any]:
+def as_record(
+    design: Design, progress: Progress, rows: Sequence[Row], curves: Sequence[Curve] = ()
+) -> dict[str, Any]:
     """Return what a study was and found; ``digest`` is over all but seconds and bytes."""
     columns = []
     for (cell, method), column in progress.columns.items():
@@ -362,6 +189,7 @@ def as_record(design: Design, progress: Progress, rows: Sequence[Row]) -> dict[s
         "base_digest": progress.base_digest,
         "columns": columns,
         "rows": [_row_record(row) for row in rows],
+        "curves": [curve.as_record() for curve in curves],
         "digest": hashlib.sha256(text.encode()).hexdigest(),
     }
 

@@ -291,7 +291,8 @@ class _Runner:
 
     def _data_digest(self, recipe: Recipe) -> str:
         strategy, evaluation = recipe.strategy, recipe.evaluation
-        parts = (recipe.seed, recipe.data, evaluation.max_examples, evaluation.retention_path)
+        data = (recipe.seed, recipe.data, evaluation.max_examples, evaluation.retention_path)
+        parts = (*data, evaluation.shots, evaluation.shots_path)
         key = repr((parts, strategy.calibration, strategy.calibration_path))
         if key not in self._data:
             elsewhere = read_elsewhere(recipe)
