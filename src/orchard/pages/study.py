@@ -180,7 +180,7 @@ def _values(rows: list[Row]) -> Chart:
 
 def _costs(rows: list[Row]) -> Chart:
     drawn = alt.Chart(ROWS).encode(
-        x=alt.X("megabytes:Q", title="megabytes of one client in a round, both ways"),
+        x=alt.X("megabytes:Q", title="megabytes a client and round"),
         y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=value_axis()),
         tooltip=tips("method", "grid", "megabytes", "private", "value"),
     )
@@ -269,8 +269,9 @@ def _learning(curves: Sequence[Mapping[str, Any]]) -> Chart:
         for curve in curves
         for number, value in curve["values"].items()
     ]
+    rounds = sorted({row["round"] for row in rows})
     drawn = alt.Chart(ROWS).encode(
-        x=alt.X("round:Q", title="round", axis=alt.Axis(format="d", tickMinStep=1)),
+        x=alt.X("round:Q", title="round", axis=alt.Axis(format="d", values=rounds)),
         y=alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=value_axis()),
         color=alt.Color("method:N", scale=alt.Scale(range=list(COLORS))),
         detail="grid:N",
