@@ -37,7 +37,7 @@ _LABEL = {
 
 
 def run_demo(folder: Path, *, seed: int) -> dict[str, Any]:
-    """Run Local, FedAvg, Orchard and FLEx on the same data and steps, print a table, write a summary.
+    """Run every method on the same data and steps, print a table, write a summary.
 
     Args:
         folder: Each method runs in a folder below it; ``summary.json`` is written here. A demo
