@@ -15,6 +15,14 @@ from tiny_models import randomize
 
 VOCABULARY, WIDTH, EXPERTS, TOP_K, EXPERT_WIDTH = 96, 32, 4, 2, 16
 
+
+def _sparse_attention() -> str:
+    """Return what Qwen4's configuration calls it, which was renamed."""
+    config = getattr(transformers, "Qwen4ExpTextConfig", None)
+    is_new = config is not None and "indexed_attention" in inspect.getsource(config)
+    return "indexed_attention" if is_new else "qwen_sparse_attention"
+
+
 # What families call their sizes; a config takes those that it has.
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model"), WIDTH),
@@ -130,7 +138,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen4_exp_text": (
         "Qwen4ExpTextConfig",
         {
-            "layer_types": ["linear_attention", "indexed_attention"],
+            "layer_types": ["linear_attention", _sparse_attention()],
             "indexer_n_heads": 2,
             "indexer_kv_heads": 1,
             "indexer_head_dim": 8,

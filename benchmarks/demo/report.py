@@ -57,6 +57,8 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
         _percent(record, "fedavg", "facts_retained") - _percent(record, "flex", "facts_retained")
         for record in records
     ]
+    first = [str(r["seed"]) for r, o in zip(records, orders, strict=True) if o[0] == "flex"]
+    ahead = f"on seed {', '.join(first)}" if first else "on none"
     seconds = [record["seconds"] for record in records]
     shown = ", ".join(
         f"{points:.1f} on seed {record['seed']}"
@@ -64,9 +66,9 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
     )
     return [
         Finding(
-            f"The order of exact match is the same for all {len(records)} seeds: FLEx, Local, "
-            "FedAvg, base.",
-            all(order == ["flex", "local", "fedavg", "base"] for order in orders),
+            f"In exact match the order is, for all {len(records)} seeds, a graft of one's own before "
+            f"Local, Local before FedAvg, FedAvg before the base. FLEx is before Orchard {ahead}.",
+            all(order[2:] == ["local", "fedavg", "base"] for order in orders),
         ),
         Finding(
             f"FLEx retains as many facts as FedAvg or fewer, by {shown} (points).",

@@ -54,7 +54,9 @@ def both_ways(
     model.set_trainable(())
     ((together, loss, labels), was_each), ((each, loss_each, labels_each), _) = found
     assert labels == labels_each
-    assert loss == pytest.approx(loss_each, rel=1e-5)
+    # Products in bfloat16 keep 8 bits, and not every CPU rounds those of many rows as those of one.
+    is_half = model.model.dtype == torch.bfloat16
+    assert loss == pytest.approx(loss_each, rel=2e-3 if is_half else 1e-5)
     return together, each, not was_each
 
 
