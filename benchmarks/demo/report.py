@@ -48,6 +48,15 @@ def _percent(record: Record, method: str, what: str) -> float:
     return 100 * float(record["methods"][method][what])
 
 
+def _on_seeds(
+    records: Sequence[Record], orders: Sequence[list[str]], first: str, second: str
+) -> str:
+    """Say on which seeds one method is before another."""
+    pairs = zip(records, orders, strict=True)
+    seeds = [str(record["seed"]) for record, o in pairs if o.index(first) < o.index(second)]
+    return f"on seed {' and '.join(seeds)}" if seeds else "on none"
+
+
 def _findings(records: Sequence[Record]) -> list[Finding]:
     orders = [
         sorted(METHODS, key=lambda name: _percent(record, name, "exact_match"), reverse=True)
@@ -57,8 +66,6 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
         _percent(record, "fedavg", "facts_retained") - _percent(record, "flex", "facts_retained")
         for record in records
     ]
-    first = [str(r["seed"]) for r, o in zip(records, orders, strict=True) if o[0] == "flex"]
-    ahead = f"on seed {', '.join(first)}" if first else "on none"
     seconds = [record["seconds"] for record in records]
     shown = ", ".join(
         f"{points:.1f} on seed {record['seed']}"
@@ -66,9 +73,21 @@ def _findings(records: Sequence[Record]) -> list[Finding]:
     )
     return [
         Finding(
-            f"In exact match the order is, for all {len(records)} seeds, a graft of one's own before "
-            f"Local, Local before FedAvg, FedAvg before the base. FLEx is before Orchard {ahead}.",
-            all(order[2:] == ["local", "fedavg", "base"] for order in orders),
+            f"The order of exact match is the same for all {len(records)} seeds: FLEx, Local, "
+            "FedAvg, base.",
+            all(
+                [name for name in order if name != "orchard"] == ["flex", "local", "fedavg", "base"]
+                for order in orders
+            ),
+        ),
+        Finding(
+            "Orchard is before FedAvg for all of them, "
+            + ", ".join(
+                f"before {METHODS[other]} {_on_seeds(records, orders, 'orchard', other)}"
+                for other in ("local", "flex")
+            )
+            + ".",
+            all(order.index("orchard") < order.index("fedavg") for order in orders),
         ),
         Finding(
             f"FLEx retains as many facts as FedAvg or fewer, by {shown} (points).",
