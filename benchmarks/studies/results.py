@@ -98,9 +98,9 @@ def readme_block(questions: Sequence[Question]) -> str:
             "were run. A difference is the method's value less the reference's, paired by row, "
             "client and seed, with a 95 % bootstrap interval over all three; of a loss less is "
             "better, everything else is in points of a percent. Better and worse hold after Holm's "
-            "correction for all comparisons of a study, or say that they do not. Where it says older "
-            "orchard, every graft was judged, and difference is orchard as it is today. The rest, beside "
-            f"the papers' figures: [results]({RESULTS_PAGE.as_posix()})."
+            "correction for all comparisons of a study, or say that they do not. Where it says "
+            "older orchard, every graft was judged, and difference is orchard as it is today. The "
+            f"rest, beside the papers' figures: [results]({RESULTS_PAGE.as_posix()})."
         ),
         table(head, rows, num_words=len(head)),
     ]
