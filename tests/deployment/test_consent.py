@@ -38,7 +38,9 @@ def test_no_path_of_the_coordinator_is_opened() -> None:
     asked = replace(
         asked,
         model=replace(asked.model, path="/models/theirs"),
-        evaluation=replace(asked.evaluation, retention_path="/etc/theirs"),
+        evaluation=replace(
+            asked.evaluation, retention_path="/etc/theirs", shots_path="/etc/theirs"
+        ),
         strategy=replace(asked.strategy, calibration_path="/etc/theirs"),
         server=replace(asked.server, start="/etc/theirs"),
     )

@@ -133,6 +133,7 @@ def own_recipe(consent: Consent, recipe: Recipe, terms: Terms, *, num_clients: i
                 "evaluation.retention_path",
                 packaged=FACTS,
             ),
+            shots_path="",  # shots there are none between sites
             # Text about the rows, on this site's disk: its owner's to say.
             keep_answers=own.evaluation.keep_answers and consent.keeps_answers,
         ),
