@@ -20,7 +20,7 @@ from benchmarks.studies.wording import (
     with_interval,
     with_spread,
 )
-from orchard.reports import format_score
+from orchard.reports import format_rounds, format_score
 
 ROOT = Path(__file__).parent.parent.parent
 PICTURE = Path("docs") / "pictures" / "results.svg"
@@ -179,7 +179,7 @@ def _rounds(record: Record, metrics: Sequence[str]) -> list[str]:
         lines = [
             (
                 curve["method"],
-                " ".join("never" if own is None else str(own) for own in curve["rounds"].values()),
+                format_rounds(curve["rounds"].values()),
                 "" if curve["times_as_fast"] is None else f"{curve['times_as_fast']:.2f}",
             )
             for curve in curves

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -228,3 +228,8 @@ def format_score(value: float, metric: str, stderr: float | None = None) -> str:
     if metric.endswith("loss"):
         return f"{value:.3f}"
     return f"{100 * value:.1f}" + ("" if stderr is None else f" ± {100 * stderr:.1f}")
+
+
+def format_rounds(rounds: Iterable[int | None]) -> str:
+    """Return the round of each seed in one line; None is never."""
+    return " ".join("never" if number is None else str(number) for number in rounds)

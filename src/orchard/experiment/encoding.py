@@ -114,7 +114,7 @@ def encode_test(
                 answer=example.options.index(example.response) if example.options else 0,
             )
             found.append(test_example)
-    if chooses and any(example.options for example in found):
+    if chooses:
         _check_options_differ(found, max_tokens=max_tokens, whose=whose)
     return found
 

@@ -12,7 +12,7 @@ import altair as alt
 from orchard.pages import document
 from orchard.pages.document import Filter, number_cell, text_cell
 from orchard.pages.drawing import COLORS, ROWS, Chart, Row, as_spec, in_order, tips, value_axis
-from orchard.reports import format_score
+from orchard.reports import format_rounds, format_score
 
 STUDY_FILE = "study.json"
 _VERDICTS = {"better": "#009e73", "no difference seen": "#8a8a8a", "worse": "#d55e00"}
@@ -297,11 +297,7 @@ def _levels(curves: Sequence[Mapping[str, Any]], reference: str) -> str:
             [
                 *map(text_cell, (curve["cell"], curve["method"], curve["metric"])),
                 *(
-                    text_cell(
-                        " ".join(
-                            "never" if own is None else str(own) for own in curve["rounds"].values()
-                        )
-                    ),
+                    text_cell(format_rounds(curve["rounds"].values())),
                     number_cell(
                         curve["times_as_fast"],
                         "" if (fast := curve["times_as_fast"]) is None else f"{fast:.2f}",

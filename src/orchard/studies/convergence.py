@@ -15,12 +15,10 @@ from statistics import fmean
 from typing import Any
 
 from orchard.evaluation.quality import METRICS, plain_metric
-from orchard.reports import format_score
+from orchard.reports import format_rounds, format_score
 from orchard.results import MetricsLog
-from orchard.studies.design import Design, cell_name
-from orchard.studies.running import Column, Made, Progress, seeds_of
-
-NEVER = "never"
+from orchard.studies.design import Design
+from orchard.studies.running import Column, Made, Progress, compared
 
 
 @dataclass(frozen=True)
@@ -55,18 +53,13 @@ class Curve:
 def curves_of(design: Design, progress: Progress) -> list[Curve]:
     """Return the curves of what there is, with the reference first in each table."""
     curves: list[Curve] = []
-    for cell in map(cell_name, design.cells):
-        reference = progress.columns.get((cell, design.reference))
-        if reference is None:
-            continue
-        names = [entry.name for entry in design.entries if entry.name != design.reference]
-        of_reference = {seed: _by_round(made) for seed, made in reference.runs.items()}
-        for name in (design.reference, *names):
-            column = progress.columns.get((cell, name))
-            seeds = seeds_of(design, [reference, column]) if column else ()
-            if column is None or not seeds:
-                continue
-            curves += _curves(cell, name, column, {seed: of_reference[seed] for seed in seeds})
+    measured: dict[str, Mapping[int, Mapping[str, Mapping[int, float]]]] = {}  # of the reference
+    for pair in compared(design, progress):
+        if pair.cell not in measured:
+            runs = pair.reference.runs
+            measured[pair.cell] = {seed: _by_round(made) for seed, made in runs.items()}
+        of_reference = {seed: measured[pair.cell][seed] for seed in pair.seeds}
+        curves += _curves(pair.cell, pair.method, pair.own, of_reference)
     return curves
 
 
@@ -152,7 +145,7 @@ def _cells(curve: Curve, numbers: Sequence[int]) -> tuple[str, ...]:
             fast += f" ({len(reached)} of {len(curve.rounds)} seeds)"
     return (
         curve.method,
-        " ".join(NEVER if own is None else str(own) for own in curve.rounds.values()),
+        format_rounds(curve.rounds.values()),
         fast,
         *(
             format_score(curve.values[number], curve.metric) if number in curve.values else ""

@@ -15,8 +15,8 @@ from orchard.experiment.run_folder import folder_name
 from orchard.results import MetricsLog
 from orchard.seeding import Seeds
 from orchard.studies.bootstrap import Interval, Pair, holm, paired_interval
-from orchard.studies.design import Design, cell_name
-from orchard.studies.running import Column, Made, Progress, seeds_of
+from orchard.studies.design import Design
+from orchard.studies.running import Column, Made, Progress, compared
 
 _LEVEL = 0.05
 NOT_SEEN = "no difference seen"
@@ -86,44 +86,30 @@ class Row:
 def build_rows(design: Design, progress: Progress) -> list[Row]:
     """Return the rows of what there is, with the reference first in each table."""
     rows: list[Row] = []
-    for cell in map(cell_name, design.cells):
-        reference = progress.columns.get((cell, design.reference))
-        if reference is None:
-            continue
-        names = [entry.name for entry in design.entries if entry.name != design.reference]
-        costs = {}
-        for name in (design.reference, *names):
-            column = progress.columns.get((cell, name))
-            seeds = seeds_of(design, [reference, column]) if column else ()
-            if column is None or not seeds:
-                continue
-            for metric in _metrics(column.runs[seeds[0]]):
-                key = name, seeds
-                if key not in costs:
-                    costs[key] = _cost(column, seeds)
-                rows.append(
-                    Row(
-                        cell=cell,
-                        method=name,
-                        metric=metric,
-                        seeds=seeds,
-                        interval=None
-                        if name == design.reference
-                        else _interval(column, reference, seeds, metric),
-                        corrected_p=None,
-                        **_values(column, seeds, metric),
-                        **costs[key],
-                    )
+    for pair in compared(design, progress):
+        own, seeds = pair.own, pair.seeds
+        cost = _cost(own, seeds)
+        for metric in own.runs[seeds[0]].result["summary"]["personal"]:
+            interval = None
+            if pair.method != design.reference:
+                interval = _interval(own, pair.reference, seeds, metric)
+            rows.append(
+                Row(
+                    cell=pair.cell,
+                    method=pair.method,
+                    metric=metric,
+                    seeds=seeds,
+                    interval=interval,
+                    corrected_p=None,
+                    **_values(own, seeds, metric),
+                    **cost,
                 )
-    compared = [index for index, row in enumerate(rows) if row.interval is not None]
-    p_values = [own.p for row in rows if (own := row.interval) is not None]
-    for index, corrected in zip(compared, holm(p_values), strict=True):
+            )
+    with_interval = [index for index, row in enumerate(rows) if row.interval is not None]
+    p_values = [found.p for row in rows if (found := row.interval) is not None]
+    for index, corrected in zip(with_interval, holm(p_values), strict=True):
         rows[index] = replace(rows[index], corrected_p=corrected)
     return rows
-
-
-def _metrics(made: Made) -> list[str]:
-    return list(made.result["summary"]["personal"])
 
 
 def _values(own: Column, seeds: Sequence[int], metric: str) -> dict[str, Any]:
@@ -144,12 +130,8 @@ def _values(own: Column, seeds: Sequence[int], metric: str) -> dict[str, Any]:
 
 def _cost(own: Column, seeds: Sequence[int]) -> dict[str, Any]:
     results = [own.runs[seed].result for seed in seeds]
-    lines = [
-        line
-        for seed in seeds
-        for line in MetricsLog(own.runs[seed].folder / "metrics.jsonl")
-        if line["kind"] == "client"
-    ]
+    logs = {seed: list(MetricsLog(own.runs[seed].folder / "metrics.jsonl")) for seed in seeds}
+    lines = [line for log in logs.values() for line in log if line["kind"] == "client"]
     turns = len(lines)
     per_client = sum(len(result["clients"]) for result in results)
     keys = ("client/train_seconds", "client/own_train_seconds", "client/prepare_seconds")
@@ -166,14 +148,13 @@ def _cost(own: Column, seeds: Sequence[int]) -> dict[str, Any]:
         "steps": steps / per_client,
         "seconds": seconds / len(results),
         "search_seconds": search / per_client,
-        "row_seconds": fmean(_row_seconds(own.runs[seed]) for seed in seeds),
+        "row_seconds": fmean(_row_seconds(own.runs[seed], log) for seed, log in logs.items()),
         "options": {"client.lr": results[0]["learning_rate"], **own.chosen.options},
     }
 
 
-def _row_seconds(made: Made) -> float:
+def _row_seconds(made: Made, log: Sequence[Mapping[str, Any]]) -> float:
     """Return how long a row took in the last evaluation, whatever it was a row of."""
-    log = MetricsLog(made.folder / "metrics.jsonl")
     last = [line for line in log if line["kind"] == "evaluation"][-1]
     rows = 0
     for client in last["clients"]:

@@ -13,7 +13,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -349,6 +349,36 @@ def _begin_process(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def seeds_of(design: Design, columns: Sequence[Column]) -> tuple[int, ...]:
-    """Return the seeds of which every one of these columns has a run."""
-    return tuple(seed for seed in design.seeds if all(seed in own.runs for own in columns))
+@dataclass(frozen=True)
+class Compared:
+    """A method beside the reference, in one combination of the grid.
+
+    Attributes:
+        cell: The combination.
+        method: Its name in the study.
+        own: Its runs.
+        reference: The reference's.
+        seeds: Of which both have a run; at least one.
+    """
+
+    cell: str
+    method: str
+    own: Column
+    reference: Column
+    seeds: tuple[int, ...]
+
+
+def compared(design: Design, progress: Progress) -> Iterator[Compared]:
+    """Yield what there is to compare, in each combination the reference with itself first."""
+    others = [entry.name for entry in design.entries if entry.name != design.reference]
+    for cell in map(cell_name, design.cells):
+        reference = progress.columns.get((cell, design.reference))
+        if reference is None:
+            continue
+        for name in (design.reference, *others):
+            own = progress.columns.get((cell, name))
+            if own is None:
+                continue
+            both = own.runs.keys() & reference.runs.keys()
+            if seeds := tuple(seed for seed in design.seeds if seed in both):
+                yield Compared(cell, name, own, reference, seeds)
