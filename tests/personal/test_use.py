@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
@@ -27,6 +28,7 @@ from orchard.personal.choosing import best_round, choose_state
 from orchard.personal.opening import OpenedModel, open_model
 from orchard.personal.state import read_state
 from orchard.personal.writing import StopTexts
+from orchard.recipe.options import Recipe
 from orchard.recipe.reading import option_value, read_recipe, to_toml
 from orchard.results import MetricsLog
 from sites import LocalPost, make_coordinator, make_workers, site_recipe, write_sites
@@ -275,22 +277,26 @@ def test_what_a_client_lost_of_a_round_is_never_replaced_by_something_older(copy
         read_state(copy, client="marsh", round_number=4)
 
 
+LATER = (
+    *("placement", "expert_cache", "frozen_precision", "max_train", "validation_size"),
+    *("graft_mix", "shared", "kept", "kept_steps", "finetune_rounds", "ditto_lambda"),
+    *("holdout", "keep_rounds", "start", "best", "conventions", "other_clients"),
+    *("judged_below", "shots", "shots_path"),
+    *("sum_seconds", "lora_aggregation", "arriving", "arrival_rounds"),
+)
+
+
+def digest_before(recipe: Recipe) -> str:
+    """Return the digest that a recipe had before there were options that came later."""
+    text = to_toml(replace(recipe, deployment=type(recipe.deployment)()))
+    text = re.sub(r"\[privacy\]\n(.+\n)+\n", "", text)
+    older = [line for line in text.splitlines() if line.partition(" = ")[0] not in LATER]
+    return hashlib.sha256(("\n".join(older) + "\n").encode()).hexdigest()
+
+
 def test_new_options_at_their_defaults_leave_the_digests_of_runs_as_they_were() -> None:
     plain = quick_recipe("flex", "model.path=orchard:tiny")
-    text = to_toml(replace(plain, deployment=type(plain.deployment)()))
-    text = re.sub(r"\[privacy\]\n(.+\n)+\n", "", text)
-    later = (
-        *("placement", "expert_cache", "frozen_precision", "max_train", "validation_size"),
-        *("graft_mix", "shared", "kept", "kept_steps", "finetune_rounds", "ditto_lambda"),
-        *("holdout", "keep_rounds", "start", "best", "conventions", "other_clients"),
-        *("judged_below", "shots", "shots_path"),
-        *("sum_seconds", "lora_aggregation", "arriving", "arrival_rounds"),
-    )
-    older = [line for line in text.splitlines() if line.partition(" = ")[0] not in later]
-    import hashlib
-
-    text = "\n".join(older) + "\n"
-    assert recipe_digest(plain) == hashlib.sha256(text.encode()).hexdigest()
+    assert recipe_digest(plain) == digest_before(plain)
     for key in (
         "server.keep_rounds=3",
         "evaluation.best=loss",
@@ -304,6 +310,11 @@ def test_new_options_at_their_defaults_leave_the_digests_of_runs_as_they_were() 
             plain, **{section: replace(getattr(plain, section), **{option: kind(value)})}
         )
         assert recipe_digest(other) != recipe_digest(plain)
+
+
+def test_orchard_is_another_method_than_when_it_judged_every_graft() -> None:
+    recipe = quick_recipe("orchard")
+    assert recipe_digest(recipe) != digest_before(recipe)
 
 
 def _without_rounds(run: Path) -> None:

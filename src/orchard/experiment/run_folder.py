@@ -16,6 +16,7 @@ from typing import Any
 from orchard.engine.processes import check_free, only_one
 from orchard.experiment.methods import own_names
 from orchard.experiment.own_methods import Transform, own_digests, passed_digest, passed_name
+from orchard.recipe.method_options import method_names
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import format_value, known_options, option_value, read_recipe, to_toml
 from orchard.recipe.run_options import DeploymentOptions, PrivacyOptions
@@ -198,7 +199,11 @@ def folder_name(client_id: str) -> str:
 def recipe_digest(recipe: Recipe) -> str:
     """Return what two runs must have in common for one to continue the other."""
     recipe = replace(recipe, deployment=DeploymentOptions())
-    # What came later does not make runs others that leave it as it is.
+    # What came later does not make runs others that leave it as it is, but for orchard, which
+    # judged every graft before it had a number of rows for it.
+    later = dict(_LATER)
+    if "orchard" in method_names(recipe.strategy.name):
+        del later["strategy.judged_below"]
     section, kept = "", []
     for line in to_toml(recipe).splitlines(keepends=True):
         if line.startswith("["):
@@ -206,7 +211,7 @@ def recipe_digest(recipe: Recipe) -> str:
         if section == "privacy" and recipe.privacy == PrivacyOptions():
             continue
         key = f"{section}.{line.partition(' = ')[0]}"
-        if key in _LATER and line.endswith(f" = {format_value(_LATER[key])}\n"):
+        if key in later and line.endswith(f" = {format_value(later[key])}\n"):
             continue
         kept.append(line)
     text = "".join(kept)
