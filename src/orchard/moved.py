@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.abc
 from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
 from types import MappingProxyType
@@ -61,7 +60,7 @@ def missing(module: str, name: str) -> Exception:
     return AttributeError(f"module {module} has no attribute {name}")
 
 
-class MovedFinder(importlib.abc.MetaPathFinder):
+class MovedFinder:
     """Asked when nobody else finds a module, and finds none: it says where one went."""
 
     def find_spec(

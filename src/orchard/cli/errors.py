@@ -11,7 +11,6 @@ from types import TracebackType
 import click
 import typer
 
-from orchard.engine.processes import InUseError
 from orchard.extras import what_brings
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -77,6 +76,8 @@ def clear_errors(
         if traceback or _is_asked_for():
             raise
         print(f"error: {describe(error)}", file=sys.stderr)
+        from orchard.engine.processes import InUseError  # a help does not wait for it
+
         is_input = _is_foreseen(error) and not isinstance(error, InUseError)
         raise typer.Exit(code if is_input else FAILED) from None
 
