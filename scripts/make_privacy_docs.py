@@ -29,7 +29,11 @@ PROTECTIONS = {
     "secure_aggregation": ("privacy.secure_aggregation=true",),
 }
 """What a recipe must say for each protection."""
-_CURED = {"strategy.graft_choice": "random", "selection.router": "examples"}
+_CURED = {
+    "strategy.graft_choice": "random",
+    "strategy.judged_below": "0",
+    "selection.router": "examples",
+}
 # Of a federation of four equal clients.
 _SIZES = {f"client-{number}": 160 for number in range(4)}
 

@@ -779,7 +779,7 @@ def look_at(reply: Mapping[str, Any], body: bytes) -> None:
             assert value == round(value, 4)
 
 
-_FLAGS = ("--model", "--trees-per-round", "--runs-per-day", "--requests-per-hour")
+_FLAGS = ("--model", "--peers", "--trees-per-round", "--runs-per-day", "--requests-per-hour")
 _ANSWERS = {
     *("site", "num_examples", "base_digest", "evaluation", "evaluation_seconds"),
     *("lacks_values", "changed"),
