@@ -144,10 +144,10 @@ def test_a_federation_of_more_sites_than_the_owner_believes_is_refused() -> None
         own_recipe(consent, recipe(), num_clients=4)
 
 
-@pytest.mark.parametrize(("option", "value"), [("privacy.unit", "example")])
+@pytest.mark.parametrize(("option", "value"), [("privacy.unit", "client")])
 def test_a_site_takes_no_part_in_a_promise_that_nobody_keeps(option: str, value: object) -> None:
     consent = Consent("own.jsonl", model="orchard:tiny")
-    with pytest.raises(Refusal, match=f"^{option} must be .* between sites") as caught:
+    with pytest.raises(Refusal, match=f"^{option} must not be .* between sites") as caught:
         own_recipe(consent, changed(recipe(), option, value))
     assert (caught.value.code, caught.value.option) == ("recipe", option)
 

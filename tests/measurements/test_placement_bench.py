@@ -22,8 +22,8 @@ def test_both_rounds_end_with_the_digest_of_memory() -> None:
     assert found["same_digest"] is True
     for method in METHODS:
         assert found[method]["peak_anonymous_bytes"] > 10**8
-        # The process itself is most of so small a model's peak, is predicted for the machine where it
-        # takes most, and differs by half of it; the true shape's record has it within a tenth.
+        # The process itself is most of so small a model's peak. It is predicted for the machine
+        # where it takes most, and differs by half; the true shape's record has it within a tenth.
         assert 0.9 < found[method]["predicted_over_measured"] < 2
 
 

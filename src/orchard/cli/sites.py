@@ -120,6 +120,17 @@ def site(
             min=0,
         ),
     ] = 0,
+    epsilon: Annotated[
+        float,
+        typer.Option(
+            help="Most that updates may cost this site's rows in all runs, and nothing of rows "
+            "leaves without noise; 0 = as recipes say.",
+            min=0,
+        ),
+    ] = 0.0,
+    delta: Annotated[
+        float, typer.Option(help="Probability with which --epsilon may not hold.")
+    ] = 1e-5,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what a coordinator asks, and join nothing.")
     ] = False,
@@ -159,6 +170,8 @@ def site(
             secure_least=secure_least,
             peers=str(peers.resolve()) if peers else "",
             signing_key=own_key(keys, name or data.stem) if peers and keys else "",
+            epsilon=epsilon,
+            delta=delta,
         )
         options = SiteOptions(name or data.stem, superlink, store, consent, keys, insecure)
         check_site(options)

@@ -42,6 +42,7 @@ class Code(StrEnum):
     BASE_CHANGED = "base_changed"
     STATE = "state"
     SECRECY = "secrecy"
+    PRIVACY = "privacy"
     NOT_TRAINED = "not_trained"
     LEFT_SUM = "left_sum"
     BEYOND_BOUND = "beyond_bound"
@@ -86,6 +87,8 @@ _SENTENCES = {
     "the last good one, or says that it has none",
     Code.SECRECY: "a sum that could show the site's own update, or show it to those its owner does "
     "not know; its owner finds the rule in the site's log",
+    Code.PRIVACY: "more of the site's rows would leave than its owner's --epsilon allows; the "
+    "count is in the site's log",
     Code.NOT_TRAINED: "the site has no update of this round at hand, as after a restart; it is "
     "asked to train again",
     Code.LEFT_SUM: "the site has left this sum, as after a restart; the next one is begun with new "

@@ -59,6 +59,9 @@ class Consent:
             recipe says.
         peers: Folder of the public keys of the sites that it sums with; empty = it sums with none.
         signing_key: Its own private key, by which those know it; empty = none.
+        epsilon: Most that its updates may cost its rows over all runs, and then nothing else of
+            rows leaves; 0 = as recipes say.
+        delta: Probability with which that may not hold.
     """
 
     data: str
@@ -79,6 +82,8 @@ class Consent:
     secure_least: int = 0
     peers: str = ""
     signing_key: str = ""
+    epsilon: float = 0.0
+    delta: float = 1e-5
 
     def digest(self) -> str:
         """Return what changes when the owner's consent does, the files that it names too."""

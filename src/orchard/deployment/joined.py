@@ -61,7 +61,7 @@ class Runs:
         Raises:
             Refusal: It has another recipe, or there were too many new ones today.
         """
-        if self._path(run).exists():
+        if self.knows(run):
             self._check_recipe(self._read(run), recipe_digest)
             return
         since = time.time() - _DAY_SECONDS
@@ -77,13 +77,17 @@ class Runs:
             )
         self._write(Joined(run, recipe_digest, consent.digest()))
 
+    def knows(self, run: str) -> bool:
+        """Say whether the site has joined a run."""
+        return self._path(run).exists()
+
     def of_round(self, run: str, recipe_digest: str) -> Joined:
         """Return a run whose round is asked for.
 
         Raises:
             Refusal: The site has not joined it, or joined it with another recipe.
         """
-        if not self._path(run).exists():
+        if not self.knows(run):
             raise Refusal(
                 Code.NOT_JOINED,
                 f"run must be one that this store has joined, got {run}; what the site kept of it "

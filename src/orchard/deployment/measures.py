@@ -137,11 +137,16 @@ def let_out(metrics: Mapping[str, float], consent: Consent, *, rows: Rows) -> di
     Args:
         metrics: Of local training.
         consent: The owner's.
-        rows: What they rest on: a number of fewer rows than ``min_test`` stays.
+        rows: What they rest on: a number of fewer rows than ``min_test`` stays, and any where the
+            owner counts what the rows' privacy costs.
     """
     told = {
         name: value
         for name, value in metrics.items()
-        if name in _OF_NO_ROW or name.startswith("local/") or rows.behind(name) >= consent.min_test
+        if name in _OF_NO_ROW
+        or (
+            not consent.epsilon
+            and (name.startswith("local/") or rows.behind(name) >= consent.min_test)
+        )
     }
     return rounded(told, consent)

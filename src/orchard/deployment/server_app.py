@@ -16,6 +16,7 @@ from orchard.engine.progress import Lines, make_console
 from orchard.experiment.checking import check_between_sites
 from orchard.experiment.methods import build_strategy, check_strategy
 from orchard.experiment.own_methods import import_from
+from orchard.experiment.protecting import privacy_facts
 from orchard.experiment.run_folder import (
     LOCK_FILE,
     RECIPE_FILE,
@@ -97,10 +98,13 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             return strategy, start_server(strategy, fresh)
 
         state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
+    sites = json.loads((folder / SITES_FILE).read_text())
+    sizes = {site: rows for site, rows in sites.items() if rows}  # as they said
     result = build_result(
         folder,
         {
             **facts_of(recorded_as(recipe)),
+            **(privacy_facts(recipe, sizes, rounds=state.round_number) if sizes else {}),
             **secrecy_facts(recipe),
             # The data is at the sites, and of what it is nothing leaves them.
             "data_digest": None,
@@ -108,7 +112,7 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
             "learning_rate": rate,
             "base_digest": base_digest,
             "shared_digest": digest(state.shared),
-            "clients": {site: {} for site in json.loads((folder / SITES_FILE).read_text())},
+            "clients": {site: {} for site in sites},
             "data": {"has_central_test": False},
         },
     )

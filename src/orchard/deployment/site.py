@@ -136,6 +136,13 @@ def check_site(options: SiteOptions) -> None:
         if value < least:
             raise ValueError(f"{option} must be at least {least}, got {value}; raise it")
     _check_peers(options)
+    if not 0 < consent.delta < 1:
+        raise ValueError(
+            f"--delta must be above 0 and below 1, got {consent.delta:g}; take less than one over "
+            "the number of rows"
+        )
+    if consent.epsilon:
+        require("privacy", to="count what updates cost")
     if options.keys:
         for path in (options.keys / AUTHORITY, options.keys / SITES / f"{options.name}.key"):
             if not path.is_file():

@@ -45,6 +45,7 @@ from orchard.deployment.joined import Runs
 from orchard.deployment.looking import LookingError, describe
 from orchard.deployment.measures import check_rows, let_out, rounded, rows_read
 from orchard.deployment.pace import Pace
+from orchard.deployment.privacy_ledger import Ledger, check_owner
 from orchard.deployment.site_recipe import (
     check_methods,
     check_sources,
@@ -105,6 +106,7 @@ class SiteWorker:
         self._audit = AuditLog(settings.store / AUDIT_FILE)
         self._agreement = Agreement(settings.store / AGREED_FILE)
         self._runs = Runs(settings.store)
+        self._ledger = Ledger(settings.store)
         self._pace = Pace(settings.consent.requests_per_hour)
         self._models: dict[str, AdaptedModel] = {}
         self._sessions: dict[str, _Session] = {}
@@ -218,6 +220,9 @@ class SiteWorker:
         if self._settings.only_looks:
             text = describe(experiment, self._settings, run=request.run, differs=differs)
             raise LookingError(text)
+        if recipe.privacy.unit and not self._runs.knows(request.run):
+            rows = len(experiment.train[name])
+            self._ledger.check_whole(recipe, self._consent, site=name, rows=rows)
         # First: a run that is one too many leaves nothing on the disk.
         self._runs.join(request.run, recipe_digest(asked), self._consent)
         self._pin_data(request.run, experiment)
@@ -249,6 +254,7 @@ class SiteWorker:
             recipe = own_recipe(self._consent, asked, terms, num_clients=num_clients)
             check_sources(recipe, request.methods)
             self._sums.check(recipe)
+            check_owner(self._consent, recipe)
         except Refusal:
             raise
         except (ValueError, OSError, RecursionError) as error:
@@ -351,6 +357,8 @@ class SiteWorker:
 
     def _train(self, session: _Session, task: Task) -> Update:
         client = session.client
+        if session.recipe.privacy.unit:
+            self._pay(session, task)
         try:
             update = train_client(session.strategy, client, task)
         except Exception as error:
@@ -358,6 +366,14 @@ class SiteWorker:
             raise
         rows = rows_read(session.recipe, client, task.settings)
         return replace(update, metrics=let_out(update.metrics, self._consent, rows=rows))
+
+    def _pay(self, session: _Session, task: Task) -> None:
+        """Count a training before it begins: what a site that is killed has drawn may be known."""
+        name, rows = self._settings.name, session.client.num_examples
+        epsilon = self._ledger.charge(session.recipe, self._consent, site=name, rows=rows)
+        self._audit.write(
+            "paid", round=task.round_number, epsilon=epsilon, delta=self._consent.delta
+        )
 
     def _keep_back(self, run: str, message: bytes, task: Task, session: _Session) -> Update:
         """Keep an update for a secure sum, and return what is sent now: what was measured.

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from orchard.evaluation.quality import check_options
 from orchard.experiment.budgets import build_requirements
 from orchard.experiment.holdings import Elsewhere, Federation, refuse_conventions
-from orchard.experiment.protecting import check_privacy
+from orchard.experiment.protecting import check_privacy, check_sound
 from orchard.experiment.secrecy import check_deployed_secrecy, check_secrecy
 from orchard.experiment.settings import lora_settings
 from orchard.experts.submodel_source import check_several
+from orchard.extras import require
 from orchard.models.stored.carving import check_carvable
 from orchard.models.stored.conversion import match_checkpoint
 from orchard.models.stored.loading import load_config
@@ -44,11 +45,19 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
     Raises:
         ValueError: The recipe asks for it, or for a secure sum that could not be kept.
     """
-    if recipe.privacy.unit:
+    if recipe.privacy.unit == "client":
         raise ValueError(
-            f"privacy.unit must be empty between sites, got {recipe.privacy.unit}; so far updates "
-            "are protected in orchard run alone"
+            "privacy.unit must not be client between sites, got client; what bounds strangers' "
+            "updates looks at all of a round, so one site's would change how others count"
         )
+    check_sound(recipe)
+    if recipe.privacy.epsilon and recipe.privacy.noise:
+        raise ValueError(
+            f"privacy.noise must be 0 with privacy.epsilon between sites, got "
+            f"{recipe.privacy.noise:g}; each site finds the noise for its own rows"
+        )
+    if recipe.privacy.unit:
+        require("privacy", to="account for privacy")
     check_deployed_secrecy(recipe, num_sites=num_sites)
     if recipe.data.arriving:
         raise ValueError(

@@ -41,6 +41,32 @@ def check_privacy(recipe: Recipe, sizes: Sizes) -> None:
         ValueError: It would not, or it is not.
     """
     options = recipe.privacy
+    check_sound(recipe)
+    if not options.unit:
+        return
+    number = len(sizes) if options.unit == "client" else max(sizes.values())
+    if options.delta * number >= 1:
+        whose = "the number of clients" if options.unit == "client" else "a client's examples"
+        raise ValueError(
+            f"privacy.delta must be below 1 / {number}, {whose}, got {options.delta:g}; a larger "
+            f"one lets one {options.unit} be shown whole"
+        )
+    if protection := build_protection(recipe, sizes):
+        _ = protection.sum_noise  # refuses a quantile that costs too much
+    if private_rounds(recipe, sizes) == 0:
+        raise ValueError(
+            f"privacy.epsilon must pay for one round at least, got {options.epsilon:g} with noise "
+            f"of {options.noise:g}; one costs {Costs(recipe, sizes).after(1):.3g}"
+        )
+
+
+def check_sound(recipe: Recipe) -> None:
+    """Refuse a protection that would hold for no clients, whatever they have.
+
+    Raises:
+        ValueError: It would not, or no budget and no noise are stated.
+    """
+    options = recipe.privacy
     if not options.unit:
         return
     _check_method(recipe)
@@ -55,20 +81,6 @@ def check_privacy(recipe: Recipe, sizes: Sizes) -> None:
         raise ValueError(
             "privacy.epsilon or privacy.noise must be given with privacy.unit, got neither; "
             "for example privacy.epsilon=8"
-        )
-    number = len(sizes) if options.unit == "client" else max(sizes.values())
-    if options.delta * number >= 1:
-        whose = "the number of clients" if options.unit == "client" else "a client's examples"
-        raise ValueError(
-            f"privacy.delta must be below 1 / {number}, {whose}, got {options.delta:g}; a larger "
-            f"one lets one {options.unit} be shown whole"
-        )
-    if protection := build_protection(recipe, sizes):
-        _ = protection.sum_noise  # refuses a quantile that costs too much
-    if private_rounds(recipe, sizes) == 0:
-        raise ValueError(
-            f"privacy.epsilon must pay for one round at least, got {options.epsilon:g} with noise "
-            f"of {options.noise:g}; one costs {Costs(recipe, sizes).after(1):.3g}"
         )
 
 
@@ -124,34 +136,40 @@ def _check_server(recipe: Recipe) -> None:
 class Costs:
     """What rounds of a recipe cost, and the noise for it.
 
-    Of examples it is that of the client for which it is highest: who has fewest is in a batch most
-    often. Each client is taken to train in every round.
+    Of examples each client has noise of its own: who has fewest is in a batch most often, and needs
+    most. So a client needs to know of no other, and each is taken to train in every round.
     """
 
     def __init__(self, recipe: Recipe, sizes: Sizes) -> None:
-        """Find the noise, where ``privacy.epsilon`` asks for some.
+        """Find the noise of each, where ``privacy.epsilon`` asks for some.
 
         Raises:
             ValueError: No noise keeps the budget.
         """
         self._options = options = recipe.privacy
         # Rate and number of queries in a round, each kind once.
-        self._queries = {client: _queries(recipe, sizes, client) for client in sizes}
-        self.noise = options.noise or max(
-            noise_for(
+        self._queries = {client: queries(recipe, sizes, client) for client in sizes}
+        noises = {
+            (rate, number): options.noise
+            or noise_for(
                 epsilon=options.epsilon,
                 sampling_rate=rate,
                 rounds=recipe.server.rounds * number,
                 delta=options.delta,
             )
             for rate, number in set(self._queries.values())
-        )
+        }
+        self.noises = {client: noises[query] for client, query in self._queries.items()}
+        self.noise = max(noises.values())
 
     def of(self, client: str, rounds: int) -> float:
         """Return the epsilon of one client's examples, or of one client, after some rounds."""
         rate, number = self._queries[client]
         return spent(
-            noise=self.noise, sampling_rate=rate, rounds=rounds * number, delta=self._options.delta
+            noise=self.noises[client],
+            sampling_rate=rate,
+            rounds=rounds * number,
+            delta=self._options.delta,
         )
 
     def after(self, rounds: int) -> float:
@@ -164,17 +182,19 @@ class Costs:
         return min(
             affordable_rounds(
                 epsilon=self._options.epsilon,
-                noise=self.noise,
+                noise=noise,
                 sampling_rate=rate,
                 rounds=rounds * number,
                 delta=self._options.delta,
             )
             // number
-            for rate, number in set(self._queries.values())
+            for (rate, number), noise in {
+                query: self.noises[client] for client, query in self._queries.items()
+            }.items()
         )
 
 
-def _queries(recipe: Recipe, sizes: Sizes, client: str) -> tuple[float, int]:
+def queries(recipe: Recipe, sizes: Sizes, client: str) -> tuple[float, int]:
     """Return the sampling rate of what a round asks of a client's data, and how often it asks."""
     if recipe.privacy.unit == "client":
         return (recipe.server.clients_per_round or len(sizes)) / len(sizes), 1
@@ -199,12 +219,16 @@ def build_protection(recipe: Recipe, sizes: Sizes) -> Protection | None:
     )
 
 
-def example_privacy(recipe: Recipe, sizes: Sizes) -> ExamplePrivacy | None:
-    """Return what clients do to gradients; None where they do nothing."""
+def example_privacy(recipe: Recipe, sizes: Sizes) -> Mapping[str, ExamplePrivacy]:
+    """Return what each client does to gradients; nothing where none does anything."""
     options = recipe.privacy
     if options.unit != "example":
-        return None
-    return ExamplePrivacy(Costs(recipe, sizes).noise, options.clip, options.random)
+        return {}
+    noises = Costs(recipe, sizes).noises
+    return {
+        client: ExamplePrivacy(noise, options.clip, options.random)
+        for client, noise in noises.items()
+    }
 
 
 def private_rounds(recipe: Recipe, sizes: Sizes) -> int:
@@ -232,4 +256,5 @@ def privacy_facts(recipe: Recipe, sizes: Sizes, *, rounds: int) -> dict[str, obj
     }
     if options.unit == "example":
         facts["epsilon_per_client"] = {client: costs.of(client, rounds) for client in sizes}
+        facts["noise_per_client"] = costs.noises
     return {"privacy": facts}

@@ -110,8 +110,8 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
         router_aux_coefficient=recipe.client.router_aux_coefficient,
         packed=recipe.client.packing,
         pass_tokens=recipe.client.pass_tokens,
-        privacy=example_privacy(recipe, sizes_of(experiment)),
     )
+    privacy = example_privacy(recipe, sizes_of(experiment))
     evaluation = EvaluationSettings(
         metrics=words(recipe.evaluation.metrics),
         max_new_tokens=recipe.evaluation.max_new_tokens,
@@ -139,7 +139,7 @@ def build_clients(experiment: Experiment, model: AdaptedModel, folder: Path) -> 
             retention=experiment.retention,
             calibration_corpus=experiment.calibration,
             store=client_store(folder, client_id, recipe, model.base_digest),
-            training=training,
+            training=replace(training, privacy=privacy.get(client_id)),
             evaluation=evaluation,
             seeds=Seeds(recipe.seed),
             budget_experts=experiment.budgets[client_id],

@@ -86,7 +86,10 @@ def check_is_used(recipe: Recipe, keys: Sequence[str]) -> None:
             "communication.dtype = int8 or communication.top_k above 0",
         ),
         **{
-            f"privacy.{name}": (bool(recipe.privacy.unit), "privacy.unit = client")
+            f"privacy.{name}": (
+                bool(recipe.privacy.unit),
+                "privacy.unit = client or example",
+            )
             for name in vars(recipe.privacy)
             if name != "unit" and not name.startswith("secure_")
         },

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 
@@ -36,16 +36,34 @@ def spent(*, noise: float, sampling_rate: float, rounds: int, delta: float) -> f
     Raises:
         ValueError: Opacus is not installed.
     """
-    if rounds == 0:
+    return spent_together({(noise, sampling_rate): rounds}, delta=delta)
+
+
+def spent_together(rounds: Mapping[tuple[float, float], int], *, delta: float) -> float:
+    """Return epsilon after rounds of several kinds.
+
+    Args:
+        rounds: Noise and sampling rate to how many; a noise of 0 is none.
+        delta: Probability with which epsilon may not hold.
+
+    Raises:
+        ValueError: Opacus is not installed.
+    """
+    kinds = {kind: number for kind, number in rounds.items() if number}
+    if not kinds:
         return 0.0
-    if noise == 0.0:
+    if any(noise == 0.0 for noise, _ in kinds):
         return math.inf
-    of_one = _divergences(noise, sampling_rate)
+    by_kind = [
+        [number * divergence for divergence in _divergences(noise, rate)]
+        for (noise, rate), number in kinds.items()
+    ]
     with _quiet():
         from opacus.accountants.analysis import rdp  # type: ignore[import-untyped]
 
-        all_rounds = [rounds * divergence for divergence in of_one]
-        epsilon, _ = rdp.get_privacy_spent(orders=_ORDERS, rdp=all_rounds, delta=delta)
+        epsilon, _ = rdp.get_privacy_spent(
+            orders=_ORDERS, rdp=[sum(own) for own in zip(*by_kind, strict=True)], delta=delta
+        )
     return float(epsilon)
 
 
