@@ -8,7 +8,10 @@ from orchard.cli import main
 
 # What stands for a reader's own model, and what makes a run short where the block does not say it.
 TINY = {"MODEL": "orchard:tiny"}
-SHORT = ("server.rounds=2", "client.steps=2", "evaluation.max_examples=2")
+SHORT = (
+    *("server.rounds=2", "client.steps=2", "evaluation.max_examples=2"),
+    "evaluation.retention_path=",
+)
 SHORT_ANSWERS = "evaluation.max_new_tokens=4"
 
 

@@ -8,12 +8,15 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib.metadata import Distribution, distribution
 from pathlib import Path
 
 import pytest
 from hatchling.builders.plugin.interface import BuilderInterface
 from hatchling.builders.sdist import SdistBuilder
 from hatchling.builders.wheel import WheelBuilder
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 MAX_WHEEL_BYTES = 12_000_000
@@ -57,27 +60,41 @@ def test_a_source_archive_holds_what_make_test_takes_and_no_runs() -> None:
     }
 
 
-@pytest.mark.long
-def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
-    dist, environment, here = tmp_path / "dist", tmp_path / "environment", tmp_path / "here"
-    here.mkdir()
+def call(*command: object, here: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run a command where nothing of this checkout may be found by accident."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=here,
+        env={**kept, "COLUMNS": "250"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done
 
-    def call(*command: object, code: int = 0) -> subprocess.CompletedProcess[str]:
-        # Nothing of this checkout may be found by accident.
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
-        done = subprocess.run(
-            [str(part) for part in command],
-            cwd=here,
-            env={**kept, "COLUMNS": "250"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done
 
-    call(sys.executable, "-m", "build", "--no-isolation", "--outdir", dist, ROOT)
-    (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+def required(name: str, found: dict[str, Distribution]) -> dict[str, Distribution]:
+    """Add to ``found`` what a distribution requires without extras, and what that does."""
+    own = distribution(name)
+    found[name] = own
+    for text in own.requires or ():
+        one = Requirement(text)
+        needed = canonicalize_name(one.name)
+        if needed in found or (one.marker and not one.marker.evaluate({"extra": ""})):
+            continue
+        assert not one.extras, f"{name} requires {one}: an extra of it is not followed here"
+        required(needed, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    call(*build, here=folder)
+    (wheel,), (source,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
     assert wheel.stat().st_size <= MAX_WHEEL_BYTES
     with zipfile.ZipFile(wheel) as archive:
         roots = {name.partition("/")[0] for name in archive.namelist()}
@@ -85,28 +102,63 @@ def test_the_wheel_runs_in_an_empty_environment(tmp_path: Path) -> None:
     with tarfile.open(source) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "constraints.txt", "tests/test_packaging.py"} <= names
+    return wheel
 
-    call(sys.executable, "-m", "venv", environment)
+
+@pytest.mark.long
+def test_the_wheel_runs_beside_what_it_requires_and_nothing_else(
+    wheel: Path, tmp_path: Path
+) -> None:
+    environment, here = tmp_path / "environment", tmp_path / "here"
+    here.mkdir()
+    call(sys.executable, "-m", "venv", "--without-pip", environment, here=here)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    others = required("orchard-moe", {})
+    del others["orchard-moe"]
+    for one in others.values():
+        top = {file.parts[0] for file in one.files or () if ".." not in file.parts}
+        for part in top - {"__pycache__"}:
+            if not (packages / part).exists():
+                (packages / part).symlink_to(one.locate_file(part))
+    assert not {"flwr", "cryptography", "matplotlib", "pytest"} & others.keys()
+    install = (sys.executable, "-m", "pip", "--python", environment / "bin" / "python", "install")
+    call(*install, "--quiet", "--no-deps", "--no-index", "--no-compile", wheel, here=here)
+    check_commands(environment / "bin" / "orchard", here)
+
+
+@pytest.mark.exhaustive
+def test_the_wheel_runs_where_pip_installs_it_and_so_does_its_demo(
+    wheel: Path, tmp_path: Path
+) -> None:
+    environment, here = tmp_path / "environment", tmp_path / "here"
+    here.mkdir()
+    call(sys.executable, "-m", "venv", environment, here=here)
     pip = environment / "bin" / "pip", "install", "--quiet", "--no-compile"
     pip = (*pip, "-c", ROOT / "constraints.txt")
-    call(*pip, "torch")
-    call(*pip, wheel)
-    orchard = environment / "bin" / "orchard"
-    installed = call(environment / "bin" / "pip", "freeze").stdout.lower()
+    call(*pip, "torch", here=here)
+    call(*pip, wheel, here=here)
+    installed = call(environment / "bin" / "pip", "freeze", here=here).stdout.lower()
     for name in ("flwr", "cryptography", "matplotlib", "pytest"):
         assert f"\n{name}==" not in installed
-    assert "tiny/flex " in call(orchard, "ls").stdout
-    assert "32 experts in 4 MoE layers" in call(orchard, "plan", "tiny/flex").stdout
-    call(orchard, "run", "tiny/fedavg", "server.rounds=1", "client.steps=1", "--out", "run")
+    orchard = environment / "bin" / "orchard"
+    check_commands(orchard, here)
+    assert "everything is in runs/demo" in call(orchard, "demo", here=here).stdout
+    assert (here / "runs" / "demo" / "summary.json").is_file()
+
+
+def check_commands(orchard: Path, here: Path) -> None:
+    """Check that commands work, and that those which take an extra say so."""
+    assert "tiny/flex " in call(orchard, "ls", here=here).stdout
+    assert "32 experts in 4 MoE layers" in call(orchard, "plan", "tiny/flex", here=here).stdout
+    short = ("server.rounds=1", "client.steps=1", "evaluation.models=global")
+    call(orchard, "run", "tiny/fedavg", *short, "--out", "run", here=here)
     result = json.loads((here / "run" / "result.json").read_text())
     assert result["commit"] is None
     assert result["base_is_unchanged"]
-    assert "everything is in runs/demo" in call(orchard, "demo").stdout
-    assert (here / "runs" / "demo" / "summary.json").is_file()
     for command in (
         ("keys", "new", "--site", "north"),
         ("coordinate", "tiny/fedavg", "deployment.sites=2"),
         ("site", "--data", "x.jsonl", "--store", "s", "--superlink", "127.0.0.1:1"),
     ):
-        (line,) = call(orchard, *command, code=2).stderr.splitlines()
+        (line,) = call(orchard, *command, here=here, code=2).stderr.splitlines()
         assert line.startswith("error: flwr, cryptography, ")

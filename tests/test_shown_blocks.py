@@ -102,7 +102,8 @@ def test_a_command_is_shortened_only_where_it_runs_and_does_not_say_otherwise() 
     typed = ["run", "r.toml", "model.path=MODEL", "server.rounds=3", "--out", "o"]
     assert shown_orchard.shortened(typed) == [
         *("run", "r.toml", "model.path=orchard:tiny", "server.rounds=3", "--out", "o"),
-        *("client.steps=2", "evaluation.max_examples=2", "evaluation.max_new_tokens=4"),
+        *("client.steps=2", "evaluation.max_examples=2", "evaluation.retention_path="),
+        "evaluation.max_new_tokens=4",
     ]
 
 

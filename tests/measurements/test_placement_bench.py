@@ -16,7 +16,7 @@ from orchard.models.stored.random_checkpoint import Shape
 SMALL = Shape(layers=2, width=64, heads=4, experts=8, expert_width=64, shared_width=64)
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_both_rounds_end_with_the_digest_of_memory() -> None:
     found = bench_placement(repeats=1, shape=SMALL, is_limited=False)
     assert found["same_digest"] is True

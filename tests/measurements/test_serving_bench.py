@@ -52,7 +52,7 @@ def test_a_server_under_load_answers_without_an_error() -> None:
     assert found["p50_between_tokens_seconds"] <= found["p99_between_tokens_seconds"]
 
 
-@pytest.mark.long
+@pytest.mark.exhaustive
 def test_every_key_of_serve_is_measured() -> None:
     found = bench_serving(repeats=1, model="orchard:tiny", say=lambda line: None, seconds=1.2)
     for key in (
