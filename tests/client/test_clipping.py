@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from collections.abc import Sequence
@@ -58,6 +59,15 @@ def both_ways(
     is_half = model.model.dtype == torch.bfloat16
     assert loss == pytest.approx(loss_each, rel=2e-3 if is_half else 1e-5)
     return together, each, not was_each
+
+
+def test_nothing_of_a_pass_stays_in_memory() -> None:
+    model = adapt(extra=("router", "experts"))
+    stir(model)
+    _, _, was_one = both_ways(model, examples(5), pass_tokens=12)
+    assert was_one
+    gc.collect()
+    assert not [own for own in gc.get_objects() if type(own).__name__ == "_Watch"]
 
 
 def assert_same(together: dict[str, Tensor], each: dict[str, Tensor]) -> None:

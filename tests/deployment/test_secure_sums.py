@@ -294,8 +294,8 @@ def test_a_site_joins_no_run_that_its_owners_rule_forbids(
         (("privacy.secure_least=4",), "server.clients_per_round must be at least"),
         (("privacy.secure_neighbors=3",), "privacy.secure_neighbors must be 0 or an even number"),
         (
-            ("privacy.unit=example", "privacy.epsilon=8", "privacy.delta=1e-3"),
-            "privacy.unit must be empty between sites",
+            ("privacy.unit=client", "privacy.epsilon=8", "privacy.delta=1e-3"),
+            "privacy.unit must not be client between sites",
         ),
     ],
 )

@@ -288,12 +288,12 @@ def _encode_responses(
 ) -> tuple[Encoded, ...]:
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}; raise it")
-    prompt = _encode_prompt(example, wording, max_tokens=None)
+    prompt = whole = _encode_prompt(example, wording, max_tokens=None)
     responses_ids = [wording.encode_response(prompt.roles, response) for response in responses]
     num_longest = max(map(len, responses_ids))
     if len(prompt.ids) + num_longest > max_tokens:
         room = max_tokens - min(num_longest, max_tokens // 2)
-        prompt = _encode_prompt(example, wording, max_tokens=room)
+        prompt = _encode_prompt(example, wording, max_tokens=room, whole=whole)
     room = max_tokens - len(prompt.ids)
     return tuple(
         Encoded(
@@ -307,13 +307,17 @@ def _encode_responses(
     )
 
 
-def _encode_prompt(example: Example, wording: Wording, *, max_tokens: int | None) -> _Prompt:
+def _encode_prompt(
+    example: Example, wording: Wording, *, max_tokens: int | None, whole: _Prompt | None = None
+) -> _Prompt:
+    """Encode a prompt, cut to ``max_tokens``; ``whole`` is it uncut where that is known."""
+
     def encode_with(history: Sequence[Turn], text: str, *cut: Cut) -> _Prompt:
         ids, labels = wording.encode_before(history, text)
         return _Prompt(ids, labels, (*(turn.role for turn in history), "user"), cut)
 
     text, history = prompt_text(example), example.history
-    prompt = encode_with(history, text)
+    prompt = whole or encode_with(history, text)
     if max_tokens is None or len(prompt.ids) <= max_tokens:
         return prompt
     num_system = sum(turn.role == "system" for turn in history)
@@ -331,7 +335,10 @@ def _encode_prompt(example: Example, wording: Wording, *, max_tokens: int | None
             return prompt
     num_characters = _longest_fit(
         text,
-        lambda number: len(encode_with(system, text[:number]).ids),
+        # After what was cut the last prompt still has all of the text.
+        lambda number: len(
+            (prompt if number == len(text) else encode_with(system, text[:number])).ids
+        ),
         template=wording.template,
         max_tokens=max_tokens,
     )

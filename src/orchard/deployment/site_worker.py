@@ -9,22 +9,20 @@ Run as ``python -m orchard.deployment.site_worker SETTINGS`` by ``orchard site``
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from orchard.client.client import Client
 from orchard.client.kept_messages import keep_values, read_task, write_update
 from orchard.client.store import DamagedError, OtherBaseError, set_aside
 from orchard.communication.audit import AUDIT_FILE, MAX_TEXT, AuditLog, content_digest
-from orchard.communication.channel import Channel, MissingCopyError
+from orchard.communication.channel import MissingCopyError
 from orchard.communication.door import (
     Alive,
     Join,
@@ -36,9 +34,8 @@ from orchard.communication.door import (
 from orchard.communication.messages import Task, Update
 from orchard.communication.readable import readable
 from orchard.communication.refusals import Code
-from orchard.deployment.accepted import check_request, check_task, check_tree, shapes_of
+from orchard.deployment.accepted import check_request, check_task, check_tree
 from orchard.deployment.consent import DRY_RUN_FILE, Refusal, SiteSettings
-from orchard.deployment.data_files import FileState, states_of
 from orchard.deployment.failures import as_refusal, code_of, in_words
 from orchard.deployment.fits import check_fits
 from orchard.deployment.joined import Runs
@@ -53,43 +50,23 @@ from orchard.deployment.site_recipe import (
     own_recipe,
     without_cohort,
 )
+from orchard.deployment.site_session import Session, Sessions, pin_data
 from orchard.deployment.site_sums import SiteSums, Waiting
 from orchard.deployment.terms import AGREED_FILE, Agreement, Terms
 from orchard.engine.processes import only_one
-from orchard.engine.simulator import Schedule
 from orchard.engine.worker import serve, watches_parent
-from orchard.experiment.data_record import DATA_FILE, check_data, record_data
-from orchard.experiment.methods import build_strategy
 from orchard.experiment.own_methods import import_from
-from orchard.experiment.preparation import Experiment, Seat, data_notes, prepare_experiment
+from orchard.experiment.preparation import Seat, data_notes, prepare_experiment
 from orchard.experiment.run_folder import RECIPE_FILE, folder_name, recipe_digest
-from orchard.experiment.running import build_clients, build_schedule, load_model, slow_ways_of
-from orchard.experiment.settings import learning_rate, lora_settings
-from orchard.experiment.wiring import build_channel
 from orchard.models.stored.loading import threads
-from orchard.models.trainable.adapters import AdaptedModel
 from orchard.recipe.options import Recipe
 from orchard.recipe.reading import parse_recipe, to_toml
 from orchard.results import write_atomically
 from orchard.server.admission import Admission
-from orchard.strategies.strategy import Strategy, evaluate_client, start_server, train_client
-from orchard.trees import Tree, digest
+from orchard.strategies.strategy import evaluate_client, train_client
+from orchard.trees import digest
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Session:
-    """One run, as this site takes part in it."""
-
-    recipe: Recipe
-    client: Client
-    strategy: Strategy
-    channel: Channel
-    schedule: Schedule
-    shared: Tree  # what a task holds, without its values
-    files: tuple[FileState, ...]  # what it was built from
-    recipe_digest: str  # of the recipe as it was asked
 
 
 class SiteWorker:
@@ -108,8 +85,7 @@ class SiteWorker:
         self._runs = Runs(settings.store)
         self._ledger = Ledger(settings.store)
         self._pace = Pace(settings.consent.requests_per_hour)
-        self._models: dict[str, AdaptedModel] = {}
-        self._sessions: dict[str, _Session] = {}
+        self._sessions = Sessions(settings, self._audit)
         self._sums = SiteSums(settings, self._audit)
 
     def handle(self, header: Mapping[str, Any], body: bytes) -> tuple[Mapping[str, Any], bytes]:
@@ -225,7 +201,7 @@ class SiteWorker:
             self._ledger.check_whole(recipe, self._consent, site=name, rows=rows)
         # First: a run that is one too many leaves nothing on the disk.
         self._runs.join(request.run, recipe_digest(asked), self._consent)
-        self._pin_data(request.run, experiment)
+        pin_data(self._settings.store, request.run, experiment)
         for note in data_notes(experiment):
             log.info("data: %s", note)
         self._agreement.keep(terms, run=request.run)
@@ -313,7 +289,7 @@ class SiteWorker:
         )
         return reply, message
 
-    def _read_task(self, body: bytes, session: _Session) -> Task:
+    def _read_task(self, body: bytes, session: Session) -> Task:
         try:
             # Before memory is taken for what it claims to hold.
             Admission().check_header(body, session.shared)
@@ -330,7 +306,7 @@ class SiteWorker:
                 raise
             raise as_refusal(Code.REQUEST, error) from error
 
-    def _keep_values(self, run: str, session: _Session, task: Task) -> None:
+    def _keep_values(self, run: str, session: Session, task: Task) -> None:
         """Keep what this site's own model is opened from where the coordinator is not there."""
         folder = self._settings.store / "personal" / folder_name(run)
         model = session.recipe.model
@@ -342,7 +318,7 @@ class SiteWorker:
             write_atomically(path, recipe)
         keep_values(task, session.channel, session.client.store)
 
-    def _evaluate(self, session: _Session, task: Task, models: Sequence[str]) -> dict[str, Any]:
+    def _evaluate(self, session: Session, task: Task, models: Sequence[str]) -> dict[str, Any]:
         """Measure models of the round before, as exactly as the owner lets it out."""
         started = time.monotonic()
         try:
@@ -355,7 +331,7 @@ class SiteWorker:
             "evaluation_seconds": round(time.monotonic() - started, 3),
         }
 
-    def _train(self, session: _Session, task: Task) -> Update:
+    def _train(self, session: Session, task: Task) -> Update:
         client = session.client
         if session.recipe.privacy.unit:
             self._pay(session, task)
@@ -367,7 +343,7 @@ class SiteWorker:
         rows = rows_read(session.recipe, client, task.settings)
         return replace(update, metrics=let_out(update.metrics, self._consent, rows=rows))
 
-    def _pay(self, session: _Session, task: Task) -> None:
+    def _pay(self, session: Session, task: Task) -> None:
         """Count a training before it begins: what a site that is killed has drawn may be known."""
         name, rows = self._settings.name, session.client.num_examples
         epsilon = self._ledger.charge(session.recipe, self._consent, site=name, rows=rows)
@@ -375,7 +351,7 @@ class SiteWorker:
             "paid", round=task.round_number, epsilon=epsilon, delta=self._consent.delta
         )
 
-    def _keep_back(self, run: str, message: bytes, task: Task, session: _Session) -> Update:
+    def _keep_back(self, run: str, message: bytes, task: Task, session: Session) -> Update:
         """Keep an update for a secure sum, and return what is sent now: what was measured.
 
         It is kept as it would have arrived, so that a sum is that of the simulator.
@@ -395,7 +371,7 @@ class SiteWorker:
         self._sums.keep(run, waiting)
         return replace(update, delta={}, weight={})
 
-    def _write_update(self, update: Update, session: _Session) -> bytes:
+    def _write_update(self, update: Update, session: Session) -> bytes:
         try:
             return write_update(update, session.channel, session.client.store)
         except DamagedError:
@@ -403,7 +379,7 @@ class SiteWorker:
         except ValueError as error:  # what was trained is not finite
             raise FloatingPointError(str(error)) from error
 
-    def _session(self, request: RoundTask) -> tuple[_Session, list[str]]:
+    def _session(self, request: RoundTask) -> tuple[Session, list[str]]:
         """Return what is needed for a run, built once, and what has changed since a round."""
         index, num_clients = request.index, request.num_clients
         if not 0 <= index < num_clients:
@@ -421,73 +397,9 @@ class SiteWorker:
                 what="consent",
                 consent_sha256=self._consent.digest(),
             )
-        key = json.dumps([request.run, recipe_digest(asked), index, num_clients])
-        session = self._sessions.get(key)
-        # A worker lives long: what it has in memory must still be what is on the disk.
-        if session is None or session.files != states_of(self._consent):
-            session = self._build(recipe, terms, request, recipe_digest(asked))
-            self._sessions = {key: session}
+        session = self._sessions.of(request, recipe, terms, asked=recipe_digest(asked))
         self._runs.check_base(request.run, session.client.model.base_digest)
         return session, changed
-
-    def _build(
-        self, recipe: Recipe, terms: Terms, request: RoundTask, asked_digest: str
-    ) -> _Session:
-        name, num_clients = self._settings.name, request.num_clients
-        files = states_of(self._consent)  # before they are read: a change meanwhile is seen later
-        try:
-            experiment = prepare_experiment(
-                recipe, seat=Seat(name, request.index, num_clients, terms.split_seed)
-            )
-            strategy = build_strategy(recipe, num_clients=num_clients)
-        except (ValueError, OSError) as error:
-            raise as_refusal(Code.DATA, error) from error
-        folder = self._pin_data(request.run, experiment)
-        check_rows(experiment, self._consent, client_id=name)
-        check_fits(self._consent, experiment, client_id=name)
-        model = self._model(recipe, experiment.tokenizer)
-        for sentence in slow_ways_of(experiment, model):
-            log.warning("%s", sentence)
-        (client,) = build_clients(experiment, model, folder)
-        return _Session(
-            recipe,
-            client,
-            strategy,
-            build_channel(recipe),
-            build_schedule(recipe, rate=learning_rate(recipe, model.view)),
-            shapes_of(start_server(strategy, model.fresh).shared),
-            files,
-            asked_digest,
-        )
-
-    def _pin_data(self, run: str, experiment: Experiment) -> Path:
-        """Return the folder of a run, with which this site takes part with the same data alone."""
-        folder = self._settings.store / "personal" / folder_name(run)
-        if (folder / DATA_FILE).exists():
-            try:
-                check_data(folder, experiment.digest, what=f"this site's part in run {run}")
-            except ValueError as error:
-                raise as_refusal(Code.DATA_CHANGED, error) from error
-        else:
-            record_data(folder, experiment.digest)
-        return folder
-
-    def _model(self, recipe: Recipe, tokenizer: Any) -> AdaptedModel:
-        """Return the warm model, loaded where it is not the one that the recipe needs."""
-        key = json.dumps([asdict(recipe.model), asdict(lora_settings(recipe)), recipe.seed])
-        if key not in self._models:
-            self._models.clear()
-            started = time.monotonic()
-            with threads(recipe.model.num_threads):
-                model = load_model(recipe, tokenizer)
-            self._models[key] = model
-            self._audit.write(
-                "loaded",
-                model=recipe.model.path,
-                base_digest=model.base_digest,
-                seconds=round(time.monotonic() - started, 3),
-            )
-        return self._models[key]
 
 
 def main() -> None:

@@ -142,7 +142,12 @@ def _adapters_of_experts(
 
 
 class _Watch(TorchFunctionMode):
-    """What the products of a pass read and gave back, until ``take`` makes gradients of it."""
+    """What the products of a pass read and gave back, until ``take`` makes gradients of it.
+
+    The graph of the pass holds this object, by what its nodes call. So what is kept here must hold
+    no graph: Python's collector does not see cycles that lead through one, and each pass would stay
+    in memory for ever.
+    """
 
     def __init__(
         self,
@@ -197,7 +202,7 @@ class _Watch(TorchFunctionMode):
         return x.numel() == self._num_tokens * x.shape[-1]
 
     def _keep(self, weight: Tensor, given: Tensor, read: Tensor | None) -> None:
-        read_TM = None if read is None else read.flatten(0, -2)
+        read_TM = None if read is None else read.detach().flatten(0, -2)
         self._uses.append(_Use(weight, given.flatten(0, -2), read_TM))
 
     def routed(self, found: Mapping[str, _Factors], expert: int, token_P: Tensor) -> Product:
@@ -210,7 +215,7 @@ class _Watch(TorchFunctionMode):
             uses = self._routed[id(own)][1]
 
             def keep(given_PN: Tensor, read_PM: Tensor) -> None:
-                uses.append(_RoutedUse(expert, token_P, given_PN, read_PM))
+                uses.append(_RoutedUse(expert, token_P, given_PN, read_PM.detach()))
 
             y_PN: Tensor = _Kept.apply(x_PM, weight, self._anchor, keep)  # type: ignore[no-untyped-call]
             return y_PN if bias is None else y_PN + bias
@@ -225,6 +230,14 @@ class _Watch(TorchFunctionMode):
             UncoveredError: The backward pass gave a trained parameter a gradient of its own, so
                 that it is used otherwise too.
         """
+        try:
+            return self._by_rows()
+        finally:
+            self._uses.clear()  # a weight that was made of what is trained has its graph
+            for _, uses in self._routed.values():
+                uses.clear()
+
+    def _by_rows(self) -> dict[int, Tensor]:
         if any(parameter.grad is not None for parameter in self._trained.values()):
             raise UncoveredError
         lengths = torch.tensor(self._lengths)
