@@ -231,9 +231,14 @@ class Requirements:
         width = DTYPES[self._shape.dtype].itemsize
         return round(num_bytes / width * bytes_per_value(placement.precision))
 
+    @property
+    def _folds(self) -> bool:
+        """Whether adapters are added to the weights of experts before these multiply."""
+        return EXPERTS in self._shape.lora.targets and not self.footprint.is_factored
+
     def _folded(self, placement: Placement, expert_bytes: Sequence[int]) -> int:
         """Return what experts take beside themselves, a layer's bytes each, while they run."""
-        if EXPERTS in self._shape.lora.targets:
+        if self._folds:
             # A copy with adapters in it of all layers, or of one at a time; and one of a layer's
             # gradient, in slices and then in one piece.
             kept = max(expert_bytes) if placement.kind == "mapped" else sum(expert_bytes)
@@ -264,7 +269,7 @@ class Requirements:
         experts = sum(expert_bytes)
         placed = self._held(self._shape.placement, expert_bytes)
         held = sizes.dense_bytes + placed + _FLOAT * (sum(sizes.trainable.values()) * 2)
-        if EXPERTS in self._shape.lora.targets:
+        if self._folds:
             held += experts * _FLOAT // width
         # Logits as the model makes them, in float32, and their softmax.
         logits = num_answered * sizes.vocabulary * (width + 2 * _FLOAT)

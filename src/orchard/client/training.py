@@ -18,6 +18,7 @@ from orchard.evaluation.loss import forward_losses
 from orchard.models.kernels import waiting
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.dropout import dropout_by_row
+from orchard.models.trainable.factored import factored_experts
 from orchard.models.view.unbinding import unbound_experts
 from orchard.process_memory import release_freed_memory
 from orchard.trees import Tree, clone, zeros_like
@@ -243,6 +244,7 @@ def train(
         with (
             torch.random.fork_rng(devices=[]),
             unbound_experts(model.view),
+            factored_experts(model.view),
             dropout_by_row(model.model, seed=dropout_seed),
         ):
             torch.manual_seed(dropout_seed)

@@ -14,6 +14,7 @@ from orchard.evaluation.loss import mean_loss
 from orchard.evaluation.multiple_choice import LengthNormalization, choose, standard_error
 from orchard.evaluation.rouge import chrf, exact_match, rouge_l
 from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.factored import factored_experts
 from orchard.models.view.unbinding import unbound_experts
 
 # Whether more is better.
@@ -154,7 +155,7 @@ def evaluate(
     """
     if examples and all(is_text(example) for example in examples):
         settings = replace(settings, metrics=tuple(m for m in settings.metrics if m == "loss"))
-    with unbound_experts(model.view):
+    with unbound_experts(model.view), factored_experts(model.view):
         return _evaluate(model, examples, settings, keep, note)
 
 

@@ -21,6 +21,7 @@ from orchard.models.stored.loading import Base, load_config, load_tokenizer
 from orchard.models.stored.placing import open_base
 from orchard.models.stored.sources import build_view
 from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.factored import factored_experts
 from orchard.models.view.unbinding import unbound_experts
 from orchard.personal.sampling import Sampling
 from orchard.personal.state import ModelState
@@ -132,7 +133,7 @@ class OpenedModel:
     ) -> Generator[str, None, None]:
         tokens: list[int] = []
         text = shown = ""
-        with unbound_experts(self.adapted.view):
+        with unbound_experts(self.adapted.view), factored_experts(self.adapted.view):
             written = write_tokens(
                 self.adapted.model,
                 ids,

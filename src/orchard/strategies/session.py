@@ -27,6 +27,7 @@ from orchard.experts.selection import (
     union_of_choices,
 )
 from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.factored import factored_experts
 from orchard.models.view.unbinding import unbound_experts
 from orchard.results import Metrics
 from orchard.strategies.expert_names import expert_of
@@ -267,7 +268,12 @@ def route_each(
     was_training = model.model.training
     model.model.eval()
     try:
-        with torch.no_grad(), unbound_experts(model.view), watch_routing(model.view, passes.append):
+        with (
+            torch.no_grad(),
+            unbound_experts(model.view),
+            factored_experts(model.view),
+            watch_routing(model.view, passes.append),
+        ):
             for batch in batches:
                 forward_losses(model, batch)
     finally:

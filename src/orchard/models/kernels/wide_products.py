@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from orchard.models.kernels.products import is_slow, multiply_back, multiply_rows
 
@@ -41,10 +42,17 @@ def _forward(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
         is_trained = any(part.requires_grad for part in parts)
         if is_trained or input.dtype != linear.weight.dtype:
             return nn.Linear.forward(linear, input)
-        y: Tensor = _Wide.apply(input, linear.weight, linear.bias)  # type: ignore[no-untyped-call]
-        return y
+        return frozen_linear(input, linear.weight, linear.bias)
 
     return forward
+
+
+def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``functional.linear``, with a gradient of ``x`` alone, widened where faster."""
+    if not is_slow(weight):
+        return functional.linear(x, weight, bias)
+    y: Tensor = _Wide.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return y
 
 
 class _Wide(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch.fx.experimental import _config as fx_config
 
 from orchard.library_errors import first_line
 from orchard.models.stored.loading import DTYPES
+from orchard.models.trainable.factored import is_factored
 from orchard.models.trainable.slots import full_slots, lora_slots
 from orchard.models.trainable.targets import LoraSettings, find_targets, inject_lora
 from orchard.models.view.detection import view_config
@@ -33,6 +34,7 @@ class Footprint:
         expert_bytes: Weights of one routed expert, by layer, in the base's dtype.
         trainable: Name to elements, of everything that can be trained, as in ``AdaptedModel``.
         vocabulary: Rows of the output.
+        is_factored: Whether adapters of experts run as products of their own, in every layer.
     """
 
     layers: dict[str, int]
@@ -40,6 +42,7 @@ class Footprint:
     expert_bytes: dict[str, int]
     trainable: dict[str, int]
     vocabulary: int
+    is_factored: bool = False
 
     @property
     def num_experts(self) -> int:
@@ -69,6 +72,7 @@ def measure_footprint(config: Any, lora: LoraSettings, *, dtype: str) -> Footpri
         expert_bytes=expert_bytes,
         trainable=_trainable(view, lora),
         vocabulary=int(config.get_text_config().vocab_size),
+        is_factored=all(is_factored(layer.storage) for layer in view.layers),
     )
 
 

@@ -23,13 +23,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from orchard.models.trainable.adapters import AdaptedModel
+from orchard.models.trainable.factored import Factors, find_wrappers
 from orchard.models.trainable.segments import group_segments
 from orchard.models.view.moe import MoEView
 from orchard.models.view.storage import FusedExperts, Product
@@ -73,23 +73,6 @@ class _RoutedUse:
     read_PM: Tensor
 
 
-@dataclass(frozen=True)
-class _Factors:
-    """The adapter of all experts of one parameter: A is (E * R, in), B is (out, R * E)."""
-
-    A: nn.Parameter
-    B: nn.Parameter
-    scale: float
-    num_experts: int
-    dtype: torch.dtype
-
-    def blocks(self) -> tuple[Tensor, Tensor]:
-        """Return both by experts, (E, R, in) and (E, out, R), as the weight was made of them."""
-        A_ERM = self.A.detach().view(self.num_experts, -1, self.A.shape[1])
-        B_NRE = self.B.detach().view(len(self.B), -1, self.num_experts)
-        return A_ERM.to(self.dtype).float(), B_NRE.permute(2, 0, 1).to(self.dtype).float()
-
-
 class RowGradients:
     """The gradients of each row of a pass, in everything that is trained."""
 
@@ -102,8 +85,12 @@ class RowGradients:
         """
         self._model = model
         self._trained = {id(p): p for p in model.whole_parameters(names)}
-        by_parameter = dict(_adapters_of_experts(model.model, self._trained))
-        self._experts: list[tuple[FusedExperts, Mapping[str, _Factors]]] = []
+        by_parameter = {
+            id(wrapper.get_param()): factors
+            for wrapper, factors in find_wrappers(model.model)
+            if {id(factors.A), id(factors.B)} & {*self._trained}
+        }
+        self._experts: list[tuple[FusedExperts, Mapping[str, Factors]]] = []
         for layer in model.view.layers:
             if isinstance(layer.storage, FusedExperts):
                 parameters = layer.experts.named_parameters(recurse=False)
@@ -129,18 +116,6 @@ class RowGradients:
             yield watch
 
 
-def _adapters_of_experts(
-    model: nn.Module, trained: Collection[int]
-) -> Iterator[tuple[int, _Factors]]:
-    for module in model.modules():
-        if isinstance(module, ParamWrapper):
-            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-            parameter = module.get_param()
-            if parameter.ndim == 3 and {id(A), id(B)} & {*trained}:
-                scale = module.scaling["default"]
-                yield id(parameter), _Factors(A, B, scale, len(parameter), parameter.dtype)
-
-
 class _Watch(TorchFunctionMode):
     """What the products of a pass read and gave back, until ``take`` makes gradients of it.
 
@@ -152,7 +127,7 @@ class _Watch(TorchFunctionMode):
     def __init__(
         self,
         trained: Mapping[int, nn.Parameter],
-        experts: Collection[tuple[FusedExperts, Mapping[str, _Factors]]],
+        experts: Collection[tuple[FusedExperts, Mapping[str, Factors]]],
         lengths: tuple[int, ...],
     ) -> None:
         super().__init__()
@@ -161,7 +136,7 @@ class _Watch(TorchFunctionMode):
         # What makes a result have a gradient; the graph behind a weight is read later, by rows.
         self._anchor = next(iter(trained.values()))
         self._uses: list[_Use] = []
-        self._routed: dict[int, tuple[_Factors, list[_RoutedUse]]] = {
+        self._routed: dict[int, tuple[Factors, list[_RoutedUse]]] = {
             id(factors): (factors, []) for _, own in experts for factors in own.values()
         }
 
@@ -205,7 +180,7 @@ class _Watch(TorchFunctionMode):
         read_TM = None if read is None else read.detach().flatten(0, -2)
         self._uses.append(_Use(weight, given.flatten(0, -2), read_TM))
 
-    def routed(self, found: Mapping[str, _Factors], expert: int, token_P: Tensor) -> Product:
+    def routed(self, found: Mapping[str, Factors], expert: int, token_P: Tensor) -> Product:
         """Return what multiplies an expert's tokens, see ``FusedExperts.routed_product``."""
 
         def multiply(name: str, x_PM: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -287,13 +262,13 @@ def _of_rows(use: _Use, row_T: Tensor, num_rows: int) -> Tensor:
 
 
 def _of_factors(
-    factors: _Factors, uses: Collection[_RoutedUse], row_T: Tensor, num_rows: int
+    factors: Factors, uses: Collection[_RoutedUse], row_T: Tensor, num_rows: int
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yield both factors of the experts of one parameter with each row's gradient."""
     given_PN = torch.cat([use.given_PN for use in uses])
     read_PM = torch.cat([use.read_PM for use in uses])
     segment_P = torch.cat([row_T[use.token_P] * factors.num_experts + use.expert for use in uses])
-    A_ERM, B_ENR = factors.blocks()
+    A_ERM, B_ENR = (part.detach().float() for part in factors.blocks())
     num_experts, rank, width = A_ERM.shape
     out = B_ENR.shape[1]
     of_A = torch.zeros(num_rows * num_experts, rank, width, device=A_ERM.device)
