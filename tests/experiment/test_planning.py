@@ -8,7 +8,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
-from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from typer.testing import CliRunner
 
 import tiny_families
@@ -22,9 +21,11 @@ from orchard.models.stored.loading import resolve, without_progress_bars
 from orchard.recipe.options import Recipe
 from orchard.results import MetricsLog
 from tiny_composites import COMPOSITES, composite_builder_of
+from tiny_pairs import tiny_switch
 
 CARVE = ("selection.mode=carve", "selection.cadence=round")
 ADAPTED = "model.lora_targets=router,experts"
+PAIR, NO_DROPOUT = "model.lora_targets=attention", "model.lora_dropout=0"
 CHOOSES = ("data.options=options", "evaluation.metrics=accuracy")
 FOREIGN = ("deepseek_v4", "ernie4_5_vl_moe", "switch")
 
@@ -48,8 +49,7 @@ def write_model(folder: Path, option: str) -> str:
     with pytest.MonkeyPatch.context() as patch, without_progress_bars():
         patch.setitem(tiny_families.SIZES, "vocab_size", size)
         if family == "switch":
-            config = SwitchTransformersConfig(vocab_size=size, d_model=32, d_ff=16, num_experts=4)
-            model = SwitchTransformersForConditionalGeneration(config)
+            model = tiny_switch(size=size)
         else:
             model = (composite_builder_of if family in COMPOSITES else tiny_families.builder_of)(
                 family
@@ -206,9 +206,30 @@ def test_the_command_prints_a_table_and_json() -> None:
         ),
         (
             "fedavg",
-            ("data.path=ROWS", "data.partition=iid", "model.path=switch"),
+            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, NO_DROPOUT),
+            None,
+            "",
+        ),
+        (
+            "fedavg",
+            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR),
             ValueError,
-            r"^model\.path must lead to a model that continues a text, got .*, an encoder-decoder",
+            r"^model\.lora_dropout must be 0 with an encoder-decoder \(switch_transformers\)",
+        ),
+        (
+            "flex",
+            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, NO_DROPOUT),
+            ValueError,
+            r"^model\.path must lead to a model that continues a text with strategy\.name = flex",
+        ),
+        (
+            "fedavg",
+            (
+                *("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, NO_DROPOUT),
+                "client.router_aux_coefficient=0.1",
+            ),
+            ValueError,
+            r"^client\.router_aux_coefficient must be 0 with an encoder-decoder",
         ),
     ],
 )

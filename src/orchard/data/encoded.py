@@ -76,6 +76,35 @@ def collate(
     return {**inputs, "labels": labels}
 
 
+def collate_pairs(batch: Sequence[Encoded], *, pad_id: int, start_id: int) -> dict[str, IntArray]:
+    """Pad examples for an encoder that reads prompts and a decoder that writes responses.
+
+    On the right, so that a row's tokens stand at the same places whatever it is read with.
+
+    Args:
+        batch: Examples, each with a prompt.
+        pad_id: What rows are padded with.
+        start_id: What the decoder reads before a response.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` of the prompts, (B, S); ``decoder_input_ids`` and
+        ``decoder_attention_mask`` of the responses, each behind ``start_id`` and without its last
+        token, and ``labels``, what is to be written at the same place (-100 on padding), (B, N).
+
+    Raises:
+        ValueError: The batch is empty.
+    """
+    prompts = collate_prompts([one.prompt_ids for one in batch], pad_id=pad_id, side="right")
+    read = [[start_id, *one.input_ids[one.prompt_length : -1]] for one in batch]
+    responses = collate_prompts(read, pad_id=pad_id, side="right")
+    labels = [one.labels[one.prompt_length :] for one in batch]
+    return {
+        **prompts,
+        **{f"decoder_{name}": array for name, array in responses.items()},
+        "labels": _pad(labels, value=IGNORED, side="right"),
+    }
+
+
 def collate_prompts(
     prompts: Sequence[Sequence[int]], *, pad_id: int, side: Literal["right", "left"] = "left"
 ) -> dict[str, IntArray]:

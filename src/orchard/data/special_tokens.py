@@ -91,6 +91,13 @@ class PieceEncoder:
             return self._encode_by_place(pieces, text, begins=begins)
         return ids, [False] * len(ids)
 
+    @property
+    def ends_texts(self) -> bool:
+        """Whether the tokenizer puts its end token behind a text by itself."""
+        return bool(
+            self._tokenizer("a", verbose=False)["input_ids"][-1] == self._tokenizer.eos_token_id
+        )
+
     def special_ids(self, ids: Sequence[int]) -> list[int]:
         """Return those of ``ids`` that are special, in order, without the unknown token."""
         if self._ids.keys().isdisjoint(ids):

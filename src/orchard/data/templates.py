@@ -51,6 +51,8 @@ class Wording:
         tokenizer: Must have an end token.
         special: Whether special tokens in data are text, or are allowed to be what they are.
         learn: Whether every turn of the assistant carries loss, or only the response.
+        is_read_apart: Whether an encoder reads the prompt and a decoder writes the response. Then
+            the prompt ends as the tokenizer ends a text, and no turn before a response is learned.
         encoder: Encodes for the tokenizer.
 
     Raises:
@@ -62,6 +64,7 @@ class Wording:
     tokenizer: PreTrainedTokenizerBase
     special: SpecialTokens = "text"
     learn: Learn = "every"
+    is_read_apart: bool = False
     encoder: PieceEncoder = field(init=False, repr=False)
     _layouts: dict[tuple[Role, ...], ChatLayout] = field(
         default_factory=dict, init=False, repr=False
@@ -154,6 +157,9 @@ class Wording:
             ]
         if is_chat and self.special == "text":
             self._check_special(ids, expected, text)
+        if self.is_read_apart and self.encoder.ends_texts:
+            ids.append(int(self.tokenizer.eos_token_id))
+            labels.append(IGNORED)
         return ids, labels
 
     def encode_response(self, roles: Sequence[Role], text: str) -> list[int]:
@@ -289,6 +295,11 @@ def _encode_responses(
     if max_tokens < 2:
         raise ValueError(f"max_tokens must be at least 2, got {max_tokens}; raise it")
     prompt = whole = _encode_prompt(example, wording, max_tokens=None)
+    if wording.is_read_apart and any(label != IGNORED for label in prompt.labels):
+        raise ValueError(
+            "data.learn must be last with an encoder-decoder, which writes nothing of a prompt, "
+            f"got {wording.learn} and earlier turns of the assistant; set it to last"
+        )
     responses_ids = [wording.encode_response(prompt.roles, response) for response in responses]
     num_longest = max(map(len, responses_ids))
     if len(prompt.ids) + num_longest > max_tokens:

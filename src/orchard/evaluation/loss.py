@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from orchard.data.encoded import IGNORED, Encoded, collate
+from orchard.data.encoded import IGNORED, Encoded, IntArray, collate, collate_pairs
 from orchard.models.kernels.heads import cross_entropy, is_plain_head
 from orchard.models.kernels.packing import can_pack, pack, packed_attention
+from orchard.models.kernels.pairs import is_pair, start_id
 from orchard.models.trainable.adapters import AdaptedModel
 
 
@@ -49,16 +50,15 @@ def forward_losses(
             arguments = rows.arguments()
             # What follows the last token of a row is not its own.
             labels = [[*example.labels[1:], IGNORED] for example in batch]
-            targets_BS = np.array([[t for row in labels for t in row][:-1]], dtype=np.int64)
+            targets_BS = np.array([[t for row in labels for t in row]], dtype=np.int64)
             undo.enter_context(packed_attention(model.model))
         else:
-            arrays = collate(batch, pad_id=model.tokenizer.pad_token_id)
-            targets_BS = arrays.pop("labels")[:, 1:]
+            arrays, targets_BS = _padded(model, batch)
             arguments = {k: torch.from_numpy(array).to(model.device) for k, array in arrays.items()}
         # Told on the host: a device would have to be waited for to say how many there are.
         is_response_BS = targets_BS != IGNORED
         row_T, column_T = np.nonzero(is_response_BS)
-        places = torch.from_numpy(row_T * (targets_BS.shape[1] + 1) + column_T)
+        places = torch.from_numpy(row_T * targets_BS.shape[1] + column_T)
         places_T = places.to(model.device)
         read = undo.enter_context(_read_only_at(model, places_T, targets_BS.shape))
         outputs = model.model(**arguments, use_cache=False, **options)
@@ -79,6 +79,18 @@ def forward_losses(
     return losses_T, router_loss
 
 
+def _padded(model: AdaptedModel, batch: Sequence[Encoded]) -> tuple[dict[str, IntArray], IntArray]:
+    """Return what a model reads of a batch, and what it is to say at each place."""
+    pad_id = model.tokenizer.pad_token_id
+    if is_pair(model.model):
+        arrays = collate_pairs(batch, pad_id=pad_id, start_id=start_id(model.model))
+        return arrays, arrays.pop("labels")
+    arrays = collate(batch, pad_id=pad_id)
+    following = np.roll(arrays.pop("labels"), -1, axis=1)
+    following[:, -1] = IGNORED
+    return arrays, following
+
+
 @contextmanager
 def _read_only_at(
     model: AdaptedModel, places_T: torch.Tensor, shape: tuple[int, ...]
@@ -88,7 +100,7 @@ def _read_only_at(
     Args:
         model: The model, whose forward pass returns logits (T, V) inside.
         places_T: Which places to keep, counted over all rows of S.
-        shape: (B, S - 1): nothing follows the last place of a row, which is not read.
+        shape: (B, S).
 
     Yields:
         What the head would have read of those places, (T, D), where its losses can be computed in
@@ -101,7 +113,7 @@ def _read_only_at(
 
     def select(head: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor | None:
         (hidden_BSD, *_) = args
-        if hidden_BSD.shape[:2] != (shape[0], shape[1] + 1):
+        if hidden_BSD.shape[:2] != shape:
             return None
         hidden_TD = hidden_BSD.flatten(0, 1)[places_T]
         if not can_defer:

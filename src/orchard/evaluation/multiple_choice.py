@@ -18,8 +18,10 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from orchard.data.encoded import Encoded, collate_prompts
+from orchard.data.encoded import IGNORED, Encoded, collate_prompts
+from orchard.evaluation.loss import forward_losses
 from orchard.models.kernels.caches import cache_name, can_be_continued
+from orchard.models.kernels.pairs import is_pair
 from orchard.models.trainable.adapters import AdaptedModel
 
 LengthNormalization: TypeAlias = Literal["none", "tokens"]
@@ -84,6 +86,8 @@ def log_likelihoods(
         questions: The options of each, encoded behind the same prompt.
         batch_size: Questions at a time; those of similar length go together.
     """
+    if is_pair(model.model):
+        return [_written(model, options) for options in questions]
     order = sorted(range(len(questions)), key=lambda number: len(questions[number][0].prompt_ids))
     scores = [[math.nan] * len(options) for options in questions]
     can_share = True
@@ -103,6 +107,16 @@ def log_likelihoods(
                 scores[question][option] = float(terms.double().sum())
             first += len(row.start) + 1
     return scores
+
+
+def _written(model: AdaptedModel, options: Sequence[Encoded]) -> list[float]:
+    """Return what ``log_likelihoods`` does of one question, of a decoder behind an encoder."""
+    ended = [
+        replace(one, labels=[*one.labels[:-1], IGNORED]) if one.is_ended else one for one in options
+    ]
+    losses_T, _ = forward_losses(model, ended)
+    parts = torch.split(losses_T.double(), [one.num_labels for one in ended])
+    return [-float(own_T.sum()) for own_T in parts]
 
 
 def standard_error(share: float, num_examples: int) -> float:

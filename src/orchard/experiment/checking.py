@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from orchard.evaluation.quality import check_options
 from orchard.experiment.budgets import build_requirements
 from orchard.experiment.holdings import Elsewhere, Federation, refuse_conventions
+from orchard.experiment.methods import check_strategy, has_grafts
 from orchard.experiment.protecting import check_privacy, check_sound
 from orchard.experiment.secrecy import check_deployed_secrecy, check_secrecy
 from orchard.experiment.settings import lora_settings
 from orchard.experts.submodel_source import check_several
 from orchard.extras import require
+from orchard.models.kernels.pairs import is_pair, start_id
 from orchard.models.stored.carving import check_carvable
 from orchard.models.stored.conversion import match_checkpoint
-from orchard.models.stored.loading import load_config
+from orchard.models.stored.loading import load_config, refuse_pair
 from orchard.models.stored.sources import build_view
 from orchard.models.trainable.adapters import trainable_names
 from orchard.models.view.detection import view_config
@@ -75,6 +77,34 @@ def check_between_sites(recipe: Recipe, *, num_sites: int = 0) -> None:
             "are read in orchard run alone"
         )
     refuse_conventions(recipe.data)
+
+
+def check_pair(recipe: Recipe, view: MoEView) -> None:
+    """Refuse what an encoder-decoder has no place for.
+
+    Args:
+        recipe: Every choice.
+        view: The model, which may be on the meta device.
+
+    Raises:
+        ValueError: The recipe asks for it, or nothing says what its decoder starts from.
+    """
+    if not is_pair(view.model):
+        return
+    start_id(view.model)
+    if has_grafts(check_strategy(recipe.strategy.name)):
+        refuse_pair(recipe.model.path, doing=f"strategy.name = {recipe.strategy.name}")
+    kind = type(view.model.config).model_type  # type: ignore[union-attr]
+    if recipe.model.lora_dropout:
+        raise ValueError(
+            f"model.lora_dropout must be 0 with an encoder-decoder ({kind}), got "
+            f"{recipe.model.lora_dropout:g}; it is drawn by rows, and such a row has two lengths"
+        )
+    if recipe.client.router_aux_coefficient:
+        raise ValueError(
+            f"client.router_aux_coefficient must be 0 with an encoder-decoder ({kind}), got "
+            f"{recipe.client.router_aux_coefficient:g}; it has a loss for each of its stacks"
+        )
 
 
 def check_cohort(recipe: Recipe, *, num_clients: int) -> None:

@@ -15,6 +15,7 @@ from orchard.data.special_tokens import Piece
 from orchard.data.templates import Wording, encode, encode_options
 from orchard.evaluation.quality import TestExample
 from orchard.models.stored.endings import read_end_ids
+from orchard.models.stored.loading import load_config
 from orchard.recipe.options import Recipe
 
 _PARTS = {"turns": "earlier turns of", "prompt": "the prompt of", "response": "the response of"}
@@ -32,6 +33,7 @@ def make_wording(recipe: Recipe, tokenizer: Any) -> Wording:
         tokenizer,
         special=data.special_tokens,  # type: ignore[arg-type]
         learn=data.learn,  # type: ignore[arg-type]
+        is_read_apart=bool(load_config(recipe.model.path).is_encoder_decoder),
     )
 
 
@@ -72,6 +74,11 @@ def encode_all(
 
 def _encode_text(text: str, wording: Wording, *, max_tokens: int) -> Encoded:
     """Encode a text of a corpus as it is, up to a length."""
+    if wording.is_read_apart:
+        raise ValueError(
+            "an example must have an instruction with an encoder-decoder, got a text alone; choose "
+            "data of instructions and responses, or another checkpoint"
+        )
     ids, _ = wording.encoder.encode([Piece(text)], begins=True)
     cut: tuple[Cut, ...] = ("response",) if len(ids) > max_tokens else ()
     ids = ids[:max_tokens]

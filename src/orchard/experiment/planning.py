@@ -20,6 +20,7 @@ from orchard.experiment.checking import (
     check_clients,
     check_cohort,
     check_names,
+    check_pair,
     check_tested,
 )
 from orchard.experiment.encoding import end_ids, make_wording
@@ -120,6 +121,7 @@ def make_plan(
     path = recipe.model.path
     checked = check_checkpoint(path, lora_settings(recipe))
     check_names(recipe)
+    check_pair(recipe, checked.view)
     if is_whole:
         check_start(recipe)
     tokenizer = load_tokenizer(path)

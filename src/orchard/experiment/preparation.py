@@ -15,6 +15,7 @@ from orchard.experiment.checking import (
     check_clients,
     check_cohort,
     check_names,
+    check_pair,
     check_tested,
 )
 from orchard.experiment.data_record import DataDigest, data_digest
@@ -130,6 +131,7 @@ def prepare_experiment(recipe: Recipe, *, seat: Seat | None = None) -> Experimen
     placement_of(recipe)  # what cannot be placed there is refused
     checked = check_checkpoint(recipe.model.path, lora_settings(recipe))
     check_names(recipe)
+    check_pair(recipe, checked.view)
     if seat is None:  # a site is sent what a run starts from
         check_start(recipe)
     budgets = expert_budgets(recipe, checked.view, num_clients=num_clients)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from orchard.experts.importance import ImportanceSettings, LayerImportance, layer_importance
 from orchard.models.kernels.packing import rows_of
+from orchard.models.kernels.pairs import is_pair, read_by
 from orchard.models.view.moe import MoEView
-from orchard.models.view.routing import record_routing
+from orchard.models.view.routing import is_decoder, record_routing
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,30 @@ def watch_routing(
         see: Gets one ``LayerPass`` per MoE layer.
         keep_graph: Leave its probabilities in the graph of the forward pass.
     """
+    of_decoder = [is_decoder(view, layer) for layer in view.layers]
+    sides = (False, True) if is_pair(view.model) else (False,)
     with record_routing(view, keep_graph=keep_graph) as record:
 
         def before(module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-            mask_BS = kwargs.get("attention_mask")
-            # While a text is generated, the mask is longer than what is fed.
-            fits = mask_BS is not None and mask_BS.shape == kwargs["input_ids"].shape
-            record.token_mask_BS = mask_BS if fits else None
+            if is_writing(kwargs):
+                return
+            _, record.token_mask_BS = read_by(kwargs, is_decoder=False)
+            if is_pair(view.model):
+                _, record.decoder_token_mask_BS = read_by(kwargs, is_decoder=True)
             # Somebody may have run parts of the model alone, as FLEx's choice of experts does.
             for layer in record.layers:
                 layer.passes.clear()
 
         def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            sample_of_T = rows_of(kwargs)
+            if is_writing(kwargs):
+                for layer in record.layers:
+                    layer.passes.clear()
+                return
+            sample_of_T = [rows_of(kwargs, is_decoder=own) for own in sides]
             passes = []
-            for layer in record.layers:
+            for layer, side in zip(record.layers, of_decoder, strict=True):
                 is_real_T = layer.token_mask_T
-                sample_T = sample_of_T.to(is_real_T.device)
+                sample_T = sample_of_T[side].to(is_real_T.device)
                 passes.append(
                     LayerPass(
                         layer.probabilities_TE[is_real_T],
@@ -64,7 +72,7 @@ def watch_routing(
                     )
                 )
                 layer.passes.clear()
-            record.token_mask_BS = None
+            record.token_mask_BS = record.decoder_token_mask_BS = None
             see(tuple(passes))
 
         handles = [
@@ -76,6 +84,11 @@ def watch_routing(
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def is_writing(arguments: Mapping[str, Any]) -> bool:
+    """Say whether a call is of a decoder alone, which writes what its encoder has read before."""
+    return arguments.get("input_ids") is None
 
 
 def concatenate(passes: list[tuple[LayerPass, ...]]) -> tuple[LayerPass, ...]:

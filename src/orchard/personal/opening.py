@@ -13,7 +13,7 @@ from torch import nn
 from orchard.communication.messages import LocalSettings, Task
 from orchard.data.examples import Example, Turn
 from orchard.data.templates import Template, Wording, encode_prompt
-from orchard.experiment.encoding import end_ids
+from orchard.experiment.encoding import end_ids, make_wording
 from orchard.experiment.settings import graft_settings, lora_settings, placement_of
 from orchard.experts.grafting import ReadOrigin, grafted
 from orchard.experts.submodel_source import SubmodelSource
@@ -157,13 +157,9 @@ class OpenedModel:
             yield text[len(shown) :]
 
     def _wording(self, template: Template | None) -> Wording:
-        data = self.state.recipe.data
-        return Wording(
-            template or data.template,  # type: ignore[arg-type]
-            self.tokenizer,
-            special=data.special_tokens,  # type: ignore[arg-type]
-            learn=data.learn,  # type: ignore[arg-type]
-        )
+        recipe = self.state.recipe
+        data = replace(recipe.data, template=template or recipe.data.template)
+        return make_wording(replace(recipe, data=data), self.tokenizer)
 
     def close(self) -> None:
         """Take grafts off the base; adapters stay as they are."""

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from orchard.models.kernels.pairs import read_by
+
 _NAME = "orchard_packed"
 _LENGTHS = "packed_lengths"  # an argument of the model that reaches every attention
 _WINDOWED = "sliding_attention"
@@ -108,13 +110,14 @@ def packed_lengths(arguments: Mapping[str, Any]) -> tuple[int, ...] | None:
     return lengths
 
 
-def rows_of(arguments: Mapping[str, Any]) -> Tensor:
+def rows_of(arguments: Mapping[str, Any], *, is_decoder: bool = False) -> Tensor:
     """Return the row that each token of a forward pass belongs to, (T,).
 
     Args:
         arguments: What the model was called with, packed or padded.
+        is_decoder: Of an encoder-decoder, whether the decoder's tokens are meant.
     """
-    ids_BS = arguments["input_ids"]
+    ids_BS, _ = read_by(arguments, is_decoder=is_decoder)
     lengths = arguments.get(_LENGTHS)
     if lengths is None:
         row_B = torch.arange(ids_BS.shape[0], device=ids_BS.device)

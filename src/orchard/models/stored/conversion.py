@@ -24,7 +24,11 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from orchard.models.stored.destinations import check_destinations, find_destinations
+from orchard.models.stored.destinations import (
+    check_destinations,
+    expert_number,
+    find_destinations,
+)
 from orchard.models.stored.sources import build_view, load_config
 from orchard.models.stored.tensors import Checkpoint, open_checkpoint
 from orchard.models.view.moe import MoELayer, MoEView
@@ -77,7 +81,7 @@ class StoredExperts:
             shape = checkpoint.tensors[keys[0]].shape
             is_whole = (
                 len(keys) == num_experts
-                and all(f".{expert}." in key for expert, key in enumerate(keys))
+                and all(expert_number(key) == expert for expert, key in enumerate(keys))
                 and len({checkpoint.tensors[key].shape for key in keys}) == 1
                 if self.is_listed
                 else len(keys) == 1 and shape[:1] == (num_experts,)

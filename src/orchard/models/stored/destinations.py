@@ -20,7 +20,7 @@ from transformers.core_model_loading import (
 from orchard.models.stored.tensors import StoredTensor
 
 _SHOWN = 6  # names in a message; the count of all is beside them
-_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+_NUMBER = re.compile(r"(?<=\.)(expert_)?(\d+)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,7 @@ def _check_list(
     """Check one tensor for each expert; return the names of those that are missing."""
     by_number: dict[int, str] = {}
     for key in keys:
-        *_, place = _NUMBER.finditer(key)
-        number = int(place[0])
+        number = expert_number(key)
         if number in by_number:
             raise _ambiguous(name, [by_number[number], key], path)
         by_number[number] = key
@@ -152,10 +151,16 @@ def _check_list(
             )
     *_, place = _NUMBER.finditer(first)
     return [
-        f"{first[: place.start()]}{number}{first[place.end() :]}"
+        f"{first[: place.start(2)]}{number}{first[place.end() :]}"
         for number in range(num_experts)
         if number not in by_number
     ]
+
+
+def expert_number(key: str) -> int:
+    """Return the number of the expert in a checkpoint's name for a tensor of one."""
+    *_, place = _NUMBER.finditer(key)
+    return int(place[2])
 
 
 def _ambiguous(name: str, keys: Sequence[str], path: str) -> ValueError:

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx.experimental import _config as fx_config
 
 from orchard.library_errors import first_line
+from orchard.models.kernels.pairs import is_pair
 from orchard.models.stored.loading import DTYPES
 from orchard.models.trainable.factored import is_factored
 from orchard.models.trainable.slots import full_slots, lora_slots
@@ -140,13 +141,11 @@ def activation_bytes(
     # Something early must carry a gradient, as adapters on experts and attention do.
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     handle = embedding.register_forward_hook(lambda *call: call[2].requires_grad_())
-    places = torch.zeros(batch_size, num_tokens, dtype=torch.long, device="meta")
-    mask = torch.ones(batch_size, 1, num_tokens, num_tokens, dtype=torch.bool, device="meta")
     # Where values decide how many entries are taken, the most are: all.
     every = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
     try:
         with every, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            model(input_ids=places, attention_mask=mask, position_ids=places, use_cache=False)
+            model(**_places(model, batch_size, num_tokens), use_cache=False)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"memory must be computable without values, got {type(model).__name__}, whose forward "
@@ -155,6 +154,22 @@ def activation_bytes(
     finally:
         handle.remove()
     return sum(int(storage.nbytes()) for storage in seen.values())
+
+
+def _places(model: nn.Module, batch_size: int, num_tokens: int) -> dict[str, Tensor]:
+    """Return what a model is called with, without values; of a pair, half of it for each."""
+    is_apart = is_pair(model)
+    num_read = -(-num_tokens // 2) if is_apart else num_tokens
+    places = torch.zeros(batch_size, num_read, dtype=torch.long, device="meta")
+    mask = torch.ones(batch_size, 1, num_read, num_read, dtype=torch.bool, device="meta")
+    if is_apart:
+        # An encoder without a mask reads all; one of two dimensions would be asked for its values.
+        return {
+            "input_ids": places,
+            "decoder_input_ids": places,
+            "decoder_attention_mask": mask,
+        }
+    return {"input_ids": places, "attention_mask": mask, "position_ids": places}
 
 
 def _balanced(layer: MoELayer, num_kept: int) -> Callable[..., Tensor]:

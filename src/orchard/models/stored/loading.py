@@ -128,18 +128,30 @@ def check_checkpoint(path: str, lora: LoraSettings) -> CheckedModel:
 
 
 def _build(path: str) -> MoEView:
-    """Return a model that continues a text, on the ``meta`` device.
+    """Return the model behind ``path`` on the ``meta`` device.
 
     Raises:
-        ValueError: It answers another way, or as ``build_view``.
+        ValueError: As ``build_view``.
+    """
+    return build_view(load_config(path), path)
+
+
+def refuse_pair(path: str, *, doing: str) -> None:
+    """Refuse an encoder-decoder where a text is to be continued.
+
+    Args:
+        path: Of the checkpoint.
+        doing: What needs that.
+
+    Raises:
+        ValueError: It is one.
     """
     config = load_config(path)
     if config.is_encoder_decoder:
         raise ValueError(
-            f"model.path must lead to a model that continues a text, got {path}, an "
+            f"model.path must lead to a model that continues a text with {doing}, got {path}, an "
             f"encoder-decoder ({config.model_type}); choose another checkpoint"
         )
-    return build_view(config, path)
 
 
 def check_vocabulary(tokenizer: Any, rows: int, *, path: str) -> str:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from orchard.models.kernels.decoding import can_decode, decode_greedily
+from orchard.models.kernels.pairs import is_pair, one_token, start_id, to_right
 from orchard.models.trainable.slots import Slot, full_slots, lora_slots
 from orchard.models.trainable.targets import LoraSettings, check_targets, find_targets, inject_lora
 from orchard.models.view.moe import MoEView
@@ -228,18 +229,22 @@ class AdaptedModel:
                 end_ids=end_ids,
                 pad_id=self.tokenizer.pad_token_id,
             )
+        is_apart = is_pair(self.model)
+        if is_apart:
+            ids_BS, mask_BS = to_right(ids_BS, mask_BS)
         config = GenerationConfig(  # type: ignore[no-untyped-call]
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
             eos_token_id=list(end_ids),
             pad_token_id=self.tokenizer.pad_token_id,
+            decoder_start_token_id=start_id(self.model) if is_apart else None,
         )
         generate: Any = self.model.generate
         output_BS: torch.Tensor = generate(
             input_ids=ids_BS, attention_mask=mask_BS, generation_config=config
         )
-        return output_BS[:, ids_BS.shape[1] :]
+        return output_BS[:, 1 if is_apart else ids_BS.shape[1] :]
 
     def leaves(self, names: Iterable[str]) -> dict[str, nn.Parameter]:
         """Return a parameter of its own for every name, sharing the model's memory.
@@ -309,8 +314,7 @@ def _ends_with_head(view: MoEView) -> bool:
     seen: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     try:
-        token = torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)
-        logits = model(input_ids=token, use_cache=False).logits
+        logits = model(**one_token(model, head.weight.device), use_cache=False).logits
     finally:
         handle.remove()
     return len(seen) == 1 and torch.equal(seen[0], logits)

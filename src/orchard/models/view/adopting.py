@@ -34,8 +34,8 @@ def adopt(block: nn.Module, experts: nn.Module) -> bool:
     )
     if not is_batched:
         return False
-    _become(experts, forward=_run_chosen, _apply_gate=_apply_gate, is_transposed=True)
-    _become(block, forward=_route_inputs)
+    become(experts, forward=_run_chosen, _apply_gate=_apply_gate, is_transposed=True)
+    become(block, forward=_route_inputs)
     return True
 
 
@@ -44,7 +44,8 @@ def _arguments(module: nn.Module) -> list[str]:
     return list(code.co_varnames[1 : code.co_argcount])
 
 
-def _become(module: nn.Module, **members: Callable[..., Any] | bool) -> None:
+def become(module: nn.Module, **members: Callable[..., Any] | bool) -> None:
+    """Give a module a class of its own, of the same name, with other members."""
     own = type(module)
     module.__class__ = type(own.__name__, (own,), {"__module__": own.__module__, **members})
 

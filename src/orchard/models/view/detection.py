@@ -13,6 +13,7 @@ from torch import nn
 from orchard.models.view.adopting import adopt
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import check_top_k, find_router, probe_top_k
+from orchard.models.view.stacked import stacked
 from orchard.models.view.storage import FusedExperts, ListedExperts, is_fused, is_listed, is_unknown
 
 # What reads images or sound: no token of a text comes there.
@@ -90,13 +91,19 @@ def find_auto_class(config: Any) -> Any:
     import transformers
 
     if config.is_encoder_decoder:
-        return transformers.AutoModelForSeq2SeqLM
+        if type(config) not in transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING:
+            raise _no_language_model(config)
+        return stacked(transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)])
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         return transformers.AutoModelForCausalLM
     # Images and text among them.
     if type(config) in transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING:
         return transformers.AutoModelForMultimodalLM
-    raise ValueError(
+    raise _no_language_model(config)
+
+
+def _no_language_model(config: Any) -> ValueError:
+    return ValueError(
         f"model.path must lead to a model of language, got model_type {config.model_type}, for "
         "which transformers has none; choose another checkpoint"
     )

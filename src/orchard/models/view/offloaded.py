@@ -46,7 +46,7 @@ class OffloadedExperts(HeldExperts):
 
     def run_routed(self, x_TD: Tensor, choices_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """Return what ``FusedExperts.run_routed`` does, (T, D), with experts that are brought."""
-        if not self.has_post_norm:
+        if not self.has_post_norm and not self.is_random:
             run = run_grouped if can_group(self._frozen(self._host), x_TD) else run_frozen
             return run(self, x_TD, choices_TK, weights_TK)
 
@@ -58,7 +58,7 @@ class OffloadedExperts(HeldExperts):
             return run_each(x_TD, weights_TK)
         # What autograd would keep of the experts is gone when it goes back.
         y_TD: Tensor = checkpoint(
-            run_each, x_TD, weights_TK, use_reentrant=False, preserve_rng_state=False
+            run_each, x_TD, weights_TK, use_reentrant=False, preserve_rng_state=self.is_random
         )
         return y_TD
 

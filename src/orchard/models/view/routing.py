@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from orchard.models.kernels.pairs import is_pair
 from orchard.models.view.moe import MoELayer, MoEView
 from orchard.models.view.routers import read_router_output
 
@@ -139,16 +140,16 @@ def record_routing(
     try:
         for index, layer in enumerate(view.layers):
             observer = _Observer(layer, record, index, keep_probabilities, keep_graph)
-            handles += observer.attach(is_decoder=_is_decoder(view, layer))
+            handles += observer.attach(is_decoder=is_decoder(view, layer))
         yield record
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _is_decoder(view: MoEView, layer: MoELayer) -> bool:
-    config = getattr(view.model, "config", None)
-    return bool(getattr(config, "is_encoder_decoder", False)) and "decoder" in layer.path.split(".")
+def is_decoder(view: MoEView, layer: MoELayer) -> bool:
+    """Say whether a layer of an encoder-decoder model is of the decoder."""
+    return is_pair(view.model) and "decoder" in layer.path.split(".")
 
 
 class _Observer:

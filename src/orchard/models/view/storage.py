@@ -211,12 +211,16 @@ class FusedExperts:
 
             whole = tuple(folds.items())
             y_TD: Tensor = checkpoint(
-                run_folded, x_TD, weights_TK, use_reentrant=False, preserve_rng_state=False
+                run_folded,
+                x_TD,
+                weights_TK,
+                use_reentrant=False,
+                preserve_rng_state=self.is_random,
             )
             return y_TD
         held = {name: self._parameter(name) for name in names}
         is_trained = torch.is_grad_enabled() and any(p.requires_grad for p in held.values())
-        if not is_trained and not self.has_post_norm:
+        if not is_trained and not self.has_post_norm and not self.is_random:
             frozen = self._frozen(held)
             run = run_grouped if can_group(frozen, x_TD) else run_frozen
             return run(frozen, x_TD, choices_TK, weights_TK)
@@ -243,6 +247,12 @@ class FusedExperts:
             weighted_PD = own_PD * weights_TK[token_P, place_P, None]
             y_TD = y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
         return y_TD
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the module now drops values at random between its projections (Switch)."""
+        dropout = getattr(self.module, "dropout", None)
+        return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0
 
     def _fold(self, name: str) -> nn.Module | None:
         """Return what makes a parameter with its adapters; None where it has none now."""
@@ -309,7 +319,7 @@ class ListedExperts:
             ValueError: The MLPs name their activation in a way this class does not know.
         """
         self.experts = tuple(module.children())
-        projections = _find_projections(self.experts[0])
+        projections = find_projections(self.experts[0])
         assert projections is not None
         self._projections = projections
         activation = next(
@@ -412,7 +422,7 @@ def is_listed(module: nn.Module) -> bool:
     return (
         len(experts) > 1
         and len({type(expert) for expert in experts}) == 1
-        and _find_projections(experts[0]) is not None
+        and find_projections(experts[0]) is not None
     )
 
 
@@ -423,7 +433,8 @@ def is_unknown(module: nn.Module) -> bool:
     return named and stacked and not is_fused(module)
 
 
-def _find_projections(expert: nn.Module) -> dict[str, str] | None:
+def find_projections(expert: nn.Module) -> dict[str, str] | None:
+    """Return what an expert MLP calls its projections, by our names; None where it is no such."""
     for names in (*_GATED, *_UNGATED):
         if all(_num_dims(getattr(expert, name, None), "weight") == 2 for name in names):
             locals_ = ("gate_proj", "up_proj", "down_proj")[-len(names) :]
