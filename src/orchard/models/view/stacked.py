@@ -100,10 +100,11 @@ def _stack(model: nn.Module) -> None:
         become(block, forward=_route_by_mask)
         # Nothing of it is to be drawn at random, which the family would do expert by expert.
         block._is_hf_initialized = True
-    # By the name of the class, so that the family's own class loads as ever.
-    register_checkpoint_conversion_mapping(
-        type(model).__name__, list(conversions.values()), overwrite=True
-    )
+    if conversions:
+        # By the name of the class, so that the family's own class loads as ever.
+        register_checkpoint_conversion_mapping(
+            type(model).__name__, list(conversions.values()), overwrite=True
+        )
 
 
 def _projections(listed: nn.ModuleDict) -> dict[str, str]:
