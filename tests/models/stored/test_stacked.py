@@ -69,7 +69,7 @@ def test_experts_that_cannot_be_stacked_are_refused_in_one_line() -> None:
     own: Any = NllbMoeConfig
     sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 2}
     config = own(vocab_size=64, d_model=16, num_experts=4, **sizes)
-    with pytest.raises(ValueError, match=r"^listed experts must have no biases .* NllbMoe\w+; \w"):
+    with pytest.raises(ValueError, match=r"^experts that are listed must be .* NllbMoeExperts; \w"):
         build_view(config, "nllb")
 
 
