@@ -42,22 +42,22 @@ def check_rounds(model: AdaptedModel, lora: LoraSettings, path: str) -> None:
     gate = "router_row" if rows == {True} else "closed"
     graft = GraftSettings(rank=2, alpha=4.0, dropout=0.0, gate=gate)
     own = FlexSettings(graft, calibration_blocks=2, calibration_tokens=8)
-    client, update, state = _play(flex(Strategy(), own), model, lora, Path(path) / "flex")
+    client, update, state = play(flex(Strategy(), own), model, lora, Path(path) / "flex")
     kept = client.store.load(before_round=2)
     assert kept is not None
     assert {name for name in kept.tensors if "graft" in name}
     assert not any("graft" in name for name in update.delta)
-    assert _moved(update)
+    assert moved_by(update)
     for mode in ("mask", "carve"):
         subset = SubsetSettings(mode=mode, cadence="round", scoring_batches=1)
         strategy = hfedmoe(Strategy(), HfedmoeSettings(subset, threshold=0.0))
         folder = Path(path) / mode
-        _, update, state = _play(strategy, model, lora, folder, budget=num_experts // 2)
-        assert 0 < len(_moved(update)) <= num_experts // 2
+        _, update, state = play(strategy, model, lora, folder, budget=num_experts // 2)
+        assert 0 < len(moved_by(update)) <= num_experts // 2
         assert not equal(state.shared, model.fresh)
 
 
-def _play(
+def play(
     strategy: Strategy, model: AdaptedModel, lora: LoraSettings, folder: Path, *, budget: int = 0
 ) -> tuple[Client, Update, ServerState]:
     source = SubmodelSource(
@@ -85,6 +85,6 @@ def _play(
     return client, update, after
 
 
-def _moved(update: Update) -> set[Expert]:
+def moved_by(update: Update) -> set[Expert]:
     found = {expert_of(name) for name, delta in update.delta.items() if bool(delta.any())}
     return {expert for expert in found if expert is not None}

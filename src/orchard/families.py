@@ -112,7 +112,8 @@ FAMILIES: Mapping[str, str] = {
     "nemotron_h": "",
     "nemotron_h_omni": "",
     "nllb-moe": (
-        "an encoder-decoder, whose experts are listed under names; it would take loading such pairs"
+        "in transformers 5.23 its own class takes a mask of experts for their numbers and runs "
+        "experts 0 and 1 alone; it would take a class that runs those that its router chose"
     ),
     "olmoe": "",
     "phimoe": "",
@@ -129,8 +130,8 @@ FAMILIES: Mapping[str, str] = {
     "solar_open": "",
     "step3p7": "",
     "switch_transformers": (
-        "an encoder-decoder: the view is tested, and loading it would take a loss and answers "
-        "of such pairs"
+        "an encoder-decoder: all of it but grafts and rounds of FLEx, which choose experts on text "
+        "without an encoder; it would take calibration on pairs of prompt and response"
     ),
     "unlimited_ocr": "",
     "zaya": "",

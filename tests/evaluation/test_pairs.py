@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 
 from orchard.data.encoded import Encoded
 from orchard.data.examples import Example, Turn
@@ -17,9 +19,11 @@ from orchard.models.stored.loading import load_base, load_tokenizer
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.targets import LoraSettings
 from tiny_adapted import NumberTokenizer, example_of, examples, stir
-from tiny_pairs import tiny_switch
+from tiny_pairs import EXPERTS, tiny_switch
 
 CAPACITY = 2
+# Before, the family's own router counts in a dimension of one, and drops no token.
+IS_COUNTED = Version(transformers.__version__) >= Version("5.22")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +79,8 @@ def test_tokens_beyond_the_capacity_have_no_expert(adapted: AdaptedModel) -> Non
             counts = chosen.bincount(minlength=view.num_experts + 1)
             wanted = layer.probabilities_TE[layer.sample_T == row].argmax(dim=-1)
             asked = wanted.bincount(minlength=view.num_experts)
-            assert torch.equal(counts[:-1], asked.clamp(max=CAPACITY))
-    assert any(bool((layer.choices_TK == 4).any()) for layer in layers)
+            assert torch.equal(counts[:-1], asked.clamp(max=CAPACITY) if IS_COUNTED else asked)
+    assert any(bool((layer.choices_TK == EXPERTS).any()) for layer in layers) == IS_COUNTED
 
 
 def test_adapters_are_on_all_three_kinds_of_attention(adapted: AdaptedModel) -> None:

@@ -25,7 +25,8 @@ from tiny_pairs import tiny_switch
 
 CARVE = ("selection.mode=carve", "selection.cadence=round")
 ADAPTED = "model.lora_targets=router,experts"
-PAIR, NO_DROPOUT = "model.lora_targets=attention", "model.lora_dropout=0"
+PAIR, UNDROPPED = "model.lora_targets=attention", "model.lora_dropout=0"
+DROPOUT = "model.lora_dropout=0.05"
 CHOOSES = ("data.options=options", "evaluation.metrics=accuracy")
 FOREIGN = ("deepseek_v4", "ernie4_5_vl_moe", "switch")
 
@@ -206,26 +207,26 @@ def test_the_command_prints_a_table_and_json() -> None:
         ),
         (
             "fedavg",
-            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, NO_DROPOUT),
+            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, UNDROPPED),
             None,
             "",
         ),
         (
             "fedavg",
-            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR),
+            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, DROPOUT),
             ValueError,
             r"^model\.lora_dropout must be 0 with an encoder-decoder \(switch_transformers\)",
         ),
         (
             "flex",
-            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, NO_DROPOUT),
+            ("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, UNDROPPED),
             ValueError,
             r"^model\.path must lead to a model that continues a text with strategy\.name = flex",
         ),
         (
             "fedavg",
             (
-                *("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, NO_DROPOUT),
+                *("data.path=ROWS", "data.partition=iid", "model.path=switch", PAIR, UNDROPPED),
                 "client.router_aux_coefficient=0.1",
             ),
             ValueError,

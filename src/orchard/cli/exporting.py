@@ -95,7 +95,7 @@ def export(
             trust = "" if done.is_stock else ", trust_remote_code=True"
             print(
                 f"{out}: {done.num_bytes:,} bytes; "
-                f"AutoModelForCausalLM.from_pretrained({str(out)!r}{trust})"
+                f"{done.loader}.from_pretrained({str(out)!r}{trust})"
             )
 
 

@@ -36,7 +36,9 @@ def portable_toml(recipe: Recipe) -> str:
     return to_toml(found)
 
 
-def write_card(folder: Path, state: ModelState, *, code: Code, run: Path | None) -> None:
+def write_card(
+    folder: Path, state: ModelState, *, code: Code, loader: str, run: Path | None
+) -> None:
     """Write ``README.md``: base, method, recipe, data without data; licenses are to fill in."""
     recipe = state.recipe
     whose = f"personal model of {state.client_id}" if state.client_id else "global model"
@@ -56,9 +58,9 @@ license: FILL IN
   none is in this folder. License of the data: FILL IN
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {loader}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})
+model = {loader}.from_pretrained("FOLDER"{trust})
 tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust})
 ```
 

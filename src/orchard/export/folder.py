@@ -22,11 +22,12 @@ from orchard.export.grafts import merged_grafts
 from orchard.export.layouts import Layout, to_published, to_qwen2_moe, why_no_qwen2_moe
 from orchard.export.merging import Entry, Merger, mapping_of
 from orchard.export.writing import SHARD_BYTES, new_folder, write_shards
+from orchard.models.kernels.pairs import is_pair
 from orchard.models.stored.carving import check_carvable, count_names, recount
 from orchard.models.stored.conversion import StoredModel, match_checkpoint
 from orchard.models.stored.deepseek_moe import is_rewritten
 from orchard.models.stored.grafted import AUTO_MAP, MODELING, modeling_text
-from orchard.models.stored.loading import DTYPES, load_tokenizer
+from orchard.models.stored.loading import DTYPES, load_tokenizer, refuse_pair
 from orchard.models.view.detection import view_config
 from orchard.models.view.routers import TOP_K_NAMES
 from orchard.personal.state import ModelState
@@ -49,11 +50,13 @@ class Exported:
         num_bytes: Of all tensors.
         code: Whose code loads it: none but a class of transformers, ``grafts`` = the modeling file
             beside it, ``base`` = what the base was published with.
+        loader: What of transformers finds its class.
     """
 
     folder: Path
     num_bytes: int
     code: Code
+    loader: str = "AutoModelForCausalLM"
 
     @property
     def is_stock(self) -> bool:
@@ -113,6 +116,7 @@ def export_model(
             if len({len(own) for own in kept}) == 1:
                 config = _carved_config(config, stored, kept)
             else:
+                refuse_pair(path, doing="layers of different sizes in one folder")
                 held = _held_blocks(stored, kept)
         tensors: dict[str, Tensor] = {}
         about: dict[str, Any] = {"blocks": []}
@@ -143,8 +147,10 @@ def export_model(
                 "template": state.recipe.data.template,
             },
         )
-        write_card(folder, state, code=code, run=run)
-    return Exported(out, num_bytes, code)
+        is_apart = is_pair(stored.whole.model)
+        loader = "AutoModelForSeq2SeqLM" if is_apart else "AutoModelForCausalLM"
+        write_card(folder, state, code=code, loader=loader, run=run)
+    return Exported(out, num_bytes, code, loader)
 
 
 def _lay_out(

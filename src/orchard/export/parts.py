@@ -13,6 +13,7 @@ from torch import Tensor
 from orchard.experiment.settings import graft_settings, lora_settings
 from orchard.export.card import portable_toml
 from orchard.export.writing import new_folder
+from orchard.models.kernels.pairs import is_pair
 from orchard.models.stored.conversion import find_path, match_checkpoint
 from orchard.models.stored.deepseek_moe import is_rewritten
 from orchard.models.stored.exported_parts import ADAPTER_FORMAT, ADAPTER_PREFIX, GRAFT_FORMAT
@@ -95,11 +96,18 @@ def export_adapter(state: ModelState, out: Path) -> int:
             f"base is a DeepSeek-MoE, got {inside[0]}, which its published code names otherwise; "
             "export the whole model"
         )
+    is_apart = is_pair(view.model)
+    stacked = [path for path in parameters if ".experts." in path]
+    if is_apart and stacked:
+        raise ValueError(
+            "--adapter must be asked of a model of which attention and routers alone were trained, "
+            f"where the base lists its experts, got {stacked[0]}; export the whole model"
+        )
     tensors = adapter_tensors(view, values, modules, parameters)
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "peft_version": version("peft"),  # whose layout it is; before 0.19 there was another
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM" if is_apart else "CAUSAL_LM",
         "base_model_name_or_path": Path(state.recipe.model.path).name
         if Path(state.recipe.model.path).is_absolute()
         else state.recipe.model.path,

@@ -26,7 +26,7 @@ from orchard.data.rows import read_rows
 from orchard.experiment.encoding import encode_all, make_wording
 from orchard.experiment.holdings import read_examples
 from orchard.experts.grafting import Graft, GraftMixture
-from orchard.models.stored.loading import threads
+from orchard.models.stored.loading import refuse_pair, threads
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.view.routing import record_routing
 from orchard.personal.opening import OpenedModel, open_model
@@ -170,6 +170,8 @@ def measure_load(
         FileNotFoundError: The base is not there.
         ValueError: It is another one.
     """
+    path = next(iter(states.values())).recipe.model.path
+    refuse_pair(path, doing="a count of the experts that texts choose")
     found: dict[str, list[LayerLoad]] = {}
     adapted: AdaptedModel | None = None
     count = partial(expert_load, texts=texts, max_tokens=max_tokens, batch_size=batch_size)

@@ -11,6 +11,7 @@ from torch import nn
 
 from orchard.models.kernels.caches import cache_name
 from orchard.models.kernels.decoding import can_decode, fresh_cache
+from orchard.models.kernels.pairs import PairWriter, is_pair, start_id
 from orchard.personal.sampling import Sampling, choose_token
 
 MAX_STOPS, MAX_NEW_TOKENS = 64, 256
@@ -99,12 +100,15 @@ def write_tokens(
     # A model whose cache cannot be continued reads everything anew for each token.
     caches = can_decode(model)
     cache = fresh_cache(model) if caches else None
+    pair, token = (PairWriter(model, ids), start_id(model)) if is_pair(model) else (None, -1)
     read, feed = list(ids), list(ids)
     for _ in range(max_new_tokens):
         with torch.inference_mode():
             inputs_BS = torch.tensor([feed], device=device)
             mask_BS = torch.ones(1, len(read), dtype=torch.long, device=device)
-            if caches:
+            if pair is not None:
+                logits_V = pair.follow(token)
+            elif caches:
                 place_BS = torch.arange(len(read) - len(feed), len(read), device=device)[None]
                 logits_V = network(
                     input_ids=inputs_BS,

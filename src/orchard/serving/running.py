@@ -13,7 +13,7 @@ import uvicorn
 from orchard.data.turns import Role, Turn
 from orchard.experiment.encoding import end_ids, make_wording
 from orchard.models.kernels.row_cache import why_not_in_rows
-from orchard.models.stored.loading import Base, load_tokenizer
+from orchard.models.stored.loading import Base, load_tokenizer, refuse_pair
 from orchard.personal.exported import is_exported, read_exported
 from orchard.personal.opening import base_of
 from orchard.personal.state import read_state
@@ -130,9 +130,12 @@ def _open(folders: Sequence[Path]) -> tuple[dict[Path, Recipe], Base]:
     """Return the recipes of folders, each with its model's place, and what is run."""
     if is_exported(folders[0]):
         exported = read_exported(folders[0])
+        refuse_pair(exported.own_recipe.model.path, doing="orchard serve")
         return {folders[0]: exported.own_recipe}, exported.load()
     states = {folder: read_state(folder) for folder in folders}
     recipes = {folder: state.recipe for folder, state in states.items()}
+    for recipe in recipes.values():
+        refuse_pair(recipe.model.path, doing="orchard serve")
     base = base_of(_placed(list(recipes.values())))
     for folder, state in states.items():
         if state.base_digest != base.digest:

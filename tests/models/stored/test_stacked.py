@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
 from orchard.models.stored.loading import check_checkpoint, load_base
 from orchard.models.stored.placing import Placement, open_base
+from orchard.models.stored.sources import build_view
 from orchard.models.stored.streaming import checkpoint_reader, streamed_experts
 from orchard.models.stored.submodel import load_skeleton, load_submodel
 from orchard.models.trainable.targets import LoraSettings
@@ -62,6 +63,14 @@ def test_wherever_experts_are_the_model_says_what_the_family_says(path: str) -> 
     mapped = open_base(path, dtype="float32", placement=Placement("mapped"))
     assert mapped.digest == whole.digest
     assert torch.equal(logits_of(mapped.view.model), logits_of(whole.view.model))
+
+
+def test_experts_that_cannot_be_stacked_are_refused_in_one_line() -> None:
+    own: Any = NllbMoeConfig
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_sparse_step": 2}
+    config = own(vocab_size=64, d_model=16, num_experts=4, **sizes)
+    with pytest.raises(ValueError, match=r"^experts that are listed must be .* NllbMoeExperts; \w"):
+        build_view(config, "nllb")
 
 
 @pytest.mark.parametrize("kept", [[0, 1, 2, 3], [1, 3], [2]])

@@ -6,11 +6,13 @@ the right, and what an encoder reads has another length than what its decoder do
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from orchard.models.kernels.caches import cache_name
 
 
 def is_pair(model: nn.Module) -> bool:
@@ -38,6 +40,43 @@ def to_right(ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Tensor]:
     """Move the padding of rows to the right, where it takes no expert's capacity from tokens."""
     order_BS = mask_BS.argsort(dim=1, descending=True, stable=True)
     return ids_BS.gather(1, order_BS), mask_BS.gather(1, order_BS)
+
+
+class PairWriter:
+    """A prompt that an encoder has read, and what its decoder says next."""
+
+    def __init__(self, model: nn.Module, ids: Sequence[int]) -> None:
+        """Read a prompt.
+
+        Args:
+            model: An encoder-decoder, in evaluation mode.
+            ids: The prompt.
+        """
+        network: Any = model
+        prompt_BS = torch.tensor([list(ids)], device=next(model.parameters()).device)
+        self._network = network
+        self._fixed = {
+            "attention_mask": torch.ones_like(prompt_BS),
+            "encoder_outputs": network.get_encoder()(
+                input_ids=prompt_BS, attention_mask=torch.ones_like(prompt_BS)
+            ),
+        }
+        self._cache: dict[str, Any] = {}
+
+    def follow(self, token: int) -> Tensor:
+        """Return the logits of what follows a token, (V,); the first is ``start_id``."""
+        mask_BS = self._fixed["attention_mask"]
+        outputs = self._network(
+            decoder_input_ids=mask_BS.new_full((1, 1), token),
+            use_cache=True,
+            **self._fixed,
+            **self._cache,
+        )
+        name = cache_name(self._network)
+        assert name is not None, "a decoder keeps what it has written"
+        self._cache = {name: outputs[name]}
+        logits_V: Tensor = outputs.logits[0, -1]
+        return logits_V
 
 
 def read_by(arguments: Mapping[str, Any], *, is_decoder: bool) -> tuple[Tensor, Tensor | None]:

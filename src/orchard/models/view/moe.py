@@ -188,6 +188,23 @@ class MoELayer:
         routing = self._route_listed(x_TD)
         return routing.choices_TK, routing.weights_TK
 
+    def score(self, x: Tensor) -> Tensor | None:
+        """Return the logits of a router that keeps them to itself (Switch, before 5.22), (T, E).
+
+        Args:
+            x: What the router read; the last dimension is the width.
+
+        Returns:
+            None where more scores than one linear layer in it.
+        """
+        holder = find_router_weight(self.router, self.num_experts)
+        own = len(list(self.router.parameters()))
+        if holder is None or holder is self.router or len(list(holder.parameters())) < own:
+            return None
+        weight = cast(Tensor, holder.weight)
+        logits_TE: Tensor = holder(x.reshape(-1, x.shape[-1]).to(weight.dtype))
+        return logits_TE
+
     def routed_output(self, x_TD: Tensor) -> Tensor:
         """Return the weighted sum of the chosen routed experts, without shared experts.
 

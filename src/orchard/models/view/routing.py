@@ -190,6 +190,9 @@ class _Observer:
             logits = find_logits(parts, self.layer.num_experts)
             if logits is None and self.num_rows > self.layer.num_experts:
                 logits = find_logits(parts, self.num_rows)
+            if logits is None and self.keep_probabilities:
+                with torch.set_grad_enabled(self.keep_graph and torch.is_grad_enabled()):
+                    logits = self.layer.score((*args, *kwargs.values())[0])
             self.logits_TE = None if logits is None else logits[:, : self.layer.num_experts]
             return
         routing = read_router_output(

@@ -85,7 +85,7 @@ def _stack(model: nn.Module) -> None:
     """Stack every list of experts of a model, and tell transformers how checkpoints become so."""
     conversions = {}
     for path, listed in list(model.named_modules()):
-        if not isinstance(listed, nn.ModuleDict) or not is_listed(listed):
+        if not isinstance(listed, nn.ModuleDict) or "expert" not in type(listed).__name__.lower():
             continue
         parent, _, name = path.rpartition(".")
         block: Any = model.get_submodule(parent)
@@ -100,20 +100,26 @@ def _stack(model: nn.Module) -> None:
         become(block, forward=_route_by_mask)
         # Nothing of it is to be drawn at random, which the family would do expert by expert.
         block._is_hf_initialized = True
-    # By the name of the class, so that the family's own class loads as ever.
-    register_checkpoint_conversion_mapping(
-        type(model).__name__, list(conversions.values()), overwrite=True
-    )
+    if conversions:
+        # By the name of the class, so that the family's own class loads as ever.
+        register_checkpoint_conversion_mapping(
+            type(model).__name__, list(conversions.values()), overwrite=True
+        )
 
 
 def _projections(listed: nn.ModuleDict) -> dict[str, str]:
+    """Return what experts call their projections, by our names.
+
+    Raises:
+        ValueError: There is something else among them, or in them.
+    """
     first: Any = next(iter(listed.values()))
-    projections = find_projections(first)
-    assert projections is not None, "experts that are listed have projections"
-    if any(getattr(first, attribute).bias is not None for attribute in projections.values()):
+    projections = (find_projections(first) if is_listed(listed) else None) or {}
+    has_bias = any(getattr(first, own).bias is not None for own in projections.values())
+    if tuple(projections) != ("up_proj", "down_proj") or has_bias:
         raise ValueError(
-            f"listed experts must have no biases to be stacked, got {type(first).__name__}; "
-            "choose another checkpoint"
+            "experts that are listed must be MLPs without gates and biases, and nothing beside "
+            f"them, got {type(listed).__name__}; choose another checkpoint"
         )
     return projections
 
