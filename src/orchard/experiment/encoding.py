@@ -15,7 +15,7 @@ from orchard.data.special_tokens import Piece
 from orchard.data.templates import Wording, encode, encode_options
 from orchard.evaluation.quality import TestExample
 from orchard.models.stored.endings import read_end_ids
-from orchard.models.stored.loading import load_config
+from orchard.models.stored.sources import is_read_apart
 from orchard.recipe.options import Recipe
 
 _PARTS = {"turns": "earlier turns of", "prompt": "the prompt of", "response": "the response of"}
@@ -33,7 +33,7 @@ def make_wording(recipe: Recipe, tokenizer: Any) -> Wording:
         tokenizer,
         special=data.special_tokens,  # type: ignore[arg-type]
         learn=data.learn,  # type: ignore[arg-type]
-        is_read_apart=bool(load_config(recipe.model.path).is_encoder_decoder),
+        is_read_apart=is_read_apart(recipe.model.path),
     )
 
 

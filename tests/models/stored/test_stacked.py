@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, NllbMoeConfig
 
 from orchard.models.stored.loading import check_checkpoint, load_base
 from orchard.models.stored.placing import Placement, open_base
-from orchard.models.stored.sources import build_view
+from orchard.models.stored.sources import build_view, is_read_apart
 from orchard.models.stored.streaming import checkpoint_reader, streamed_experts
 from orchard.models.stored.submodel import load_skeleton, load_submodel
 from orchard.models.trainable.targets import LoraSettings
@@ -106,3 +106,10 @@ def test_what_experts_drop_in_training_is_in_their_gradient(path: str, placement
     # ReLU behind a linear layer without biases: the output is its gradient times what was read.
     (gradient_TD,) = torch.autograd.grad(y_TD.sum(), x_TD)
     torch.testing.assert_close((gradient_TD * x_TD).sum(-1), y_TD.sum(-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_folder_with_code_of_its_own_is_no_pair(path: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "grafted_mixtral", "auto_map": {}}')
+    (tmp_path / "model.safetensors").touch()
+    assert not is_read_apart(str(tmp_path))
+    assert is_read_apart(path)

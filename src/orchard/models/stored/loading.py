@@ -18,7 +18,7 @@ from orchard.models.stored.completeness import check_complete, check_loaded, ext
 from orchard.models.stored.deepseek_moe import is_rewritten
 from orchard.models.stored.finiteness import check_finite
 from orchard.models.stored.sources import PACKAGED as PACKAGED
-from orchard.models.stored.sources import build_view, locate, without_reports
+from orchard.models.stored.sources import build_view, is_read_apart, locate, without_reports
 from orchard.models.stored.sources import load_config as load_config
 from orchard.models.stored.sources import resolve as resolve
 from orchard.models.stored.sources import without_progress_bars as without_progress_bars
@@ -146,11 +146,10 @@ def refuse_pair(path: str, *, doing: str) -> None:
     Raises:
         ValueError: It is one.
     """
-    config = load_config(path)
-    if config.is_encoder_decoder:
+    if is_read_apart(path):
         raise ValueError(
             f"model.path must lead to a model that continues a text with {doing}, got {path}, an "
-            f"encoder-decoder ({config.model_type}); choose another checkpoint"
+            f"encoder-decoder ({load_config(path).model_type}); choose another checkpoint"
         )
 
 

@@ -109,6 +109,21 @@ def load_config(path: str) -> Any:
         ) from error
 
 
+def is_read_apart(path: str) -> bool:
+    """Say whether the model behind ``path`` is an encoder with a decoder.
+
+    One that transformers does not know, such as a folder with grafts and code of its own, is none.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        ValueError: Its configuration cannot be read.
+    """
+    published, _ = PreTrainedConfig.get_config_dict(locate(path))
+    if published.get("model_type") not in CONFIG_MAPPING:
+        return False
+    return bool(load_config(path).is_encoder_decoder)
+
+
 class _OwnCodeError(Exception):
     """A model is made by code that comes with it."""
 
