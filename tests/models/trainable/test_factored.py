@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from orchard.evaluation.loss import forward_losses
+from orchard.experts.masking import detached_experts
 from orchard.models.trainable.adapters import AdaptedModel
 from orchard.models.trainable.factored import factored_experts
 from orchard.models.view.moe import MoEView
@@ -74,6 +76,36 @@ def test_no_weight_with_an_adapter_in_it_is_ever_made(monkeypatch: pytest.Monkey
     losses_and_gradients(model, factored)
     with pytest.raises(AssertionError, match="PEFT was to make"):
         losses_and_gradients(model, factored_experts)  # experts are too small for it to pay
+
+
+def test_masked_experts_run_so_too_and_a_context_inside_leaves_the_outer_one() -> None:
+    model = adapt(extra=("experts",))
+    stir(model)
+    mask = tuple(torch.arange(layer.num_experts) % 2 == 0 for layer in model.view.layers)
+
+    @contextmanager
+    def masked(view: MoEView, *, is_factored: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            if is_factored:
+                stack.enter_context(factored(view))
+                with factored(view):
+                    pass
+                assert all(layer.storage.begin_products for layer in view.layers)
+            yield
+
+    found = []
+    for is_factored in (False, True):
+        with detached_experts(model.view) as switch:
+            switch.learning = mask
+            ways = partial(masked, is_factored=is_factored)
+            found.append(losses_and_gradients(model, ways))
+    (losses_T, gradients), (own_T, own) = found
+    torch.testing.assert_close(own_T, losses_T, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(own[name], gradient, rtol=1e-3, atol=1e-5)
+    still = [name for name, gradient in gradients.items() if ".experts.1." in name]
+    assert still
+    assert all(not gradients[name].any() for name in still)
 
 
 def test_nothing_is_left_behind() -> None:

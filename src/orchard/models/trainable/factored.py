@@ -72,8 +72,8 @@ both are settings of memory, which change no bits."""
 def factored_experts(view: MoEView, *, least: int = LEAST_FACTORED) -> Iterator[None]:
     """Let adapters of large fused experts run as two products, inside ``unbound_experts``.
 
-    A layer whose forward is another one, or whose adapters PEFT has merged or switched off, keeps
-    what it has.
+    A layer whose adapters PEFT has merged or switched off keeps what it has, and so does one inside
+    another such context.
 
     Args:
         view: Of the model.
@@ -85,7 +85,7 @@ def factored_experts(view: MoEView, *, least: int = LEAST_FACTORED) -> Iterator[
             own.setdefault(id(wrapper.get_base_layer()), []).append((wrapper, factors))
         for layer in view.layers:
             found, storage = own.get(id(layer.experts), []), layer.storage
-            if not found or not is_factored(storage, least=least) or not _is_ours(storage):
+            if not found or not is_factored(storage, least=least) or not _is_free(storage):
                 continue
             if any(_is_otherwise(wrapper) for wrapper, _ in found):
                 continue
@@ -105,8 +105,9 @@ def is_factored(storage: ExpertStorage, *, least: int = LEAST_FACTORED) -> TypeG
     return is_large and isinstance(storage, FusedExperts)
 
 
-def _is_ours(storage: FusedExperts) -> bool:
-    return bool(vars(storage.module).get("forward") == storage.run_routed)
+def _is_free(storage: FusedExperts) -> bool:
+    """Say whether experts run by ``run_routed``, as masked ones do too, and not so already."""
+    return "forward" in vars(storage.module) and storage.begin_products is None
 
 
 def _is_otherwise(wrapper: ParamWrapper) -> bool:
