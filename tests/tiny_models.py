@@ -7,7 +7,8 @@ call. All have a vocabulary of 64 and 8 routed experts of width 12 on a model of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -95,21 +96,29 @@ def _aria() -> nn.Module:
     )
 
 
+# Of Switch, beside its sizes.
+SWITCH: Mapping[str, int] = MappingProxyType(
+    {
+        "d_kv": 8,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_sparse_encoder_layers": 1,
+        "num_sparse_decoder_layers": 1,
+        "num_heads": 2,
+        "decoder_start_token_id": 0,
+    }
+)
+
+
 def _switch() -> nn.Module:
     return build(
         "SwitchTransformersConfig",
         vocab_size=VOCABULARY,
         d_model=WIDTH,
-        d_kv=8,
         d_ff=EXPERT_WIDTH,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        num_heads=2,
         num_experts=EXPERTS,
         expert_capacity=64,
-        decoder_start_token_id=0,
+        **SWITCH,
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 
 from orchard.models.stored.loading import resolve, without_progress_bars
-from tiny_models import randomize
+from tiny_models import SWITCH, randomize
 
 EXPERTS = 4
 
@@ -22,16 +22,10 @@ def tiny_switch(*, size: int, capacity: int = 64, **fields: Any) -> Any:
     config = own(
         vocab_size=size,
         d_model=16,
-        d_kv=8,
         d_ff=12,
-        num_layers=2,
-        num_decoder_layers=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        num_heads=2,
         num_experts=EXPERTS,
         expert_capacity=capacity,
-        decoder_start_token_id=0,
+        **SWITCH,
         **{"router_jitter_noise": 0.0, "dropout_rate": 0.0, **fields},
     )
     with torch.random.fork_rng():

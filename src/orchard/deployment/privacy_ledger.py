@@ -14,7 +14,7 @@ from pathlib import Path
 from orchard.communication.refusals import Code
 from orchard.deployment.consent import Consent, Refusal
 from orchard.deployment.failures import in_words
-from orchard.experiment.protecting import example_privacy, queries
+from orchard.experiment.protecting import Costs, queries
 from orchard.recipe.options import Recipe
 from orchard.results import write_json
 from orchard.server.accounting import spent_together
@@ -144,4 +144,4 @@ def _kind(recipe: Recipe, site: str, rows: int) -> tuple[tuple[float, float], in
     """Return the noise and sampling rate of a round's steps, and how many there are."""
     sizes = {site: rows}
     rate, number = queries(recipe, sizes, site)
-    return (example_privacy(recipe, sizes)[site].noise, rate), number
+    return (Costs(recipe, sizes).noise, rate), number

@@ -149,7 +149,7 @@ class Costs:
         self._options = options = recipe.privacy
         # Rate and number of queries in a round, each kind once.
         self._queries = {client: queries(recipe, sizes, client) for client in sizes}
-        noises = {
+        self._noises = {
             (rate, number): options.noise
             or noise_for(
                 epsilon=options.epsilon,
@@ -159,8 +159,8 @@ class Costs:
             )
             for rate, number in set(self._queries.values())
         }
-        self.noises = {client: noises[query] for client, query in self._queries.items()}
-        self.noise = max(noises.values())
+        self.noises = {client: self._noises[query] for client, query in self._queries.items()}
+        self.noise = max(self._noises.values())
 
     def of(self, client: str, rounds: int) -> float:
         """Return the epsilon of one client's examples, or of one client, after some rounds."""
@@ -188,9 +188,7 @@ class Costs:
                 delta=self._options.delta,
             )
             // number
-            for (rate, number), noise in {
-                query: self.noises[client] for client, query in self._queries.items()
-            }.items()
+            for (rate, number), noise in self._noises.items()
         )
 
 

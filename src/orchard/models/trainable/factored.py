@@ -80,13 +80,16 @@ def factored_experts(view: MoEView, *, least: int = LEAST_FACTORED) -> Iterator[
         least: Width times hidden width of an expert from which its layer does.
     """
     with ExitStack() as undo:
+        large = {
+            id(storage.module): storage
+            for storage in (layer.storage for layer in view.layers)
+            if is_factored(storage, least=least) and _is_free(storage)
+        }
         own: dict[int, list[tuple[ParamWrapper, Factors]]] = {}
-        for wrapper, factors in find_wrappers(view.model):
+        for wrapper, factors in find_wrappers(view.model) if large else ():
             own.setdefault(id(wrapper.get_base_layer()), []).append((wrapper, factors))
-        for layer in view.layers:
-            found, storage = own.get(id(layer.experts), []), layer.storage
-            if not found or not is_factored(storage, least=least) or not _is_free(storage):
-                continue
+        for key in own.keys() & large.keys():
+            found, storage = own[key], large[key]
             if any(_is_otherwise(wrapper) for wrapper, _ in found):
                 continue
             named = {wrapper.parameter_name: factors for wrapper, factors in found}
@@ -115,14 +118,14 @@ def _is_otherwise(wrapper: ParamWrapper) -> bool:
     return bool(is_off or wrapper.active_adapters != ["default"])
 
 
-def _begin(named: Mapping[str, Factors]) -> Callable[[int], Product]:
-    """Return, for one pass, from an expert to what multiplies its tokens."""
+def _begin(named: Mapping[str, Factors]) -> Callable[[int, Tensor], Product]:
+    """Return, for one pass, from an expert and its tokens to what multiplies these."""
     blocks = {}
     for name, factors in named.items():
         A_ERM, B_ENR = factors.blocks()
         blocks[name] = A_ERM.unbind(), B_ENR.unbind(), factors.scale
 
-    def product_of(expert: int) -> Product:
+    def product_of(expert: int, token_P: Tensor) -> Product:
         def multiply(name: str, x_PM: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             y_PN = frozen_linear(x_PM, weight, bias)
             if name not in blocks:

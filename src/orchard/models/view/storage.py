@@ -86,9 +86,9 @@ class FusedExperts:
         self.routed_product: Callable[[int, Tensor], Product] | None = None
         """From an expert and the tokens that it reads to what multiplies them in ``run_routed``;
         the weights it is given carry no gradient. None = ``functional.linear``, and they do."""
-        self.begin_products: Callable[[], Callable[[int], Product]] | None = None
-        """What begins a pass of ``run_routed`` and gives, for an expert, what multiplies its tokens
-        where something is added to the products with its weights."""
+        self.begin_products: Callable[[], Callable[[int, Tensor], Product]] | None = None
+        """What begins a pass of ``run_routed`` and gives what ``routed_product`` is, where
+        something is added to the products with an expert's weights."""
         # Flags that joined the interface after its first release default to what was then fixed.
         self.has_gate = bool(getattr(module, "has_gate", True))
         self.has_bias = bool(getattr(module, "has_bias", False))
@@ -196,11 +196,10 @@ class FusedExperts:
         if self.routed_product is not None:
             with torch.no_grad():
                 constant = {name: self._parameter(name).detach() for name in names}
-            return self._run_each(constant, x_TD, choices_TK, weights_TK)
+            return self._run_each(constant, x_TD, choices_TK, weights_TK, self.routed_product)
         if self.begin_products is not None:
             held = {name: self._parameter(name) for name in names}
-            own = self.begin_products()
-            return self._run_each(held, x_TD, choices_TK, weights_TK, own)
+            return self._run_each(held, x_TD, choices_TK, weights_TK, self.begin_products())
         # Taken now: PEFT removes the adapters when the module's forward ends, before the backward.
         folds = {name: self._fold(name) for name in names} if self.refolds else {}
         if torch.is_grad_enabled() and any(_is_trained(fold) for fold in folds.values()):
@@ -232,7 +231,7 @@ class FusedExperts:
         x_TD: Tensor,
         choices_TK: Tensor,
         weights_TK: Tensor,
-        product_of: Callable[[int], Product] | None = None,
+        product_of: Callable[[int, Tensor], Product] | None = None,
     ) -> Tensor:
         parameters = {name: parameter.unbind() for name, parameter in held.items()}
         y_TD = torch.zeros_like(x_TD)
@@ -240,9 +239,7 @@ class FusedExperts:
         for expert in sorted(set(choices_TK.flatten().tolist()) - {self.num_experts}):
             token_P, place_P = torch.where(choices_TK == expert)
             own = {name: slices[expert] for name, slices in parameters.items()}
-            product = product_of(expert) if product_of else None
-            if self.routed_product:
-                product = self.routed_product(expert, token_P)
+            product = product_of(expert, token_P) if product_of else None
             own_PD = self._run(x_TD[token_P], own.__getitem__, product)
             weighted_PD = own_PD * weights_TK[token_P, place_P, None]
             y_TD = y_TD.index_add(0, token_P, weighted_PD.to(y_TD.dtype))
