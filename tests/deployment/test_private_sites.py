@@ -14,6 +14,7 @@ from orchard.communication.audit import AUDIT_FILE, read_audit
 from orchard.communication.messages import decode_update, encode_task
 from orchard.deployment import site_worker
 from orchard.deployment.privacy_ledger import LEDGER_FILE
+from orchard.deployment.server_app import countable
 from orchard.deployment.site_worker import SiteWorker
 from orchard.experiment.running import build_schedule, load_model
 from orchard.models.stored.loading import load_tokenizer
@@ -196,3 +197,11 @@ def test_a_damaged_count_does_not_begin_anew(damage: bytes, data: Path, tmp_path
     path.write_bytes(damage)
     assert ask(worker, recipe)["refused"] == "privacy"
     assert path.read_bytes() == damage
+
+
+def test_what_a_site_tells_of_its_rows_costs_nobody_the_result() -> None:
+    told = {"honest": ROWS, "silent": None, "none": 0, "one": 1}
+    recipe = changed(changed(counted(), "privacy.epsilon", 0.001), "client.steps", 10_000)
+    assert countable(recipe, {**told, "huge": 10**12}) == {"huge": 10**12}
+    assert countable(counted(), told) == {"honest": ROWS, "one": 1}
+    assert countable(changed(counted(), "privacy.unit", ""), told) == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from orchard.engine.progress import Lines, make_console
 from orchard.experiment.checking import check_between_sites
 from orchard.experiment.methods import build_strategy, check_strategy
 from orchard.experiment.own_methods import import_from
-from orchard.experiment.protecting import privacy_facts
+from orchard.experiment.protecting import Costs, privacy_facts
 from orchard.experiment.run_folder import (
     LOCK_FILE,
     RECIPE_FILE,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 # Of a run's folder; hosting.py writes the first and waits for the others.
 RUN_FILE, RESULT_FILE, FAILURE_FILE = "run.json", "result.json", "failure.json"
+
+log = logging.getLogger(__name__)
 
 
 def run_in_server_app(folder: Path, grid: Grid) -> None:
@@ -99,7 +102,7 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
 
         state = coordinator.run_rounds(post, begin, num_sites=facts["num_sites"])
     sites = json.loads((folder / SITES_FILE).read_text())
-    sizes = {site: rows for site, rows in sites.items() if rows}  # as they said
+    sizes = countable(recipe, sites)
     result = build_result(
         folder,
         {
@@ -118,6 +121,26 @@ def run_over(folder: Path, post: Post) -> dict[str, Any]:
     )
     write_json(folder / RESULT_FILE, result)
     return result
+
+
+def countable(recipe: Recipe, sites: Mapping[str, int | None]) -> dict[str, int]:
+    """Return the numbers of rows, as sites told them, for which the cost in privacy can be counted.
+
+    What a site told must not cost the others their result.
+    """
+    if not recipe.privacy.unit:
+        return {}
+    counted = {}
+    for site, rows in sites.items():
+        if not rows:
+            continue
+        try:
+            Costs(recipe, {site: rows})
+        except ValueError as error:
+            log.warning("what rounds cost the rows of %s is not counted: %s", site, error)
+            continue
+        counted[site] = rows
+    return counted
 
 
 def build_coordinator(
